@@ -1,0 +1,444 @@
+"""Stage 3, PPO: the policy learns to write summaries that the reward model scores highly, close to the SFT model.
+
+    python scripts/train_ppo.py                                        # the embedded default, after the other two stages
+    python scripts/train_ppo.py --config configs/opt-125m/ppo.yaml
+    python scripts/train_ppo.py --rlhf_training_data my_prompts.jsonl --model outputs/mine/sft/final \\
+        --reward_model outputs/mine/reward/final --output_dir outputs/mine/ppo
+
+One update: sample K responses for each prompt, score them, take the log-probs of the reference policy and the
+values, turn score and KL into rewards, advantages by GAE, then `ppo_epochs` passes of the clipped objective. A
+prompt is computed once for its K responses in every one of these passes.
+
+Every `eval_steps` updates held-out posts are summarised; the policy with the highest score within `kl_budget`
+is the one in final/. It does not train on human ratings directly, and has no GRPO or RLOO.
+"""
+
+import math
+import random
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+from transformers import get_linear_schedule_with_warmup, set_seed
+
+from utils.checkpoints import Keeper
+from utils.config import PROJECT, StageConfig, UserError, find_input, key, start
+from utils.data import load_examples, refuse_overlap, split_off
+from utils.distributed import build_accelerator
+from utils.evaluation import print_stages, refuse_too_long, score_groups, summarise, tokenise
+from utils.generation import sample
+from utils.gold import gold_score, load_gold
+from utils.metrics import SummaryRouge, win_rate
+from utils.models import (
+    PolicyAndValue,
+    load_policy,
+    load_scalar_model,
+    load_tokenizer,
+    response_logprobs,
+    response_values,
+    scores,
+    without_dropout,
+)
+from utils.plots import plot_ppo
+from utils.ppo import (
+    Rollout,
+    explained_variance,
+    gae,
+    kl_k3,
+    kl_penalty,
+    masked_moments,
+    mean_var,
+    missing_eos_penalty,
+    policy_loss,
+    policy_statistics,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from utils.prompt_groups import PromptGroups, pack
+from utils.run import Run, check_task, stage_summaries
+
+
+@dataclass
+class PPOStageConfig(StageConfig):
+    """PPO. Defaults: those of the published TL;DR runs."""
+
+    model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
+    reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.", source="N+ detail 22")
+    rlhf_training_data: str = key("trl-lib/tldr", "Prompts: .jsonl(.gz) file or hub name.")
+    rlhf_validation_data: str | None = key(None, "Prompts that choose the policy; none: the hub's split, or held out.")
+    rlhf_test_data: str | None = key(None, "Prompts that the final figures are taken on; none: as for validation.")
+    gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.")
+    total_episodes: int = key(100_000, "Responses sampled in the whole run.", unit="episodes", low=1)
+    prompts_per_update: int = key(128, "Prompts of one update, over all processes.", low=1)
+    responses_per_prompt: int = key(4, "K, responses sampled for each prompt; 128 x 4 = 512 episodes.", source="N+ detail 31", low=1)
+    ppo_epochs: int = key(4, "Passes over the episodes of an update.", source="N+ detail 31; 1 is stabler for DSC", low=1)
+    num_minibatches: int = key(1, "Optimizer steps in one pass.", source="N+ detail 31", low=1)
+    max_new_tokens: int = key(53, "Longest response.", unit="tokens", source="N+ detail 3", low=1)
+    temperature: float = key(0.7, "Divides the logits in every log-probability.", source="N+ detail 25", low=1e-3)
+    kl_coef: float = key(0.05, "Weight of the KL penalty.", unit="score a nat", source="N+ detail 23", low=0.0)
+    gamma: float = key(1.0, "Discount.", source="N+ detail 29", low=0.0, high=1.0)
+    lam: float = key(0.95, "Lambda of GAE.", source="N+ detail 29", low=0.0, high=1.0)
+    cliprange: float = key(0.2, "Clip of the probability ratio.", source="N+ detail 31", low=0.0)
+    cliprange_value: float = key(0.2, "Clip of the value.", source="N+ detail 31", low=0.0)
+    vf_coef: float = key(0.1, "Weight of the value loss.", source="N+ detail 31", low=0.0)
+    missing_eos_score: float = key(-1.0, "Score of a response without EOS.", source="N+ detail 26")
+    eval_steps: int = key(10, "Summarise the validation prompts every so many updates.", unit="updates", low=1)
+    eval_rows: int = key(200, "Prompts in each evaluation during training.", low=1)
+    test_rows: int = key(400, "Prompts in the final figures.", low=1)
+    eval_batch_size: int = key(64, "Prompts summarised at once.", low=1)
+    eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="N+ detail 32", low=1e-3)
+    kl_budget: float = key(20.0, "A policy further than this from the reference is never chosen.", unit="nats a summary", low=0.0)
+    kl_limit: float = key(100.0, "The run stops when the KL of an update is above this.", unit="nats a summary", low=0.0)
+
+    @property
+    def updates(self) -> int:
+        return math.ceil(self.total_episodes / (self.prompts_per_update * self.responses_per_prompt))
+
+
+class Models(NamedTuple):
+    """The four models: trained together (one engine, one optimizer), and frozen."""
+
+    trained: torch.nn.Module  # PolicyAndValue, as the accelerator wrapped it
+    policy: torch.nn.Module
+    value_model: torch.nn.Module
+    ref_policy: torch.nn.Module
+    reward_model: torch.nn.Module
+
+
+class MicroBatch(NamedTuple):
+    """Prompt groups of one forward pass with what is known of their responses."""
+
+    groups: PromptGroups
+    rollout: Rollout
+    ended: torch.Tensor  # (N,)
+
+
+# ---------------------------------------------------------------------------------------------- the algorithm
+
+
+def collect_rollout(models: Models, tokenizer, prompts, config, update: int, accelerator) -> list[MicroBatch]:
+    """Sample K responses for each prompt and judge them: scores, reference log-probs, values, rewards, advantages."""
+    k, size = config.responses_per_prompt, config.per_device_batch_size
+    first = (update * config.prompts_per_update + accelerator.process_index * len(prompts)) * k
+    samples = sample(
+        models.policy, prompts, k=k, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        seeds=[config.seed * 1_000_003 + first + i for i in range(len(prompts) * k)],
+        eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, batch_size=config.eval_batch_size,
+    )
+    total = [len(p) + sum(map(len, samples.responses[i * k : (i + 1) * k])) for i, p in enumerate(prompts)]
+    order = sorted(range(len(prompts)), key=lambda i: total[i])
+    batches = []
+    for begin in range(0, len(order), size):
+        part = order[begin : begin + size]
+        members = [i * k + j for i in part for j in range(k)]
+        groups = pack([prompts[i] for i in part], [samples.responses[i * k : (i + 1) * k] for i in part], tokenizer.pad_token_id)
+        logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(samples.logprobs[n]) for n in members], batch_first=True)
+        ended = torch.tensor([samples.ended[n] for n in members])
+        batches.append(judge(models, groups.to(accelerator.device), logprobs.to(accelerator.device),
+                             ended.to(accelerator.device), config))
+    return whiten_advantages(batches, accelerator)
+
+
+@torch.no_grad()
+def judge(models: Models, groups: PromptGroups, logprobs, ended, config) -> MicroBatch:
+    """Scores, reference log-probs and values of one batch of responses; then rewards and advantages."""
+    ref_logprobs, _ = response_logprobs(models.ref_policy, groups, config.temperature)
+    values = response_values(models.value_model, groups)
+    score = missing_eos_penalty(scores(models.reward_model, groups), ended, config.missing_eos_score)
+    kl = kl_penalty(logprobs, ref_logprobs)
+    rewards = token_rewards(score, kl, groups.response_mask, config.kl_coef)
+    advantages, returns = gae(rewards, values, groups.response_mask, config.gamma, config.lam)
+    rollout = Rollout(groups.responses, groups.response_mask, logprobs, ref_logprobs, values, score, rewards, advantages, returns)
+    return MicroBatch(groups, rollout, ended)
+
+
+def whiten_advantages(batches: list[MicroBatch], accelerator) -> list[MicroBatch]:
+    """Whiten over the whole update and all ranks, never one micro-batch at a time (detail 30)."""
+    moments = sum(masked_moments(b.rollout.advantages, b.rollout.response_mask) for b in batches)
+    mean, var = mean_var(accelerator.reduce(moments, "sum"))
+    return [
+        b._replace(rollout=b.rollout._replace(advantages=whiten(b.rollout.advantages, b.rollout.response_mask, mean, var)))
+        for b in batches
+    ]
+
+
+def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerator, shuffle: random.Random) -> dict:
+    """`ppo_epochs` passes of the clipped objective; metrics are means over all tokens of all passes."""
+    sums, ratio_max = {}, torch.zeros(())
+    for _ in range(config.ppo_epochs):
+        order = shuffle.sample(batches, len(batches))
+        size = math.ceil(len(order) / config.num_minibatches)
+        for begin in range(0, len(order), size):
+            minibatch = order[begin : begin + size]
+            tokens = accelerator.reduce(sum(b.rollout.response_mask.sum() for b in minibatch), "sum")
+            for number, batch in enumerate(minibatch, start=1):
+                last = number == len(minibatch)
+                with nullcontext() if last else accelerator.no_sync(models.trained):
+                    loss, figures = batch_loss(models.trained, batch, tokens, config)
+                    # every rank's gradient is averaged over the ranks afterwards
+                    accelerator.backward(loss * accelerator.num_processes)
+                ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max").cpu())
+                for name, value in figures.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            norm = accelerator.clip_grad_norm_(models.trained.parameters(), config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise UserError("the gradient is not finite (NaN or infinite): lower learning_rate, or look at the reward "
+                                "model's scores in metrics.jsonl; the last checkpoint is intact")
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    sums = {name: accelerator.reduce(value, "sum").item() for name, value in sums.items()}
+    tokens = sums.pop("tokens")
+    return {name: value / tokens for name, value in sums.items()} | {"policy/ratio_max": ratio_max.item(),
+                                                                    "policy/grad_norm": float(norm)}
+
+
+def batch_loss(trained, batch: MicroBatch, tokens: torch.Tensor, config) -> tuple[torch.Tensor, dict]:
+    """PPO's objective on one micro-batch, divided by the tokens of the whole optimizer step; and sums for metrics."""
+    data, mask = batch.rollout, batch.rollout.response_mask
+    new_logprobs, entropy, new_values = trained(batch.groups, config.temperature)
+    policy_losses, clipped = policy_loss(new_logprobs, data.logprobs, data.advantages, config.cliprange)
+    value_losses, value_clipped = value_loss(new_values, data.values, data.returns, config.cliprange_value)
+    policy_sum, value_sum = policy_losses[mask].sum(), value_losses[mask].sum()
+    figures = policy_statistics(new_logprobs.detach(), data.logprobs, entropy, clipped, mask)
+    return (policy_sum + config.vf_coef * value_sum) / tokens, {
+        "tokens": figures.pop("tokens"),
+        "ratio_max": figures.pop("ratio_max"),
+        "objective/entropy": figures.pop("entropy"),
+        **{f"policy/{name}": value for name, value in figures.items()},
+        "value/clipfrac": value_clipped[mask].float().sum(),
+        "loss/policy": policy_sum.detach(),
+        "loss/value": value_sum.detach(),
+    }
+
+
+def rollout_metrics(batches: list[MicroBatch], config, accelerator) -> dict:
+    """What the episodes of an update say: means over all episodes of all ranks (detail 32)."""
+    def total(value):
+        return accelerator.reduce(sum(value(b) for b in batches).double(), "sum").item()
+
+    def masked(x, b):
+        return torch.where(b.rollout.response_mask, x, 0.0).sum()
+
+    episodes = total(lambda b: torch.tensor(len(b.ended)))
+    kl = total(lambda b: masked(kl_penalty(b.rollout.logprobs, b.rollout.ref_logprobs), b)) / episodes
+    score = total(lambda b: b.rollout.scores.sum()) / episodes
+    def moments(x):
+        return accelerator.reduce(sum(masked_moments(x(b.rollout), b.rollout.response_mask) for b in batches), "sum")
+
+    return {
+        "objective/kl": kl,
+        "objective/kl_k3": total(lambda b: masked(kl_k3(b.rollout.logprobs, b.rollout.ref_logprobs), b)) / episodes,
+        "objective/score": score,
+        "objective/rlhf_reward": score - config.kl_coef * kl,
+        "objective/length": total(lambda b: b.rollout.response_mask.sum()) / episodes,
+        "objective/ended": total(lambda b: b.ended.sum()) / episodes,
+        "value/explained_variance": explained_variance(moments(lambda r: r.returns - r.values), moments(lambda r: r.returns)).item(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+def judge_summaries(models: Models, policy, tokenizer, posts, config, temperature: float, title: str) -> tuple[dict, dict]:
+    """Summarise posts and judge the summaries: means for the log, and the columns behind them."""
+    found = summarise(policy, tokenizer, posts.prompts, config, temperature, config.seed, title)
+    responses = [[tokens] for tokens in found.tokens]
+    columns = {"text": found.texts, "tokens": [len(tokens) for tokens in found.tokens], "ended": found.ended,
+               "score": [s for [s] in score_groups(models.reward_model, tokenizer, posts.prompts, responses, config.eval_batch_size)],
+               "kl": sequence_kl(policy, models.ref_policy, tokenizer, posts.prompts, responses, config)}
+    if config.gold_rules:
+        rules = load_gold(find_input(config.gold_rules, "gold_rules"))
+        columns["gold"] = [gold_score(text, example.facts, rules, ended)
+                           for text, example, ended in zip(found.texts, posts.examples, found.ended, strict=True)]
+    means = {name: sum(values) / len(values) for name, values in columns.items() if name != "text"}
+    known = [(text.strip(), e.completion.strip()) for text, e in zip(found.texts, posts.examples, strict=True) if e.completion]
+    if known:
+        means["rouge_avg"] = SummaryRouge().compute(predictions=[p for p, _ in known], references=[r for _, r in known])["rouge_avg"]
+    return means, columns
+
+
+@torch.no_grad()
+def sequence_kl(policy, ref_policy, tokenizer, prompts, responses, config) -> list[float]:
+    """log p(response) - log p_ref(response) at the training temperature, of each response."""
+    if policy is ref_policy:
+        return [0.0] * len(prompts)
+    found = []
+    for begin in range(0, len(prompts), config.eval_batch_size):
+        part = slice(begin, begin + config.eval_batch_size)
+        groups = pack(prompts[part], responses[part], tokenizer.pad_token_id).to(policy.device)
+        logprobs, ref_logprobs = (response_logprobs(model, groups, config.temperature)[0] for model in (policy, ref_policy))
+        found += kl_penalty(logprobs, ref_logprobs).sum(1).tolist()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- the script
+
+
+def load_splits(config, tokenizer):
+    """Training, validation and test prompts as tokens, no prompt in two of them."""
+    train = load_examples(config.rlhf_training_data, "rlhf_training_data", need_completion=False)
+    held, limits = {}, {"validation": config.eval_rows, "test": config.test_rows}
+    for split, rows in limits.items():
+        name = getattr(config, f"rlhf_{split}_data")
+        if name:
+            held[split] = load_examples(name, f"rlhf_{split}_data", need_completion=False)[:rows]
+        else:
+            train, held[split] = split_off(train, min(0.1, rows / len(train)), config.seed)
+    refuse_overlap({"rlhf_training_data": train, **{f"rlhf_{k}_data": v for k, v in held.items()}})
+    if config.gold_rules and any(e.facts is None for part in held.values() for e in part):
+        raise UserError("gold_rules: the held-out rows have no column 'facts'; leave gold_rules out for this data")
+    return [tokenise(tokenizer, part, config) for part in (train, *held.values())]
+
+
+def load_models(config, tokenizer, accelerator) -> tuple[Models, torch.optim.Optimizer, object]:
+    """Policy and value model in one module with one optimizer; reference and reward model frozen."""
+    policy, ref_policy = (without_dropout(load_policy(config.model)) for _ in range(2))
+    value_model, reward_model = (load_scalar_model(config.reward_model, "reward_model") for _ in range(2))
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+        value_model.gradient_checkpointing_enable()
+    refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
+    both = PolicyAndValue(policy, value_model)
+    optimizer = torch.optim.AdamW(both.parameters(), lr=config.learning_rate, eps=config.adam_eps,
+                                  betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
+    steps = config.updates * config.ppo_epochs * config.num_minibatches
+    # the scheduler is stepped by hand and on every rank alike, so the accelerator must not wrap it
+    scheduler = get_linear_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+    trained, optimizer = accelerator.prepare(both, optimizer)
+    for frozen in (ref_policy, reward_model):
+        frozen.requires_grad_(False).eval().to(accelerator.device)
+    return Models(trained, policy, value_model, ref_policy, reward_model), optimizer, scheduler
+
+
+def prompts_of(update: int, prompts: list, config, accelerator) -> list:
+    """This rank's prompts of an update: pass after pass over the data, each in its own shuffled order."""
+    size = config.prompts_per_update // accelerator.num_processes
+    first = update * config.prompts_per_update + accelerator.process_index * size
+    chosen = []
+    for index in range(first, first + size):
+        epoch, place = divmod(index, len(prompts))
+        order = random.Random(f"{config.seed}-{epoch}").sample(range(len(prompts)), len(prompts))
+        chosen.append(prompts[order[place]])
+    return chosen
+
+
+def train(models, tokenizer, prompts, validation, config, run, keeper, optimizer, scheduler, accelerator) -> None:
+    """The PPO loop."""
+    done = keeper.load() if config.resume else 0
+    bar = tqdm(total=config.updates, initial=done, desc="ppo", unit="update", disable=not accelerator.is_main_process)
+    for update in range(done, config.updates):
+        began = time.time()
+        batches = collect_rollout(models, tokenizer, prompts_of(update, prompts, config, accelerator), config, update, accelerator)
+        sampled = time.time()
+        figures = rollout_metrics(batches, config, accelerator)
+        refuse_collapse(figures, config)
+        if update % config.eval_steps == 0:
+            evaluate(models, tokenizer, validation, config, run, keeper, update, figures["objective/kl"])
+        evaluated = time.time()
+        shuffle = random.Random(f"{config.seed}-{update}")
+        figures |= ppo_update(models, batches, optimizer, scheduler, config, accelerator, shuffle)
+        figures |= {"time/rollout": sampled - began, "time/update": time.time() - evaluated,
+                    "learning_rate": scheduler.get_last_lr()[0],
+                    "episodes": (update + 1) * config.prompts_per_update * config.responses_per_prompt}
+        run.metrics(update + 1, figures)
+        bar.update(1)
+        bar.set_postfix(score=f"{figures['objective/score']:.2f}", kl=f"{figures['objective/kl']:.2f}")
+        if (update + 1) % config.save_steps == 0 or run.stop_signal is not None:
+            keeper.save(update + 1)
+        if run.stop_signal is not None:
+            bar.close()
+            run.stopped()
+    bar.close()
+    evaluate(models, tokenizer, validation, config, run, keeper, config.updates, figures["objective/kl"])
+
+
+def refuse_collapse(figures: dict, config) -> None:
+    """Stop before a broken update is trained on."""
+    broken = [name for name in ("objective/kl", "objective/score") if not math.isfinite(figures[name])]
+    if broken:
+        raise UserError(f"{broken[0]} is not finite (NaN or infinite): lower learning_rate; the last checkpoint is intact")
+    if figures["objective/kl"] > config.kl_limit:
+        raise UserError(f"the KL to the reference is {figures['objective/kl']:.1f} nats a summary, above kl_limit "
+                        f"{config.kl_limit}: lower learning_rate or raise kl_coef; the last checkpoint is intact")
+
+
+def evaluate(models, tokenizer, validation, config, run, keeper, update: int, kl: float) -> None:
+    """Summarise the validation prompts nearly greedily, log the figures, offer the policy as the best one.
+
+    Args:
+        kl: of the newest rollout, at the training temperature: what the budget is about.
+    """
+    means, _ = judge_summaries(models, models.policy, tokenizer, validation, config, config.eval_temperature, "validation")
+    run.metrics(update, {f"eval/{name}": value for name, value in means.items()})
+    run.say(f"update {update}: " + " ".join(f"{name} {value:.3f}" for name, value in means.items()))
+    keeper.offer(update, means["score"], kl)
+
+
+def finish(run, config, models, tokenizer, test, seconds, reached: int) -> None:
+    """PPO against SFT on the same held-out prompts; final/, summary.json, samples, plots, the table."""
+    columns, means = {}, {}
+    for name, policy in (("before", models.ref_policy), ("after", models.policy)):
+        for kind, temperature in (("sampled", config.temperature), ("greedy", config.eval_temperature)):
+            title = f"test, {name}, {kind}"
+            means[name, kind], columns[name, kind] = judge_summaries(models, policy, tokenizer, test, config, temperature, title)
+    gold = gold_figures(columns, means, config.seed)
+    before, after = means["before", "sampled"], means["after", "sampled"]
+    run.say(f"test: share with EOS {after['ended']:.3f}, length {before['tokens']:.1f} -> {after['tokens']:.1f} tokens")
+    run.samples([
+        {"prompt": example.prompt, "reference": example.completion, "sft": sft, "ppo": ppo}
+        for example, sft, ppo in zip(test.examples[:20], columns["before", "greedy"]["text"],
+                                     columns["after", "greedy"]["text"], strict=False)
+    ])
+    run.save_final(models.policy, tokenizer, {"model": config.model, "reward_model": config.reward_model},
+                   {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
+                    "score": after["score"], "kl": after["kl"]})
+    run.finish({"score_before": before["score"], "score_after": after["score"], **gold, "kl": after["kl"],
+                "rouge_avg": means["after", "greedy"].get("rouge_avg"), "episodes": reached,
+                "seconds": time.time() - run.started, "episodes_per_second": reached / seconds})
+    plot_ppo(run)
+    folder = Path(config.output_dir).parent
+    print_stages(stage_summaries(folder), {name: str(folder / name) for name in ("sft", "reward", "ppo")})
+
+
+def gold_figures(columns, means, seed: int) -> dict:
+    """Gold scores and win rates of PPO over SFT on the same prompts; None where the data has no facts."""
+    names = ("gold_win_rate", "gold_win_rate_low", "gold_win_rate_high")
+    if "gold" not in means["after", "sampled"]:
+        return dict.fromkeys(("gold_before", "gold_after", *names, "gold_win_rate_greedy"))
+    won = {kind: win_rate(columns["after", kind]["gold"], columns["before", kind]["gold"], seed) for kind in ("sampled", "greedy")}
+    return {"gold_before": means["before", "sampled"]["gold"], "gold_after": means["after", "sampled"]["gold"],
+            **dict(zip(names, won["sampled"], strict=True)), "gold_win_rate_greedy": won["greedy"][0]}
+
+
+def main(config: PPOStageConfig) -> None:
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    check_task(tokenizer, {"model": config.model, "reward_model": config.reward_model})
+    run = Run(config, "ppo")
+    accelerator = build_accelerator(config, run.folder)
+    if config.prompts_per_update % accelerator.num_processes:
+        raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out over "
+                        f"{accelerator.num_processes} processes; take a multiple")
+    run.use_tracker(accelerator)
+    run.catch_signals()
+    prompts, validation, test = load_splits(config, tokenizer)
+    models, optimizer, scheduler = load_models(config, tokenizer, accelerator)
+    accelerator.register_for_checkpointing(scheduler)
+    keeper = Keeper(run, config, accelerator, models.policy)
+    began = time.time()
+    train(models, tokenizer, prompts.prompts, validation, config, run, keeper, optimizer, scheduler, accelerator)
+    seconds = time.time() - began
+    keeper.restore_best()
+    run.say(f"best policy: update {keeper.best['update']}, held-out score {keeper.best['score']:.3f}, KL {keeper.best['kl']:.2f}")
+    finish(run, config, models, tokenizer, test, seconds, config.updates * config.prompts_per_update * config.responses_per_prompt)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    start(main, PPOStageConfig, PROJECT / "configs" / "tldr_mini" / "ppo.yaml", __doc__)

@@ -1,0 +1,204 @@
+"""Stage 2, the reward model: the SFT model's trunk with a scalar head learns which summary people prefer.
+
+    python scripts/train_reward.py                                        # the embedded default, after train_sft.py
+    python scripts/train_reward.py --config configs/opt-125m/reward.yaml
+    python scripts/train_reward.py --reward_training_data my.jsonl --model outputs/mine/sft/final --output_dir outputs/mine/reward
+
+K ranked summaries of a post are one row: the post is computed once and all K(K-1)/2 pairs are trained on. The
+loss is -log sigmoid(r_better - r_worse), one mean over all pairs of an optimizer step. At the end the scores are
+shifted so that reference summaries score 0, and the model is saved as a stock one-label classifier.
+
+It does not train on absolute ratings.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn.functional import logsigmoid
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from utils.config import PROJECT, StageConfig, UserError, key, start
+from utils.data import completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
+from utils.evaluation import print_stages, refuse_too_long, score_groups, tokenise
+from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy
+from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
+from utils.plots import plot_reward
+from utils.prompt_groups import pack
+from utils.run import Run, check_task, stage_summaries
+from utils.trainer import GroupLossMixin, RunCallback, group_forward, newest_checkpoint, training_arguments
+
+
+@dataclass
+class RewardStageConfig(StageConfig):
+    """The reward model. Defaults: OPT on TL;DR comparisons."""
+
+    model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
+    reward_training_data: str = key("openai_summarize_comparisons", "Comparisons or rankings: .jsonl(.gz) file or hub name.")
+    reward_validation_data: str | None = key(None, "Rankings to watch during training; none: the hub's split, or held out.")
+    reward_test_data: str | None = key(None, "Rankings that the final figures are taken on; none: as for validation.")
+    centring_data: str | None = key(None, "Examples whose references score 0 on average; none: no shift.", source="detail 19")
+    max_completions: int = key(9, "Largest prompt group; larger ones are split.", source="IG: K = 4 to 9", low=2)
+    max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens", source="N+", low=2)
+    num_train_epochs: float = key(1.0, "Passes over the data; it overfits in the second.", source="IG detail 10", low=0.0)
+    max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", low=-1)
+    eval_steps: int = key(100, "Accuracy on the validation rankings every so many steps.", unit="steps", low=1)
+    eval_rows: int = key(200, "Posts in each evaluation during training.", low=1)
+    test_rows: int = key(1000, "Posts in the final figures.", low=1)
+    eval_batch_size: int = key(32, "Rows scored at once.", unit="rows", low=1)
+
+
+class RewardStageTrainer(GroupLossMixin, Trainer):
+    """`Trainer` with the pairwise loss over prompt groups, and pair accuracy as its evaluation."""
+
+    def __init__(self, *args, run, config, validation, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        group_forward(self.model, pairwise_loss_sum)
+        self.run, self.config, self.validation = run, config, validation
+
+    def evaluate(self, *args, **kwargs):
+        figures, _ = accuracy_of(self.model, self.processing_class, self.validation, self.config, "validation")
+        self.run.metrics(self.state.global_step, {"eval/accuracy": figures["accuracy"], "eval/ece": figures["ece"]})
+        self.run.say(f"step {self.state.global_step}: validation accuracy {figures['accuracy']:.3f}")
+        return {"eval_accuracy": figures["accuracy"]}
+
+
+def pairwise_loss_sum(model, groups, better, worse):
+    """Sum over pairs of -log sigmoid(r_better - r_worse) in float32, a scalar (ST; IG eq. 1; detail 17).
+
+    Args:
+        better, worse: (P,) indices into the batch's N completions.
+    """
+    score = scores(model, groups)
+    return -logsigmoid(score[better] - score[worse]).sum()
+
+
+def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:
+    """Prompt groups and the pairs of their completions."""
+    groups = pack([row["prompt"] for row in rows], [row["completions"] for row in rows], pad_id)
+    starts = np.cumsum([0] + [len(row["completions"]) for row in rows])
+    pairs = torch.tensor([(first + b, first + w) for first, row in zip(starts, rows, strict=False) for b, w in row["pairs"]])
+    return {**groups._asdict(), "better": pairs[:, 0], "worse": pairs[:, 1], "items": torch.tensor(len(pairs))}
+
+
+def accuracy_of(model, tokenizer, rows, config, title):
+    """Accuracy over all pairs with its interval, calibration, and the scores as lists."""
+    found = score_groups(model, tokenizer, rows["prompt"], rows["completions"], config.eval_batch_size, title)
+    accuracy, low, high = bootstrap_interval(*pair_accuracy(found, rows["pairs"]), config.seed)
+    gaps = np.array([group[b] - group[w] for group, pairs in zip(found, rows["pairs"], strict=True) for b, w in pairs])
+    right = 1 / (1 + np.exp(-np.abs(gaps)))
+    return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "pairs": len(gaps),
+            "ece": expected_calibration_error(right, (gaps > 0) + 0.5 * (gaps == 0))}, found
+
+
+def baselines(rows) -> dict[str, float | None]:
+    """What needs no model: the longer one wins, and the ceiling that the labels' noise sets where it is known."""
+    lengths = [[len(completion) for completion in group] for group in rows["completions"]]
+    correct, count = pair_accuracy(lengths, rows["pairs"])
+    known = all(group is not None for group in rows["label_scores"])
+    return {"longest_accuracy": float(correct.sum() / count.sum()),
+            "label_ceiling": label_ceiling(rows["label_scores"], rows["pairs"]) if known else None}
+
+
+def tokenised(rankings, tokenizer, config, name, say) -> Dataset:
+    """Rankings as token ids; groups with a completion over the limit are dropped and counted."""
+    prompts = prompt_tokens(tokenizer, [r.prompt for r in rankings], config.max_prompt_tokens)
+    flat = iter(completion_tokens(tokenizer, [text for r in rankings for text in r.completions]))
+    rows = []
+    for ranking, prompt in zip(rankings, prompts, strict=True):
+        completions = [next(flat) for _ in ranking.completions]
+        if max(map(len, completions)) <= config.max_completion_tokens and ranking.pairs:
+            rows.append({"prompt": prompt, "completions": completions, "pairs": ranking.pairs,
+                         "label_scores": ranking.label_scores, "length": len(prompt) + sum(map(len, completions))})
+    if len(rows) < len(rankings):
+        say(f"{name}: dropped {len(rankings) - len(rows)} of {len(rankings)} groups with no pair or a completion of more "
+            f"than {config.max_completion_tokens} tokens")
+    if not rows:
+        raise UserError(f"{name}: no group is left; raise max_completion_tokens ({config.max_completion_tokens})")
+    return Dataset.from_list(rows)
+
+
+def load_splits(config, tokenizer, say):
+    """Training, validation and test rankings as tokens, no prompt in two of them."""
+    def load(name, field):
+        return load_rankings(name, field, config.max_completions, say)
+
+    train = load(config.reward_training_data, "reward_training_data")
+    held = {}
+    for split, rows in (("validation", config.eval_rows), ("test", config.test_rows)):
+        name = getattr(config, f"reward_{split}_data")
+        if name:
+            held[split] = load(name, f"reward_{split}_data")[:rows]
+        else:
+            train, held[split] = split_off(train, min(0.1, rows / len(train)), config.seed)
+    refuse_overlap({"reward_training_data": train, **{f"reward_{k}_data": v for k, v in held.items()}})
+    return [tokenised(part, tokenizer, config, name, say)
+            for name, part in {"reward_training_data": train, **held}.items()]
+
+
+def centre(model, tokenizer, config, say) -> None:
+    """Shift the scores so that reference summaries score 0 on average (detail 19)."""
+    examples = load_examples(config.centring_data, "centring_data")
+    rows = tokenise(tokenizer, examples[: config.test_rows], config, config.max_completion_tokens, say)
+    found = score_groups(model, tokenizer, rows.prompts, [[c] for c in rows.completions], config.eval_batch_size, "centring")
+    mean = float(np.mean(found))
+    centre_scores(model, mean)
+    say(f"shifted the scores by {-mean:+.3f}: the {len(found)} reference summaries now score 0 on average")
+
+
+def main(config: RewardStageConfig) -> None:
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    check_task(tokenizer, {"model": config.model})
+    run = Run(config, "reward")
+    run.catch_signals()
+    train, validation, test = load_splits(config, tokenizer, run.say)
+    model = load_scalar_model(config.model, "model", new_head_seed=config.seed)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    refuse_too_long(model, config.max_prompt_tokens + config.max_completion_tokens, "max_prompt_tokens + max_completion_tokens")
+    trainer = RewardStageTrainer(
+        model=model,
+        args=training_arguments(
+            config, run, TrainingArguments,
+            num_train_epochs=config.num_train_epochs, max_steps=config.max_steps, train_sampling_strategy="group_by_length",
+            eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.save_steps,
+        ),
+        train_dataset=train, eval_dataset=validation,
+        data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
+        processing_class=tokenizer, callbacks=[RunCallback(run, "reward")],
+        run=run, config=config, validation=validation,
+    )
+    began = time.time()
+    trainer.train(resume_from_checkpoint=newest_checkpoint(run) if config.resume else None)
+    seconds = time.time() - began
+    if run.stop_signal is not None:
+        run.stopped()
+    if config.centring_data:
+        centre(trainer.model, tokenizer, config, run.say)
+    finish(run, config, trainer, tokenizer, test, seconds)
+
+
+def finish(run, config, trainer, tokenizer, test, seconds) -> None:
+    """The test figures, final/, summary.json, plots, the table."""
+    figures, found = accuracy_of(trainer.model, tokenizer, test, config, "test")
+    seen = trainer.state.global_step * config.per_device_batch_size * config.gradient_accumulation_steps
+    pairs = sum(map(len, trainer.train_dataset["pairs"])) / len(trainer.train_dataset) * seen * trainer.accelerator.num_processes
+    run.samples([{"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "pairs": order,
+                  "completions": tokenizer.batch_decode(completions, skip_special_tokens=True), "scores": score}
+                 for prompt, completions, order, score in zip(test["prompt"][:20], test["completions"][:20],
+                                                              test["pairs"][:20], found[:20], strict=True)])
+    run.metrics(trainer.state.global_step, {"test/accuracy": figures["accuracy"], "test/ece": figures.pop("ece")})
+    run.save_final(trainer.model, tokenizer, {"model": config.model},
+                   {"max_prompt_tokens": config.max_prompt_tokens, "accuracy": figures["accuracy"],
+                    "score_shift": trainer.model.config.score_shift})
+    run.finish({**figures, **baselines(test), "seconds": time.time() - run.started, "pairs_per_second": pairs / seconds})
+    plot_reward(run, [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order])
+    print_stages(stage_summaries(run.folder.parent), {"reward": str(run.folder)})
+
+
+if __name__ == "__main__":
+    start(main, RewardStageConfig, PROJECT / "configs" / "tldr_mini" / "reward.yaml", __doc__)

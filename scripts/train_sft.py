@@ -1,0 +1,180 @@
+"""Stage 1, supervised fine-tuning: a language model learns to write summaries from examples.
+
+    python scripts/train_sft.py                                        # the embedded default, about a minute on two cores
+    python scripts/train_sft.py --config configs/opt-125m/sft.yaml     # a real model on a real data set
+    python scripts/train_sft.py --actor_training_data my.jsonl --output_dir outputs/mine/sft
+
+The loss is taken on the completion and its EOS, and the language-model head is applied there only. Every
+`eval_steps` the model summarises held-out posts; the checkpoint with the highest mean of ROUGE-1/2/L is kept.
+
+It does not pack several examples into a row, and does not teach chat formats.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from transformers import PrinterCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from utils.config import PROJECT, StageConfig, key, start
+from utils.data import load_examples, refuse_overlap, split_off
+from utils.evaluation import print_stages, refuse_too_long, summarise, tokenise
+from utils.metrics import SummaryRouge
+from utils.models import load_policy, load_tokenizer, response_logits
+from utils.plots import plot_sft
+from utils.prompt_groups import pack
+from utils.run import Run, stage_summaries
+from utils.trainer import GroupLossMixin, RunCallback, group_forward, newest_checkpoint, training_arguments
+
+
+@dataclass
+class SFTStageConfig(StageConfig):
+    """Supervised fine-tuning. Defaults: OPT on TL;DR."""
+
+    model: str = key("facebook/opt-125m", "Base model: a folder or a hub name.")
+    from_scratch: bool = key(False, "Start from random weights of the model's architecture (pretraining).")
+    actor_training_data: str = key("trl-lib/tldr", "Examples to learn from: .jsonl(.gz) file or hub name.")
+    actor_validation_data: str | None = key(None, "Examples that choose the checkpoint; none: the hub's split, or held out.")
+    actor_test_data: str | None = key(None, "Examples that the final figures are taken on; none: as for validation.")
+    loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13", choices=["completion", "sequence"])
+    max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens", low=2)
+    max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="N+ detail 3", low=1)
+    num_train_epochs: float = key(1.0, "Passes over the training data.", source="N+ detail 10", low=0.0)
+    max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", low=-1)
+    eval_steps: int = key(100, "Summarise the validation posts every so many steps; a checkpoint is saved then.", low=1)
+    eval_rows: int = key(200, "Posts in each evaluation during training.", low=1)
+    test_rows: int = key(400, "Posts in the final figures.", low=1)
+    eval_batch_size: int = key(64, "Posts that are summarised at once.", low=1)
+    eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="N+ detail 14", low=1e-3)
+
+
+class SFTStageTrainer(GroupLossMixin, SFTTrainer):
+    """trl's trainer with our loss, and ROUGE on generated summaries as its evaluation."""
+
+    def __init__(self, *args, run, config, validation, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        group_forward(self.model, completion_loss_sum)
+        self.run, self.config, self.validation = run, config, validation
+
+    def evaluate(self, *args, **kwargs):
+        figures = rouge_of(self.model, self.processing_class, self.validation, self.config, "validation")[0]
+        self.run.metrics(self.state.global_step, {f"eval/{name}": value for name, value in figures.items()})
+        self.run.say(f"step {self.state.global_step}: validation ROUGE-1/2/L "
+                     + " ".join(f"{figures[n]:.3f}" for n in ("rouge1", "rouge2", "rougeL")) + f", mean {figures['rouge_avg']:.3f}")
+        return {f"eval_{name}": value for name, value in figures.items()}
+
+    def log(self, logs, start_time=None):
+        # past SFTTrainer's own, which adds figures that its own loss gathers
+        super(SFTTrainer, self).log(logs, start_time)
+
+
+def completion_loss_sum(model, groups):
+    """Sum of -log p over the response tokens: a scalar."""
+    return cross_entropy(response_logits(model, groups), groups.responses[groups.response_mask], reduction="sum")
+
+
+def collate(rows, pad_id: int, loss_on: str) -> dict[str, torch.Tensor]:
+    """Prompt groups of one completion each. With the loss on the sequence the first token alone is the prompt."""
+    prompts = [row["prompt"] for row in rows]
+    completions = [row["completion"] for row in rows]
+    if loss_on == "sequence":
+        completions = [prompt[1:] + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        prompts = [prompt[:1] for prompt in prompts]
+    groups = pack(prompts, [[completion] for completion in completions], pad_id)
+    return {**groups._asdict(), "items": groups.response_mask.sum()}
+
+
+def rouge_of(model, tokenizer, posts, config, title):
+    """ROUGE of generated summaries, share with EOS and mean length; and the summaries."""
+    summaries = summarise(model, tokenizer, posts.prompts, config, config.eval_temperature, config.seed, title)
+    references = [example.completion.strip() for example in posts.examples]
+    figures = SummaryRouge().compute(predictions=[text.strip() for text in summaries.texts], references=references)
+    ended = sum(summaries.ended) / len(summaries.ended)
+    length = sum(map(len, summaries.tokens)) / len(summaries.tokens)
+    return {**figures, "ended": ended, "tokens": length}, summaries
+
+
+def load_splits(config, tokenizer, say):
+    """Training, validation and test examples as tokens, no prompt in two of them."""
+    train = load_examples(config.actor_training_data, "actor_training_data")
+    held = {}
+    for split, rows in (("validation", config.eval_rows), ("test", config.test_rows)):
+        name = getattr(config, f"actor_{split}_data")
+        if name:
+            held[split] = load_examples(name, f"actor_{split}_data")
+        else:
+            train, held[split] = split_off(train, min(0.1, rows / len(train)), config.seed)
+    refuse_overlap({"actor_training_data": train, **{f"actor_{k}_data": v for k, v in held.items()}})
+    limits = {"validation": config.eval_rows, "test": config.test_rows}
+    cut = partial(tokenise, tokenizer, config=config, max_completion_tokens=config.max_completion_tokens, say=say)
+    return cut(train), *(cut(held[split][: limits[split]]) for split in ("validation", "test"))
+
+
+def main(config: SFTStageConfig) -> None:
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    run = Run(config, "sft")
+    run.catch_signals()
+    train, validation, test = load_splits(config, tokenizer, run.say)
+    model = load_policy(config.model, from_scratch=config.from_scratch)
+    longest = max(len(p) + len(c) for p, c in zip(train.prompts, train.completions, strict=True))
+    refuse_too_long(model, max(longest, max(map(len, test.prompts)) + config.max_new_tokens), "actor_training_data")
+    rows = Dataset.from_dict({
+        "prompt": train.prompts,
+        "completion": train.completions,
+        "length": [len(p) + len(c) for p, c in zip(train.prompts, train.completions, strict=True)],
+    })
+    trainer = SFTStageTrainer(
+        model=model,
+        args=training_arguments(
+            config, run, SFTConfig,
+            num_train_epochs=config.num_train_epochs, max_steps=config.max_steps,
+            eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.eval_steps,
+            load_best_model_at_end=True, metric_for_best_model="rouge_avg", greater_is_better=True,
+            dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        ),
+        train_dataset=rows, eval_dataset=rows.select([0]),
+        data_collator=partial(collate, pad_id=tokenizer.pad_token_id, loss_on=config.loss_on),
+        processing_class=tokenizer, callbacks=[RunCallback(run, "sft")],
+        run=run, config=config, validation=validation,
+    )
+    before, base_summaries = rouge_of(model, tokenizer, test, config, "base model")
+    run.say(f"base model: test ROUGE mean {before['rouge_avg']:.3f} on {len(test.prompts)} posts")
+    if not config.resume:
+        trainer.evaluate()
+    began = time.time()
+    trainer.train(resume_from_checkpoint=newest_checkpoint(run) if config.resume else None)
+    seconds = time.time() - began
+    if run.stop_signal is not None:
+        run.stopped()
+    after, summaries = rouge_of(trainer.model, tokenizer, test, config, "test")
+    finish(run, config, trainer, tokenizer, test, (before, after), (base_summaries, summaries), seconds)
+
+
+def finish(run, config, trainer, tokenizer, test, figures, summaries, seconds) -> None:
+    """Samples side by side, final/, summary.json, plots, the table."""
+    before, after = figures
+    run.samples([
+        {"prompt": example.prompt, "reference": example.completion, "base": base, "sft": sft}
+        for example, base, sft in zip(test.examples[:20], summaries[0].texts, summaries[1].texts, strict=False)
+    ])
+    tokens = sum(map(len, trainer.train_dataset["prompt"])) + sum(map(len, trainer.train_dataset["completion"]))
+    seen = tokens / len(trainer.train_dataset) * trainer.state.global_step * config.per_device_batch_size
+    seen *= config.gradient_accumulation_steps * trainer.accelerator.num_processes
+    run.save_final(trainer.model, tokenizer, {"model": config.model},
+                   {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
+                    "rouge_avg": after["rouge_avg"]})
+    run.finish({**{name: after[name] for name in ("rouge1", "rouge2", "rougeL", "rouge_avg")},
+                "base_rouge_avg": before["rouge_avg"], "seconds": time.time() - run.started,
+                "tokens_per_second": seen / seconds})
+    plot_sft(run)
+    print_stages(stage_summaries(run.folder.parent), {"sft": str(run.folder)})
+
+
+if __name__ == "__main__":
+    start(main, SFTStageConfig, PROJECT / "configs" / "tldr_mini" / "sft.yaml", __doc__)

@@ -1,0 +1,71 @@
+"""Checkpoints of the PPO loop. (The stages on transformers' `Trainer` use its own.)"""
+
+import json
+import math
+import shutil
+
+from safetensors.torch import load_model
+
+from utils.config import UserError
+from utils.run import Run
+
+
+class Keeper:
+    """Checkpoints of the loop, and the best policy by held-out score within the KL budget (detail 33)."""
+
+    def __init__(self, run: Run, config, accelerator, policy):
+        self.run, self.config, self.accelerator, self.policy = run, config, accelerator, policy
+        self.folder = run.folder / "checkpoints"
+        self.best = {"update": -1, "score": -math.inf, "kl": 0.0}
+
+    def offer(self, update: int, score: float, kl: float) -> None:
+        """Keep the policy as the best one when it scores higher and its KL is within the budget."""
+        if score <= self.best["score"] or kl > self.config.kl_budget:
+            return
+        self.best = {"update": update, "score": score, "kl": kl}
+        self._write(f"best-{update}", lambda folder: self.policy.save_pretrained(folder))
+
+    def save(self, update: int) -> None:
+        """Everything needed to go on after `update` updates; the newest `save_total_limit` are kept."""
+        def write(folder):
+            self.accelerator.save_state(str(folder))
+            if self.accelerator.is_main_process:
+                (folder / "progress.json").write_text(json.dumps({"update": update, "best": self.best}))
+
+        self._write(f"update-{update}", write)
+        if self.accelerator.is_main_process:
+            for old in self._found("update")[: -self.config.save_total_limit]:
+                shutil.rmtree(old)
+            for old in self._found("best")[:-2]:
+                shutil.rmtree(old)
+
+    def load(self) -> int:
+        """Go back to the newest checkpoint; returns the number of updates done."""
+        found = self._found("update")
+        if not found:
+            raise UserError(f"resume: '{self.run.folder}' has no checkpoint yet; remove the folder and start again without --resume")
+        self.accelerator.load_state(str(found[-1]))
+        progress = json.loads((found[-1] / "progress.json").read_text())
+        self.best = progress["best"]
+        return progress["update"]
+
+    def restore_best(self) -> None:
+        """Put the best policy's weights into the policy."""
+        if self.best["update"] >= 0:
+            load_model(self.policy, self.folder / f"best-{self.best['update']}" / "model.safetensors")
+
+    def _found(self, kind):
+        whole = [p for p in self.folder.glob(f"{kind}-*") if p.suffix != ".tmp"]
+        return sorted(whole, key=lambda p: int(p.name.split("-")[1]))
+
+    def _write(self, name, write):
+        """Under another name first: a killed run leaves no half-written checkpoint that looks whole."""
+        temporary = self.folder / f"{name}.tmp"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        write(temporary)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and not (self.folder / name).exists():
+            temporary.rename(self.folder / name)

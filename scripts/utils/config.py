@@ -1,0 +1,229 @@
+"""Configuration law: dataclass defaults <- YAML file <- command line, and nothing else.
+
+Parsing is trl's `TrlParser`. What is added here is what people need when they mistype: an unknown key, a
+wrong type or a value out of range stops at once with one line that names the file, the line and the key.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import typing
+from pathlib import Path
+
+import transformers
+import yaml
+from trl import TrlParser
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us. Printed as one line, without a traceback; exit status 2."""
+
+
+class _Help(str):
+    """A key's help text that carries its valid range: the parser passes any other metadata on to argparse."""
+
+    low = high = choices = None
+
+
+def key(default, help, *, unit="", source="", low=None, high=None, choices=None):
+    """A configuration field: its default, what it means, its unit, where the default comes from, its range."""
+    text = help + (f" [{unit}]" if unit else "") + (f" (source: {source})" if source else "")
+    if choices:
+        text += f" One of: {', '.join(choices)}."
+    described = _Help(text.replace("%", "%%"))
+    described.low, described.high, described.choices = low, high, choices
+    metadata = {"help": described}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(TrlParser):
+    """`TrlParser` whose complaints are one line and exit status 2, and which takes no abbreviated keys."""
+
+    def __init__(self, config_class, description):
+        super().__init__(config_class, description=description, allow_abbrev=False)
+        self.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below.")
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
+
+    def names(self):
+        return [action.dest for action in self._actions if action.dest not in ("help", "config")]
+
+    def parse_args_into_dataclasses(self, args):
+        config, *_, unknown = super().parse_args_into_dataclasses(args, True, look_for_args_file=False)
+        if unknown:
+            word = unknown[0].lstrip("-").split("=")[0]
+            raise UserError(f"unknown key '{unknown[0]}'{_closest(word.replace('-', '_'), self.names())}")
+        return config
+
+
+def parse_config(config_class, default_file: Path, argv: list[str], description: str = ""):
+    """The resolved configuration of a script.
+
+    Args:
+        config_class: dataclass whose fields are made by `key`.
+        default_file: YAML file that is used when `--config` is not given.
+        argv: the command line without the program's name.
+        description: what `--help` says first.
+
+    Raises:
+        UserError: naming file, line and key, when anything does not fit.
+    """
+    parser = _Parser(config_class, description)
+    if "-h" in argv or "--help" in argv:
+        parser.parse_args(["--help"])
+    path, argv = _config_path(argv, default_file)
+    values, lines = read_yaml(path)
+    for name in values:
+        if name not in parser.names():
+            raise UserError(f"{path}:{lines[name]}: unknown key '{name}'{_closest(name, parser.names())}")
+    parser.set_defaults_with_config(**{k: v for k, v in values.items() if not isinstance(v, str)})
+    strings = [f"--{k}={v}" for k, v in values.items() if isinstance(v, str)]
+    _parse(parser, strings, lambda name: f"{path}:{lines.get(name, 1)}")
+    config = _parse(parser, strings + argv, lambda name: "command line")
+    given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    for field in dataclasses.fields(config):
+        in_file = field.name in lines and field.name not in given
+        where = f"{path}:{lines[field.name]}" if in_file else "command line"
+        setattr(config, field.name, _checked(field, getattr(config, field.name), where))
+    return config
+
+
+def _parse(parser, argv, where):
+    try:
+        return parser.parse_args_into_dataclasses(argv)
+    except (UserError, ValueError) as error:
+        name = str(error).split(":")[0].split("/")[0].strip().lstrip("-")
+        raise UserError(f"{where(name)}: {error}".replace("command line: command line", "command line")) from None
+
+
+def _config_path(argv, default_file):
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in argv:
+        return default_file, argv
+    index = argv.index("--config")
+    if index + 1 == len(argv):
+        raise UserError("command line: --config needs a file, for example --config configs/tldr_mini/sft.yaml")
+    return find_input(argv[index + 1], "--config"), argv[:index] + argv[index + 2 :]
+
+
+def read_yaml(path: Path) -> tuple[dict, dict]:
+    """The mapping in a YAML file, and the line number of each key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; a configuration is a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{path}:{line}: is not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:1: must be a YAML mapping of 'key: value' lines, found a {type(values).__name__}")
+    lines = {}
+    for name_node, _ in node.value if node else []:
+        if name_node.value in lines:
+            first = lines[name_node.value]
+            raise UserError(f"{path}:{name_node.start_mark.line + 1}: key '{name_node.value}' stands twice (line {first})")
+        lines[name_node.value] = name_node.start_mark.line + 1
+    return values, lines
+
+
+def _closest(word, names):
+    match = difflib.get_close_matches(str(word), names, n=1)
+    return f"; did you mean '{match[0]}'?" if match else f"; valid keys: {', '.join(sorted(set(names)))}"
+
+
+def _checked(field, value, where):
+    """The value in its field's type. YAML gives no type guarantee (`3e-6` is a string to PyYAML, `1` an int)."""
+    kinds = typing.get_args(field.type) or (field.type,)
+    if typing.get_origin(field.type) is list:
+        ok = isinstance(value, list) and all(isinstance(item, kinds[0]) for item in value)
+        if not ok:
+            raise UserError(f"{where}: '{field.name}' must be a list of {kinds[0].__name__}, found {value!r}")
+        return value
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise UserError(f"{where}: '{field.name}' must be {_article(kind)}, found {value!r}")
+    described = field.metadata["help"]
+    low, high, choices = described.low, described.high, described.choices
+    if choices and value not in choices:
+        raise UserError(f"{where}: '{field.name}' must be one of {', '.join(choices)}, found {value!r}")
+    # written so that not-a-number, which is neither below nor above anything, is refused as well
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        span = f"between {low} and {high}" if high is not None and low is not None else f"at least {low}"
+        raise UserError(f"{where}: '{field.name}' must be {span}, found {value!r}")
+    return value
+
+
+def _article(kind):
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def find_input(path: str, name: str) -> Path:
+    """A file or folder to read: looked up from the current folder first, then from the project's folder.
+
+    Raises:
+        UserError: when neither has it.
+    """
+    for candidate in (Path(path).expanduser(), PROJECT / path):
+        if candidate.exists():
+            return candidate
+    raise UserError(f"{name}: '{path}' does not exist (looked in {Path.cwd()} and {PROJECT})")
+
+
+def save_config(config, path: Path) -> None:
+    """Write the resolved configuration as a YAML file that `--config` takes again."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def start(main, config_class, default_file: Path, description: str) -> None:
+    """Parse the command line, run `main(config)`, and turn a user's mistake into one line and exit status 2."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        main(parse_config(config_class, default_file, sys.argv[1:], description))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (28, 30, 13):  # disk full, read-only file system, no permission
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}; what was saved so far is intact", file=sys.stderr)
+        sys.exit(2)
+
+
+@dataclasses.dataclass
+class StageConfig:
+    """What every stage needs. Defaults are those of the reference task (OPT on TL;DR)."""
+
+    output_dir: str = key("outputs/run/stage", "Folder of this run; must be new or empty unless `resume`.")
+    resume: bool = key(False, "Go on from the newest checkpoint in `output_dir`.")
+    seed: int = key(0, "Seed of everything random.", low=0)
+    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="N+ detail 1", low=8)
+    per_device_batch_size: int = key(8, "Rows (prompt groups) in one forward pass.", unit="rows", low=1)
+    gradient_accumulation_steps: int = key(1, "Micro-batches summed into one optimizer step.", low=1)
+    learning_rate: float = key(3e-6, "Peak learning rate.", source="N+", low=0.0)
+    adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="N+", low=0.0)
+    adam_beta2: float = key(0.999, "Second moment decay of AdamW.", low=0.0, high=1.0)
+    weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0.0)
+    warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", unit="steps", low=0)
+    max_grad_norm: float = key(1.0, "Gradient norm is clipped to this.", low=0.0)
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
+    mixed_precision: str = key("no", "Arithmetic of the forward pass; weights stay float32.", choices=["no", "bf16", "fp16"])
+    logging_steps: int = key(5, "Metrics are logged every so many steps.", unit="steps", low=1)
+    save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1)
+    save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", low=1)
+    report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none for no tracker.")

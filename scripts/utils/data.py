@@ -1,0 +1,293 @@
+"""Reading data sets and turning text into tokens, once.
+
+Two kinds of rows: examples (a prompt, perhaps with its reference completion) and rankings (a prompt with K
+completions and the pairs of them that somebody compared). Formats are recognised by their columns.
+"""
+
+import gzip
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.config import PROJECT, UserError
+
+# ST and N+ write prompts so; a completion starts with one space and ends with EOS (details 1 and 2).
+TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+_TLDR = re.compile(r"SUBREDDIT: r/(.*?)\n+TITLE: (.*?)\n+POST: (.*?)\s*(?:\n+TL;DR:\s*)?", re.DOTALL)
+_SPLITS = {"training": ["train"], "validation": ["validation", "valid", "valid1"], "test": ["test", "valid2"]}
+
+
+class Example(NamedTuple):
+    """A prompt and, where known, its reference completion and the facts behind a synthetic post."""
+
+    prompt: str
+    completion: str | None
+    facts: dict[str, str] | None
+
+
+class Ranking(NamedTuple):
+    """A prompt and its distinct completions; `pairs` holds (better, worse) indices into them.
+
+    `label_scores`: Bradley-Terry strengths of the completions where the labeller is known, else None.
+    """
+
+    prompt: str
+    completions: list[str]
+    pairs: list[tuple[int, int]]
+    label_scores: list[float] | None
+
+
+def load_examples(name: str, field: str, need_completion: bool = True) -> list[Example]:
+    """Every example of a data set.
+
+    Args:
+        name: a `.jsonl` or `.jsonl.gz` file, or a hub name.
+        field: the configuration key it came from, such as `actor_training_data`, for messages and hub splits.
+        need_completion: False for prompts only (PPO).
+
+    Raises:
+        UserError: naming file and line, for anything that is not an example.
+    """
+    return [_example(row, where, need_completion) for where, row in read_rows(name, field)]
+
+
+def load_rankings(name: str, field: str, max_completions: int, say) -> list[Ranking]:
+    """Every ranking of a data set; pairwise rows are grouped by prompt, so that a prompt is computed once.
+
+    Args:
+        max_completions: larger groups are split so that each pair stands in one of the parts.
+        say: called with a line about what was dropped and why (detail 6).
+    """
+    rankings, pairs_of, dropped = [], {}, Counter()
+    for where, row in read_rows(name, field):
+        if "completions" in row:
+            rankings.append(_ranking(row, where))
+            continue
+        prompt, chosen, rejected = _comparison(row, where)
+        if prompt is None:
+            dropped["share no prompt"] += 1
+        elif chosen.strip() == rejected.strip():
+            dropped["equal answers"] += 1
+        elif not chosen.strip() or not rejected.strip():
+            dropped["an empty answer"] += 1
+        else:
+            pairs_of.setdefault(prompt, []).append((chosen, rejected))
+    for prompt, pairs in pairs_of.items():
+        rankings += _grouped(prompt, pairs, max_completions)
+    if dropped:
+        say(f"{name}: dropped {sum(dropped.values())} pairs (" + ", ".join(f"{n} {why}" for why, n in dropped.items()) + ")")
+    if not rankings:
+        raise UserError(f"{field}: '{name}' holds no usable comparison")
+    return rankings
+
+
+def read_rows(name: str, field: str) -> Iterator[tuple[str, dict]]:
+    """Rows of a local file or a hub data set, each with where it stands (`file:line`)."""
+    for path in (Path(name).expanduser(), PROJECT / name):
+        if path.is_file():
+            return _read_jsonl(path, field)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or ".json" in name:
+        raise UserError(f"{field}: '{name}' does not exist (looked in {Path.cwd()} and {PROJECT})")
+    return _read_hub(name, field)
+
+
+def _read_jsonl(path: Path, field: str):
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{field}: '{path}' is not a .jsonl or .jsonl.gz file; save it as one JSON object a line")
+    opened = gzip.open if path.name.endswith(".gz") else open
+    number = 0
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{number + 1}: is not UTF-8; save the file as UTF-8 text") from None
+    except (gzip.BadGzipFile, EOFError):
+        raise UserError(f"{path}: is no whole gzip file; copy it again, or unpack it and name the .jsonl") from None
+    if number == 0:
+        raise UserError(f"{field}: '{path}' is empty; it needs one JSON object a line")
+
+
+def _json_object(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: is not JSON ({error.msg} at column {error.colno}); one object a line is needed") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: must be a JSON object such as {{\"prompt\": ..., \"completion\": ...}}")
+    return row
+
+
+def _read_hub(name: str, field: str):
+    from datasets import get_dataset_split_names, load_dataset
+
+    wanted = next(splits for role, splits in _SPLITS.items() if role in field)
+    try:
+        split = next((s for s in wanted if s in get_dataset_split_names(name)), None)
+        if split is None:
+            raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)}; name a local file instead")
+        rows = load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{field}: '{name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
+                        "without a network, save it as a .jsonl file and name that") from None
+    yield from ((f"{name}[{split}]:{number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _text(row: dict, column: str, where: str) -> str:
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        found = "is empty" if value in ("", None) or isinstance(value, str) else f"is a {type(value).__name__}"
+        raise UserError(f"{where}: column '{column}' {found}; text is needed")
+    return value
+
+
+def _example(row: dict, where: str, need_completion: bool) -> Example:
+    facts = row.get("facts")
+    if {"subreddit", "title", "post"} <= row.keys():
+        prompt = TLDR_TEMPLATE.format(**{c: _text(row, c, where) for c in ("subreddit", "title", "post")})
+        column = "summary"
+    elif "prompt" in row:
+        prompt = tldr_layout(_text(row, "prompt", where)).rstrip()
+        column = "label" if "label" in row and "completion" not in row else "completion"
+    else:
+        raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt and completion, prompt and label, or "
+                        "subreddit, title, post and summary")
+    if column not in row:
+        if need_completion:
+            raise UserError(f"{where}: column '{column}' is missing (found: {', '.join(sorted(row))})")
+        return Example(prompt, None, facts)
+    return Example(prompt, spaced(_text(row, column, where)), facts)
+
+
+def _ranking(row: dict, where: str) -> Ranking:
+    if "prompt" not in row:
+        raise UserError(f"{where}: column 'prompt' is missing beside 'completions'")
+    completions, ranks = row["completions"], row.get("ranks")
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise UserError(f"{where}: column 'completions' must be a list of two or more texts, best first")
+    texts = [spaced(_text({"completions": text}, "completions", where)) for text in completions]
+    if len(set(texts)) < len(texts):
+        raise UserError(f"{where}: column 'completions' holds the same text twice")
+    if ranks is None:
+        ranks = list(range(len(texts)))
+    if not isinstance(ranks, list) or len(ranks) != len(texts):
+        raise UserError(f"{where}: column 'ranks' must hold one number for each of the {len(texts)} completions")
+    pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+    return Ranking(tldr_layout(_text(row, "prompt", where)).rstrip(), texts, pairs, row.get("label_scores"))
+
+
+def _comparison(row: dict, where: str):
+    """Prompt, better and worse answer. Prompt None: the two dialogues share none."""
+    if not {"chosen", "rejected"} <= row.keys():
+        raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt, chosen and rejected; chosen and rejected "
+                        "(dialogues); or prompt and completions, best first")
+    for column in ("chosen", "rejected"):
+        if not isinstance(row[column], str):
+            raise UserError(f"{where}: column '{column}' is a {type(row[column]).__name__}; text is needed")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" not in row:
+        return _shared_dialogue(chosen, rejected)
+    prompt = _text(row, "prompt", where)
+    if chosen.startswith("TL;DR:") and rejected.startswith("TL;DR:"):
+        prompt = f"{prompt.rstrip()}\n\nTL;DR:"
+        chosen, rejected = chosen.removeprefix("TL;DR:"), rejected.removeprefix("TL;DR:")
+    return tldr_layout(prompt).rstrip(), spaced(chosen), spaced(rejected)
+
+
+def _shared_dialogue(chosen: str, rejected: str):
+    """HH rows hold whole dialogues that share all but the last assistant turn."""
+    turn = "\n\nAssistant:"
+    head, _, answer = chosen.rpartition(turn)
+    other_head, _, other = rejected.rpartition(turn)
+    if head != other_head:
+        return None, chosen, rejected
+    return (head + turn).strip(), spaced(answer), spaced(other)
+
+
+def _grouped(prompt: str, pairs: list[tuple[str, str]], max_completions: int) -> list[Ranking]:
+    groups: list[tuple[dict, list]] = []
+    for chosen, rejected in pairs:
+        for texts, indices in groups:
+            if len({*texts, chosen, rejected}) <= max_completions:
+                break
+        else:
+            texts, indices = {}, []
+            groups.append((texts, indices))
+        for text in (chosen, rejected):
+            texts.setdefault(text, len(texts))
+        indices.append((texts[chosen], texts[rejected]))
+    return [Ranking(prompt, list(texts), indices, None) for texts, indices in groups]
+
+
+def tldr_layout(prompt: str) -> str:
+    """The prompt in the TL;DR layout when it is one of its spellings, else unchanged."""
+    match = _TLDR.fullmatch(prompt)
+    return TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=match[3]) if match else prompt
+
+
+def spaced(completion: str) -> str:
+    """A completion that starts with a white-space character, so that it continues its prompt (detail 2)."""
+    completion = completion.rstrip()
+    return completion if completion[:1].isspace() else f" {completion}"
+
+
+def split_off(rows: list, share: float, seed: int) -> tuple[list, list]:
+    """Hold some prompts out: (rows that stay, rows held out). No prompt is in both (detail 7)."""
+    prompts = sorted({row.prompt for row in rows})
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[: max(1, round(len(prompts) * share))])
+    return [row for row in rows if row.prompt not in held], [row for row in rows if row.prompt in held]
+
+
+def refuse_overlap(splits: dict[str, list]) -> None:
+    """Raise UserError when one prompt stands in two of the named splits (detail 7)."""
+    owner = {}
+    for name, rows in splits.items():
+        for prompt in {row.prompt for row in rows}:
+            if owner.setdefault(prompt, name) != name:
+                raise UserError(f"the same prompt stands in {owner[prompt]} and in {name}: {prompt[:80]!r}...; remove it from one")
+
+
+def prompt_tokens(tokenizer, prompts: list[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt, special tokens in front as the tokenizer has them, cut to `max_tokens`."""
+    return [
+        ids if len(ids) <= max_tokens else _cut_prompt(tokenizer, prompt, max_tokens)
+        for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True)
+    ]
+
+
+def _cut_prompt(tokenizer, prompt: str, max_tokens: int) -> list[int]:
+    """Cut the *post* at its last newline, then at its last sentence, then at a word; never `TL;DR:` (detail 1).
+
+    A prompt of another layout keeps its end, since that is where the question stands.
+    """
+    match = _TLDR.fullmatch(prompt)
+    if not match:
+        ids = tokenizer(prompt)["input_ids"]
+        special = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return ids[:special] + ids[len(ids) - max_tokens + special :]
+    post = match[3]
+    while post:
+        post = post[: _last_break(post)].rstrip()
+        ids = tokenizer(TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=post))["input_ids"]
+        if len(ids) <= max_tokens:
+            return ids
+    raise UserError(f"a prompt cannot fit into max_prompt_tokens={max_tokens} even without its post: {prompt[:60]!r}...")
+
+
+def _last_break(post: str) -> int:
+    """Where to cut a post next: its last newline, else behind its last but one sentence, else its last space."""
+    sentence = max(post[:-1].rfind(mark + " ") for mark in ".?!") + 1
+    return max(post.rfind("\n"), 0) or sentence or max(post.rfind(" "), 0)
+
+
+def completion_tokens(tokenizer, completions: list[str]) -> list[list[int]]:
+    """Token ids of each completion, followed by EOS."""
+    ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
+    return [tokens + [tokenizer.eos_token_id] for tokens in ids]

@@ -1,0 +1,135 @@
+"""Summaries of held-out posts and what they are worth; the table of the three stages."""
+
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from utils.config import UserError
+from utils.data import completion_tokens, prompt_tokens
+from utils.distributed import collect, my_share
+from utils.generation import sample
+from utils.models import scores
+from utils.prompt_groups import pack
+
+
+class Summaries(NamedTuple):
+    """What a policy wrote for each prompt."""
+
+    tokens: list[list[int]]  # response tokens, with EOS where there is one
+    texts: list[str]
+    ended: list[bool]
+
+
+class Tokenised(NamedTuple):
+    """Examples with their token ids; a completion ends with EOS."""
+
+    examples: list
+    prompts: list[list[int]]
+    completions: list[list[int]] | None
+
+
+def tokenise(tokenizer, examples, config, max_completion_tokens=None, say=None) -> Tokenised:
+    """Turn examples into tokens once; those whose completion is longer than the limit are dropped and counted."""
+    prompts = prompt_tokens(tokenizer, [e.prompt for e in examples], config.max_prompt_tokens)
+    if max_completion_tokens is None:
+        return Tokenised(examples, prompts, None)
+    completions = completion_tokens(tokenizer, [e.completion for e in examples])
+    kept = [i for i, ids in enumerate(completions) if len(ids) <= max_completion_tokens]
+    if len(kept) < len(examples):
+        say(f"dropped {len(examples) - len(kept)} of {len(examples)} examples with more than "
+            f"{max_completion_tokens} completion tokens")
+    if not kept:
+        raise UserError(f"max_completion_tokens: no completion has {max_completion_tokens} tokens or fewer; raise it")
+    return Tokenised(*([column[i] for i in kept] for column in (examples, prompts, completions)))
+
+
+def refuse_too_long(model, tokens: int, what: str) -> None:
+    """Raise UserError when a row would need more positions than the model has."""
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", tokens)
+    if tokens > limit:
+        raise UserError(f"{what} makes rows of {tokens} tokens, but the model has {limit} positions; lower max_prompt_tokens")
+
+
+def summarise(policy, tokenizer, prompts, config, temperature, seed, title="") -> Summaries:
+    """One summary for each prompt (token ids); the prompts are shared out over the ranks.
+
+    The seed of a prompt's summary depends on `seed` and the prompt's place only.
+    """
+    numbered = my_share(list(enumerate(prompts)))
+    samples = sample(
+        policy,
+        [prompt for _, prompt in numbered],
+        k=1,
+        max_new_tokens=config.max_new_tokens,
+        temperature=temperature,
+        seeds=[seed * 1_000_003 + number for number, _ in numbered],
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=config.eval_batch_size,
+        progress=title,
+    )
+    rows = collect(list(zip(samples.responses, samples.ended, strict=True)))
+    tokens = [response for response, _ in rows]
+    return Summaries(tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), [ended for _, ended in rows])
+
+
+def print_stages(summaries: dict[str, dict], paths: dict[str, str]) -> None:
+    """The table at the end: what each stage reached, with intervals where they are known."""
+    table = Table(title="RLHF in three stages", title_justify="left")
+    for column in ("stage", "measure", "before", "after", "95 % interval", "seconds"):
+        table.add_column(column)
+    for row in _stage_rows(summaries):
+        table.add_row(*row)
+    console = Console(width=110)
+    console.print(table)
+    for stage, path in paths.items():
+        console.print(f"{stage}: {path}", highlight=False)
+
+
+def _stage_rows(summaries):
+    if sft := summaries.get("sft"):
+        yield ("sft", "ROUGE mean on held-out posts", _f(sft["base_rouge_avg"]), _f(sft["rouge_avg"]), "", _s(sft))
+    if reward := summaries.get("reward"):
+        span = f"{_f(reward['accuracy_low'])} - {_f(reward['accuracy_high'])}"
+        yield ("reward", "pair accuracy (before: the longer wins)", _f(reward["longest_accuracy"]), _f(reward["accuracy"]), span,
+               _s(reward))
+        if reward["label_ceiling"] is not None:
+            yield ("", "  of the labels' ceiling", "", f"{reward['accuracy'] / reward['label_ceiling']:.0%}", "", "")
+    if ppo := summaries.get("ppo"):
+        yield ("ppo", "reward model's score", _f(ppo["score_before"]), _f(ppo["score_after"]), "", _s(ppo))
+        if ppo["gold_after"] is not None:
+            span = f"{_f(ppo['gold_win_rate_low'])} - {_f(ppo['gold_win_rate_high'])}"
+            yield ("", "gold score", _f(ppo["gold_before"]), _f(ppo["gold_after"]), "", "")
+            yield ("", "gold win rate over SFT, sampled", "", _f(ppo["gold_win_rate"]), span, "")
+            yield ("", "gold win rate over SFT, greedy", "", _f(ppo["gold_win_rate_greedy"]), "", "")
+        yield ("", "KL to the SFT policy [nats a summary]", "", _f(ppo["kl"]), "", "")
+
+
+def _f(value):
+    return f"{value:.3f}"
+
+
+def _s(summary):
+    return f"{summary['seconds']:.0f}"
+
+
+def score_groups(reward_model, tokenizer, prompts, completions, batch_size, title="") -> list[list[float]]:
+    """The reward model's score of each completion of each prompt, all as token ids; rows are shared out over the ranks.
+
+    Rows of like length are scored together, so that little padding is computed.
+    """
+    rows = my_share(list(zip(prompts, completions, strict=True)))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - sum(map(len, rows[i][1])))
+    found = [[] for _ in rows]
+    reward_model.eval()
+    for start in tqdm(range(0, len(order), batch_size), desc=title, disable=not title, leave=False):
+        part = order[start : start + batch_size]
+        groups = pack([rows[i][0] for i in part], [rows[i][1] for i in part], tokenizer.pad_token_id)
+        with torch.no_grad():
+            values = iter(scores(reward_model, groups.to(reward_model.device)).tolist())
+        for i in part:
+            found[i] = [next(values) for _ in rows[i][1]]
+    return collect(found)

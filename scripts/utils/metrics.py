@@ -1,0 +1,115 @@
+"""Figures that judge a model: ROUGE, pair accuracy, win rate, calibration, and their uncertainty.
+
+Everything runs on the gathered texts or scores, on one process. Nothing here needs a network.
+"""
+
+import tempfile
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+import numpy as np
+from rouge_score import rouge_scorer
+
+Pairs = Sequence[Sequence[tuple[int, int]]]  # per prompt group: (index of the better, index of the worse) completion
+
+
+class SummaryRouge(evaluate.Metric):
+    """ROUGE-1/2/L with stemming, mean F1 over examples, and `rouge_avg`, their mean (N+; detail 14).
+
+    `compute(predictions=[str], references=[str])` -> {"rouge1", "rouge2", "rougeL", "rouge_avg"}, each in [0, 1].
+    Our own class because `evaluate.load("rouge")` downloads code. Raises ValueError when there are no examples.
+    """
+
+    def __init__(self):
+        # In memory no file is written, but the base class makes a folder all the same: make it where it goes away.
+        with tempfile.TemporaryDirectory() as folder:
+            super().__init__(keep_in_memory=True, cache_dir=folder)
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="ROUGE-1, ROUGE-2, ROUGE-L with stemming and the mean of the three.",
+            citation="Lin, 2004. ROUGE: A Package for Automatic Evaluation of Summaries.",
+            inputs_description="predictions, references: lists of strings of one length.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        if len(predictions) == 0:
+            raise ValueError("ROUGE of no examples")
+        names = ["rouge1", "rouge2", "rougeL"]
+        scorer = rouge_scorer.RougeScorer(names, use_stemmer=True)
+        examples = [scorer.score(target=r, prediction=p) for p, r in zip(predictions, references, strict=True)]
+        result = {name: float(np.mean([example[name].fmeasure for example in examples])) for name in names}
+        return {**result, "rouge_avg": float(np.mean(list(result.values())))}
+
+
+def _wins(ours, theirs):
+    """1 where ours is greater, 0.5 at a tie, 0 elsewhere; for numbers and for arrays."""
+    return (ours > theirs) + 0.5 * (ours == theirs)
+
+
+def pair_accuracy(scores: Sequence[Sequence[float]], pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Correct counts (G,) and pair counts (G,), float, of G prompt groups; a tie counts one half (detail 20).
+
+    `scores[g][i]` scores completion i of group g. The two arrays are what `bootstrap_interval` takes.
+    """
+    correct = [
+        sum(_wins(group[better], group[worse]) for better, worse in group_pairs)
+        for group, group_pairs in zip(scores, pairs, strict=True)
+    ]
+    return np.array(correct, dtype=float), np.array([len(group_pairs) for group_pairs in pairs], dtype=float)
+
+
+def bootstrap_interval(
+    numerators: Sequence[float], denominators: Sequence[float], seed: int, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Ratio sum(numerators) / sum(denominators) and its percentile bootstrap interval: (mean, low, high).
+
+    Both (G,). It is the G groups (posts) that are drawn again, since the pairs of one post are not independent.
+    Groups with denominator 0 say nothing and are left out. Raises ValueError when no group remains.
+    """
+    numerators, denominators = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
+    kept = denominators > 0
+    if not kept.any():
+        raise ValueError("nothing to average: every denominator is 0")
+    numerators, denominators = numerators[kept], denominators[kept]
+    drawn = np.random.default_rng(seed).integers(len(numerators), size=(resamples, len(numerators)))
+    ratios = numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)  # (resamples,)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(numerators.sum() / denominators.sum()), float(low), float(high)
+
+
+def label_ceiling(label_scores: Sequence[Sequence[float]], pairs: Pairs) -> float:
+    """Accuracy that no reward model can exceed: mean over all pairs of max(p, 1 - p).
+
+    p = sigmoid(difference of the label scores) is the chance that a noisy (Bradley-Terry) labeller prefers the
+    first; even who knows p is right with max(p, 1 - p) only. Raises ValueError when there is no pair.
+    """
+    gaps = [abs(g[i] - g[j]) for g, group_pairs in zip(label_scores, pairs, strict=True) for i, j in group_pairs]
+    if not gaps:
+        raise ValueError("no pairs")
+    return float(np.mean(1 / (1 + np.exp(-np.array(gaps)))))  # sigmoid(|difference|) is max(p, 1 - p)
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int) -> tuple[float, float, float]:
+    """How often ours beats theirs on the same prompt: (rate, low, high), ties one half (detail 37).
+
+    Both (N,), one score per prompt; the 95 % bootstrap interval resamples prompts.
+    """
+    wins = _wins(np.asarray(ours), np.asarray(theirs))
+    return bootstrap_interval(wins, np.ones(len(wins)), seed)
+
+
+def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> float:
+    """Mean over predictions of |mean probability - mean outcome| of their bin, bins of equal width (detail 20).
+
+    Both (N,), outcomes 0 or 1; a probability of exactly 1 belongs to the last bin. Source: Guo et al., 1706.04599.
+    For ordered pairs (better, worse) the outcome would always be 1: pass max(p, 1 - p) and whether p was right.
+    """
+    probabilities, outcomes = np.asarray(probabilities, dtype=float), np.asarray(outcomes, dtype=float)
+    places = np.minimum((probabilities * bins).astype(int), bins - 1)
+    gaps = np.bincount(places, weights=probabilities - outcomes)  # summed over the bin, so already times its count
+    return float(np.abs(gaps).sum() / len(probabilities))

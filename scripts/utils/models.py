@@ -1,0 +1,180 @@
+"""Loading the models, and what each says of a batch of prompt groups.
+
+Policies are stock `AutoModelForCausalLM` checkpoints, reward and value models stock
+`AutoModelForSequenceClassification` checkpoints with one label. Any architecture of transformers that takes
+a four-dimensional attention mask and position ids will do.
+
+The language-model head is applied at response positions only: nothing of shape (B, T, vocabulary) is made.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from utils.config import PROJECT, UserError
+from utils.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
+
+# Weights are float32 (mixed precision is autocast's work), safetensors only, and no code from outside is run.
+_LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
+
+
+def model_path(name: str, field: str) -> str:
+    """A local model folder (looked up from the current folder, then the project's), or a hub name unchanged."""
+    for folder in (Path(name).expanduser(), PROJECT / name):
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise UserError(f"{field}: '{folder}' is not a model folder (it has no config.json)")
+            return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.split("/")[0] in ("outputs", "assets"):
+        raise UserError(f"{field}: no model folder at '{name}'; train that stage first or give another folder or hub name")
+    return name
+
+
+def _loading(field, name, load):
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{field}: '{name}' cannot be loaded: {reason}") from None
+
+
+def load_tokenizer(name: str, field: str = "model"):
+    """The tokenizer of a model; it must have an EOS token, and a PAD token that is not the EOS (detail 4)."""
+    path = model_path(name, field)
+    tokenizer = _loading(field, name, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{field}: the tokenizer of '{name}' has no EOS token, so no summary could ever end")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise UserError(
+            f"{field}: the tokenizer of '{name}' has no PAD token of its own (PAD must differ from EOS, or the EOS "
+            "is masked away and generation never learns to stop); add one to the tokenizer and save it"
+        )
+    return tokenizer
+
+
+def load_policy(name: str, field: str = "model", from_scratch: bool = False):
+    """A causal language model in float32, or one with fresh random weights of the same architecture."""
+    path = model_path(name, field)
+    if from_scratch:
+        config = _loading(field, name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+        return without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD))
+    return _loading(field, name, lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_LOAD))
+
+
+def load_scalar_model(name: str, field: str, new_head_seed: int | None = None):
+    """A sequence classification model with one label: a reward or a value model.
+
+    Args:
+        new_head_seed: for a fresh head on a language model's trunk, weights N(0, 1/sqrt(d+1)), d being the
+            width that reaches the head (detail 15; ST, N+). None: the checkpoint must have a head.
+    """
+    path = model_path(name, field)
+    if new_head_seed is None:
+        labels = _loading(field, name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+        kind = (labels.architectures or ["unknown"])[0]
+        if labels.num_labels != 1 or "SequenceClassification" not in kind:
+            raise UserError(f"{field}: '{name}' is no reward model: {kind} with {labels.num_labels} labels, needed is "
+                            "a sequence classification model with one (made by train_reward.py)")
+    model = _loading(
+        field,
+        name,
+        lambda: AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, use_safetensors=True, **_LOAD),
+    )
+    if new_head_seed is not None:
+        width = model.score.weight.shape[1]
+        generator = torch.Generator().manual_seed(new_head_seed)
+        nn.init.normal_(model.score.weight.data, std=1 / math.sqrt(width + 1), generator=generator)
+        model.config.score_shift = 0.0
+    return without_dropout(model)
+
+
+def without_dropout(model):
+    """Switch every dropout off, in the module and in the config that is saved (detail 8)."""
+    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "resid_pdrop", "embd_pdrop",
+                 "attn_pdrop", "hidden_dropout", "classifier_dropout", "summary_first_dropout"):
+        if getattr(model.config, name, None):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def hidden_states(model, groups: PromptGroups) -> torch.Tensor:
+    """The trunk's last hidden states (B, T, D), each completion seeing its prompt and itself only."""
+    return model.base_model(
+        input_ids=groups.input_ids,
+        attention_mask=attention_mask(groups.segments),
+        position_ids=groups.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def response_logits(policy, groups: PromptGroups) -> torch.Tensor:
+    """Logits that predict the real response tokens, float32 (M, V), M = number of True in `response_mask`."""
+    return policy.get_output_embeddings()(response_states(hidden_states(policy, groups), groups)).float()
+
+
+def response_logprobs(policy, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each response token and the entropy of its distribution, float32, both (N, R).
+
+    The temperature divides the logits, as it does in sampling (detail 25). Padding is 0.
+    """
+    mask = groups.response_mask
+    all_logprobs = (response_logits(policy, groups) / temperature).log_softmax(-1)  # (M, V)
+    chosen = all_logprobs.gather(-1, groups.responses[mask][:, None])[:, 0]
+    with torch.no_grad():
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+    return spread(chosen, mask), spread(entropy, mask)
+
+
+def scores(reward_model, groups: PromptGroups) -> torch.Tensor:
+    """The reward model's score of each completion, read at its last token, float32 (N,) (detail 16)."""
+    states = end_states(hidden_states(reward_model, groups), groups)
+    return reward_model.score(states)[:, 0].float() - getattr(reward_model.config, "score_shift", 0.0)
+
+
+def response_values(value_model, groups: PromptGroups) -> torch.Tensor:
+    """Value of the state before each response token, float32 (N, R). Padding is 0."""
+    states = response_states(hidden_states(value_model, groups), groups)
+    values = value_model.score(states)[:, 0].float() - getattr(value_model.config, "score_shift", 0.0)
+    return spread(values, groups.response_mask)
+
+
+def centre_scores(reward_model, mean: float) -> None:
+    """Shift the model so that what scored `mean` scores 0 (detail 19; ST, N+, IG).
+
+    Stock classification heads have no bias. Where the trunk ends in a norm with a bias the shift is folded
+    into it, and whoever loads the checkpoint gets centred scores; elsewhere (OPT-350m, Llama) it is kept in
+    the config as `score_shift`, which `scores` subtracts.
+    """
+    trunk = getattr(reward_model.base_model, "decoder", reward_model.base_model)
+    norms = [getattr(trunk, name, None) for name in ("final_layer_norm", "ln_f", "norm")]
+    bias = next((norm.bias for norm in norms if getattr(norm, "bias", None) is not None), None)
+    if bias is None:
+        reward_model.config.score_shift = getattr(reward_model.config, "score_shift", 0.0) + mean
+        return
+    weight = reward_model.score.weight[0].detach()
+    with torch.no_grad():
+        bias -= mean * weight / weight.square().sum()
+
+
+class PolicyAndValue(nn.Module):
+    """Policy and value model side by side: one module, so that there is one engine and one optimizer."""
+
+    def __init__(self, policy, value_model):
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+
+    def forward(self, groups: PromptGroups, temperature: float):
+        """New log-probs, entropy and values of a batch, each (N, R)."""
+        logprobs, entropy = response_logprobs(self.policy, groups, temperature)
+        return logprobs, entropy, response_values(self.value_model, groups)

@@ -1,0 +1,110 @@
+"""Prompt groups: a prompt is computed once for all of its completions.
+
+A prompt with K completions is one row
+
+    [ prompt | completion 1 | completion 2 | ... | completion K | padding ]
+
+in which a completion sees the prompt and itself only, and its position ids restart at the prompt's end, so
+that every number equals that of K separate rows. K = 1 is an ordinary row; there is no other code path.
+
+Shapes: B rows, T tokens in the longest row, N completions in all rows, R tokens in the longest completion.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class PromptGroups(NamedTuple):
+    """A batch of prompt groups. Completions stand in order: all of row 0, then all of row 1, ..."""
+
+    input_ids: torch.Tensor  # (B, T)
+    position_ids: torch.Tensor  # (B, T)
+    segments: torch.Tensor  # (B, T) 0 = prompt, k = k-th completion, -1 = padding
+    rows: torch.Tensor  # (N,) the row in which a completion stands
+    states: torch.Tensor  # (N, R) column of the token *before* each response token: the prompt's last for the first
+    responses: torch.Tensor  # (N, R) the response tokens
+    response_mask: torch.Tensor  # (N, R) True = a real response token
+    ends: torch.Tensor  # (N,) column of a completion's last token
+
+    def to(self, device) -> "PromptGroups":
+        return PromptGroups(*(tensor.to(device) for tensor in self))
+
+
+def pack(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]], pad_id: int) -> PromptGroups:
+    """Lay out prompts and their completions, both as token ids, as one row per prompt.
+
+    Raises:
+        ValueError: for an empty prompt or completion, which have no state to predict from or nothing to predict.
+    """
+    if not all(prompts) or not all(all(group) and group for group in completions):
+        raise ValueError("a prompt group needs a prompt and completions of at least one token each")
+    width = max(len(p) + sum(map(len, group)) for p, group in zip(prompts, completions, strict=True))
+    longest = max(len(completion) for group in completions for completion in group)
+    count = sum(map(len, completions))
+    input_ids = torch.full((len(prompts), width), pad_id)
+    position_ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    segments = torch.full((len(prompts), width), -1)
+    states = torch.zeros((count, longest), dtype=torch.long)
+    responses = torch.full((count, longest), pad_id)
+    response_mask = torch.zeros((count, longest), dtype=torch.bool)
+    rows, ends = [], []
+    for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        column = len(prompt)
+        input_ids[row, :column] = torch.tensor(prompt)
+        position_ids[row, :column] = torch.arange(column)
+        segments[row, :column] = 0
+        for k, completion in enumerate(group, start=1):
+            n, size = len(rows), len(completion)
+            tokens = torch.tensor(completion)
+            input_ids[row, column : column + size] = tokens
+            position_ids[row, column : column + size] = torch.arange(len(prompt), len(prompt) + size)
+            segments[row, column : column + size] = k
+            states[n, :size] = torch.arange(column - 1, column - 1 + size)
+            states[n, 0] = len(prompt) - 1
+            responses[n, :size] = tokens
+            response_mask[n, :size] = True
+            rows.append(row)
+            ends.append(column + size - 1)
+            column += size
+    return PromptGroups(
+        input_ids, position_ids, segments, torch.tensor(rows), states, responses, response_mask, torch.tensor(ends)
+    )
+
+
+def attention_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Who sees whom: earlier tokens of the prompt and of the own completion.
+
+    Args:
+        segments: (B, T) as in `PromptGroups`.
+
+    Returns:
+        (B, 1, T, T) boolean, True = sees. A padding token sees itself, since a row of the softmax without any
+        entry is not a number.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    width = segments.shape[1]
+    earlier = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+    seen = earlier & (((key == 0) & (query >= 0)) | (key == query))
+    return seen[:, None]
+
+
+def response_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
+    """Hidden states that predict the real response tokens: (M, D), M = number of True in `response_mask`.
+
+    Args:
+        hidden: (B, T, D).
+    """
+    rows = groups.rows[:, None].expand_as(groups.states)
+    return hidden[rows[groups.response_mask], groups.states[groups.response_mask]]
+
+
+def end_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
+    """Hidden states at each completion's last token: (N, D) from (B, T, D)."""
+    return hidden[groups.rows, groups.ends]
+
+
+def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Put values of the True places (M,) back into a tensor of the mask's shape, 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

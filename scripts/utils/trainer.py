@@ -1,0 +1,113 @@
+"""What the two stages on transformers' `Trainer` share: prompt-group batches, one mean per step, our logging."""
+
+import os
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from utils.config import UserError
+from utils.prompt_groups import PromptGroups
+from utils.run import Run
+
+
+class GroupLossMixin:
+    """Puts in front of a `Trainer`: the loss is one mean over all items of an optimizer step (detail 12).
+
+    A batch is a dict of tensors that holds `items`, the number of tokens (SFT) or pairs (reward) in it; the
+    model's forward returns the *sum* of the loss over them. Dividing by the items of the whole step, over
+    micro-batches and ranks, gives one mean, whatever the lengths are.
+    """
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        count = torch.stack([batch["items"] for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        items = inputs.pop("items")
+        total = model(**inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = items
+        # every rank's gradient is averaged over the ranks afterwards
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+
+def group_forward(model, loss_sum):
+    """Let `model(**batch)` return `loss_sum(model, groups, **rest)`.
+
+    Only the instance's forward is replaced, so that distributed wrappers, which hook the forward, work as
+    ever and what is saved stays a stock checkpoint.
+    """
+    def forward(**batch):
+        groups = PromptGroups(**{name: batch.pop(name) for name in PromptGroups._fields})
+        return loss_sum(model, groups, **batch)
+
+    model.forward = forward
+
+
+class RunCallback(TrainerCallback):
+    """A progress bar, metrics.jsonl, and a clean stop; replaces the default printing."""
+
+    def __init__(self, run: Run, prefix: str):
+        self.run, self.prefix, self.bar = run, prefix, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step",
+                        disable=not state.is_world_process_zero)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+        if self.run.stop_signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        if "loss" in values:
+            self.bar.set_postfix(loss=f"{values['loss']:.3f}")
+            self.run.metrics(state.global_step, {f"{self.prefix}/loss": values["loss"],
+                                                 f"{self.prefix}/grad_norm": values.get("grad_norm"),
+                                                 f"{self.prefix}/learning_rate": values.get("learning_rate")})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def training_arguments(config, run: Run, kind, **more):
+    """`TrainingArguments` (or a subclass) with what the stages have in common."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
+    return kind(
+        output_dir=str(run.folder / "checkpoints"),
+        seed=config.seed,
+        per_device_train_batch_size=config.per_device_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        adam_epsilon=config.adam_eps,
+        adam_beta2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=config.mixed_precision == "bf16",
+        fp16=config.mixed_precision == "fp16",
+        logging_steps=config.logging_steps,
+        save_total_limit=config.save_total_limit,
+        report_to=config.report_to,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        **more,
+    )
+
+
+def newest_checkpoint(run: Run) -> str:
+    """The newest checkpoint of a run that is resumed.
+
+    Raises:
+        UserError: when there is none.
+    """
+    found = get_last_checkpoint(str(run.folder / "checkpoints")) if (run.folder / "checkpoints").is_dir() else None
+    if found is None:
+        raise UserError(f"resume: '{run.folder}' has no checkpoint yet; remove the folder and start again without --resume")
+    return found
