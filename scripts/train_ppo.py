@@ -2,8 +2,8 @@
 
     python scripts/train_ppo.py                                        # the embedded default, after the other two stages
     python scripts/train_ppo.py --config configs/opt-125m/ppo.yaml
-    python scripts/train_ppo.py --rlhf_training_data my_prompts.jsonl --model outputs/mine/sft/final \\
-        --reward_model outputs/mine/reward/final --output_dir outputs/mine/ppo
+    python scripts/train_ppo.py --rlhf_training_data my_prompts.jsonl --rlhf_validation_data none --rlhf_test_data none \\
+        --gold_rules none --model outputs/mine/sft/final --reward_model outputs/mine/reward/final --output_dir outputs/mine/ppo
 
 One update: sample K responses for each prompt, score them, take the log-probs of the reference policy and the
 values, turn score and KL into rewards, advantages by GAE, then `ppo_epochs` passes of the clipped objective. A
@@ -60,7 +60,7 @@ from utils.ppo import (
     whiten,
 )
 from utils.prompt_groups import PromptGroups, pack
-from utils.run import Run, check_task, stage_summaries
+from utils.run import Run, check_task, refuse_used_folder, stage_summaries
 
 
 @dataclass
@@ -70,8 +70,8 @@ class PPOStageConfig(StageConfig):
     model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
     reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.", source="N+ detail 22")
     rlhf_training_data: str = key("trl-lib/tldr", "Prompts: .jsonl(.gz) file or hub name.")
-    rlhf_validation_data: str | None = key(None, "Prompts that choose the policy; none: the hub's split, or held out.")
-    rlhf_test_data: str | None = key(None, "Prompts that the final figures are taken on; none: as for validation.")
+    rlhf_validation_data: str | None = key(None, "Prompts that choose the policy; none: held out of the training data.")
+    rlhf_test_data: str | None = key(None, "Prompts that the final figures are taken on; none: held out too.")
     gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.")
     total_episodes: int = key(100_000, "Responses sampled in the whole run.", unit="episodes", low=1)
     prompts_per_update: int = key(128, "Prompts of one update, over all processes.", low=1)
@@ -87,6 +87,7 @@ class PPOStageConfig(StageConfig):
     cliprange_value: float = key(0.2, "Clip of the value.", source="N+ detail 31", low=0.0)
     vf_coef: float = key(0.1, "Weight of the value loss.", source="N+ detail 31", low=0.0)
     missing_eos_score: float = key(-1.0, "Score of a response without EOS.", source="N+ detail 26")
+    save_steps: int = key(20, "A checkpoint is saved every so many updates.", unit="updates", low=1)
     eval_steps: int = key(10, "Summarise the validation prompts every so many updates.", unit="updates", low=1)
     eval_rows: int = key(200, "Prompts in each evaluation during training.", low=1)
     test_rows: int = key(400, "Prompts in the final figures.", low=1)
@@ -249,8 +250,9 @@ def judge_summaries(models: Models, policy, tokenizer, posts, config, temperatur
     """Summarise posts and judge the summaries: means for the log, and the columns behind them."""
     found = summarise(policy, tokenizer, posts.prompts, config, temperature, config.seed, title)
     responses = [[tokens] for tokens in found.tokens]
+    raw = score_groups(models.reward_model, tokenizer, posts.prompts, responses, config.eval_batch_size)
     columns = {"text": found.texts, "tokens": [len(tokens) for tokens in found.tokens], "ended": found.ended,
-               "score": [s for [s] in score_groups(models.reward_model, tokenizer, posts.prompts, responses, config.eval_batch_size)],
+               "score": [s if ended else config.missing_eos_score for [s], ended in zip(raw, found.ended, strict=True)],
                "kl": sequence_kl(policy, models.ref_policy, tokenizer, posts.prompts, responses, config)}
     if config.gold_rules:
         rules = load_gold(find_input(config.gold_rules, "gold_rules"))
@@ -296,36 +298,40 @@ def load_splits(config, tokenizer):
     return [tokenise(tokenizer, part, config) for part in (train, *held.values())]
 
 
-def load_models(config, tokenizer, accelerator) -> tuple[Models, torch.optim.Optimizer, object]:
-    """Policy and value model in one module with one optimizer; reference and reward model frozen."""
+def load_models(config) -> Models:
+    """Policy and value model in one module, reference and reward model frozen."""
     policy, ref_policy = (without_dropout(load_policy(config.model)) for _ in range(2))
     value_model, reward_model = (load_scalar_model(config.reward_model, "reward_model") for _ in range(2))
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
         value_model.gradient_checkpointing_enable()
     refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
-    both = PolicyAndValue(policy, value_model)
-    optimizer = torch.optim.AdamW(both.parameters(), lr=config.learning_rate, eps=config.adam_eps,
+    for frozen in (ref_policy, reward_model):
+        frozen.requires_grad_(False).eval()
+    return Models(PolicyAndValue(policy, value_model), policy, value_model, ref_policy, reward_model)
+
+
+def prepare(models: Models, config, accelerator) -> tuple[Models, torch.optim.Optimizer, object]:
+    """One optimizer and one engine for what is trained; the frozen models on the device."""
+    optimizer = torch.optim.AdamW(models.trained.parameters(), lr=config.learning_rate, eps=config.adam_eps,
                                   betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
     steps = config.updates * config.ppo_epochs * config.num_minibatches
     # the scheduler is stepped by hand and on every rank alike, so the accelerator must not wrap it
     scheduler = get_linear_schedule_with_warmup(optimizer, config.warmup_steps, steps)
-    trained, optimizer = accelerator.prepare(both, optimizer)
-    for frozen in (ref_policy, reward_model):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
-    return Models(trained, policy, value_model, ref_policy, reward_model), optimizer, scheduler
+    trained, optimizer = accelerator.prepare(models.trained, optimizer)
+    for frozen in (models.ref_policy, models.reward_model):
+        frozen.to(accelerator.device)
+    return models._replace(trained=trained), optimizer, scheduler
 
 
 def prompts_of(update: int, prompts: list, config, accelerator) -> list:
     """This rank's prompts of an update: pass after pass over the data, each in its own shuffled order."""
     size = config.prompts_per_update // accelerator.num_processes
     first = update * config.prompts_per_update + accelerator.process_index * size
-    chosen = []
-    for index in range(first, first + size):
-        epoch, place = divmod(index, len(prompts))
-        order = random.Random(f"{config.seed}-{epoch}").sample(range(len(prompts)), len(prompts))
-        chosen.append(prompts[order[place]])
-    return chosen
+    places = [divmod(index, len(prompts)) for index in range(first, first + size)]
+    orders = {epoch: random.Random(f"{config.seed}-{epoch}").sample(range(len(prompts)), len(prompts))
+              for epoch in {epoch for epoch, _ in places}}
+    return [prompts[orders[epoch][place]] for epoch, place in places]
 
 
 def train(models, tokenizer, prompts, validation, config, run, keeper, optimizer, scheduler, accelerator) -> None:
@@ -339,13 +345,13 @@ def train(models, tokenizer, prompts, validation, config, run, keeper, optimizer
         figures = rollout_metrics(batches, config, accelerator)
         refuse_collapse(figures, config)
         if update % config.eval_steps == 0:
-            evaluate(models, tokenizer, validation, config, run, keeper, update, figures["objective/kl"])
+            evaluate(models, tokenizer, validation, config, run, keeper, update)
         evaluated = time.time()
         shuffle = random.Random(f"{config.seed}-{update}")
         figures |= ppo_update(models, batches, optimizer, scheduler, config, accelerator, shuffle)
         figures |= {"time/rollout": sampled - began, "time/update": time.time() - evaluated,
-                    "learning_rate": scheduler.get_last_lr()[0],
-                    "episodes": (update + 1) * config.prompts_per_update * config.responses_per_prompt}
+                    "policy/learning_rate": scheduler.get_last_lr()[0],
+                    "objective/episodes": (update + 1) * config.prompts_per_update * config.responses_per_prompt}
         run.metrics(update + 1, figures)
         bar.update(1)
         bar.set_postfix(score=f"{figures['objective/score']:.2f}", kl=f"{figures['objective/kl']:.2f}")
@@ -355,7 +361,7 @@ def train(models, tokenizer, prompts, validation, config, run, keeper, optimizer
             bar.close()
             run.stopped()
     bar.close()
-    evaluate(models, tokenizer, validation, config, run, keeper, config.updates, figures["objective/kl"])
+    evaluate(models, tokenizer, validation, config, run, keeper, config.updates)
 
 
 def refuse_collapse(figures: dict, config) -> None:
@@ -368,20 +374,22 @@ def refuse_collapse(figures: dict, config) -> None:
                         f"{config.kl_limit}: lower learning_rate or raise kl_coef; the last checkpoint is intact")
 
 
-def evaluate(models, tokenizer, validation, config, run, keeper, update: int, kl: float) -> None:
+def evaluate(models, tokenizer, validation, config, run, keeper, update: int) -> None:
     """Summarise the validation prompts nearly greedily, log the figures, offer the policy as the best one.
 
-    Args:
-        kl: of the newest rollout, at the training temperature: what the budget is about.
+    The KL is that of summaries sampled at the training temperature: of greedy ones it would be no estimate.
     """
     means, _ = judge_summaries(models, models.policy, tokenizer, validation, config, config.eval_temperature, "validation")
+    sampled, _ = judge_summaries(models, models.policy, tokenizer, validation, config, config.temperature, "validation, sampled")
+    means["kl"] = sampled["kl"]
     run.metrics(update, {f"eval/{name}": value for name, value in means.items()})
     run.say(f"update {update}: " + " ".join(f"{name} {value:.3f}" for name, value in means.items()))
-    keeper.offer(update, means["score"], kl)
+    keeper.offer(update, means["score"], means["kl"])
 
 
-def finish(run, config, models, tokenizer, test, seconds, reached: int) -> None:
+def finish(run, config, models, tokenizer, test, seconds) -> None:
     """PPO against SFT on the same held-out prompts; final/, summary.json, samples, plots, the table."""
+    reached = config.updates * config.prompts_per_update * config.responses_per_prompt
     columns, means = {}, {}
     for name, policy in (("before", models.ref_policy), ("after", models.policy)):
         for kind, temperature in (("sampled", config.temperature), ("greedy", config.eval_temperature)):
@@ -417,26 +425,29 @@ def gold_figures(columns, means, seed: int) -> dict:
 
 
 def main(config: PPOStageConfig) -> None:
+    refuse_used_folder(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     check_task(tokenizer, {"model": config.model, "reward_model": config.reward_model})
-    run = Run(config, "ppo")
+    prompts, validation, test = load_splits(config, tokenizer)
+    models = load_models(config)
+    run = Run(config, "ppo", [])
     accelerator = build_accelerator(config, run.folder)
     if config.prompts_per_update % accelerator.num_processes:
         raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out over "
                         f"{accelerator.num_processes} processes; take a multiple")
     run.use_tracker(accelerator)
     run.catch_signals()
-    prompts, validation, test = load_splits(config, tokenizer)
-    models, optimizer, scheduler = load_models(config, tokenizer, accelerator)
+    models, optimizer, scheduler = prepare(models, config, accelerator)
     accelerator.register_for_checkpointing(scheduler)
     keeper = Keeper(run, config, accelerator, models.policy)
     began = time.time()
-    train(models, tokenizer, prompts.prompts, validation, config, run, keeper, optimizer, scheduler, accelerator)
-    seconds = time.time() - began
-    keeper.restore_best()
-    run.say(f"best policy: update {keeper.best['update']}, held-out score {keeper.best['score']:.3f}, KL {keeper.best['kl']:.2f}")
-    finish(run, config, models, tokenizer, test, seconds, config.updates * config.prompts_per_update * config.responses_per_prompt)
+    # sampling and scoring call the models inside the accelerator's wrapper, so they need its precision too (detail 27)
+    with accelerator.autocast():
+        train(models, tokenizer, prompts.prompts, validation, config, run, keeper, optimizer, scheduler, accelerator)
+        seconds = time.time() - began
+        keeper.restore_best()
+        finish(run, config, models, tokenizer, test, seconds)
     accelerator.end_training()
 
 

@@ -2,7 +2,8 @@
 
     python scripts/train_reward.py                                        # the embedded default, after train_sft.py
     python scripts/train_reward.py --config configs/opt-125m/reward.yaml
-    python scripts/train_reward.py --reward_training_data my.jsonl --model outputs/mine/sft/final --output_dir outputs/mine/reward
+    python scripts/train_reward.py --reward_training_data my.jsonl --reward_validation_data none --reward_test_data none \\
+        --centring_data none --model outputs/mine/sft/final --output_dir outputs/mine/reward
 
 K ranked summaries of a post are one row: the post is computed once and all K(K-1)/2 pairs are trained on. The
 loss is -log sigmoid(r_better - r_worse), one mean over all pairs of an optimizer step. At the end the scores are
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
@@ -28,8 +29,8 @@ from utils.metrics import bootstrap_interval, expected_calibration_error, label_
 from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
 from utils.plots import plot_reward
 from utils.prompt_groups import pack
-from utils.run import Run, check_task, stage_summaries
-from utils.trainer import GroupLossMixin, RunCallback, group_forward, newest_checkpoint, training_arguments
+from utils.run import Run, check_task, refuse_used_folder, stage_summaries
+from utils.trainer import GroupLossMixin, newest_checkpoint, training_arguments
 
 
 @dataclass
@@ -37,14 +38,15 @@ class RewardStageConfig(StageConfig):
     """The reward model. Defaults: OPT on TL;DR comparisons."""
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
-    reward_training_data: str = key("openai_summarize_comparisons", "Comparisons or rankings: .jsonl(.gz) file or hub name.")
-    reward_validation_data: str | None = key(None, "Rankings to watch during training; none: the hub's split, or held out.")
-    reward_test_data: str | None = key(None, "Rankings that the final figures are taken on; none: as for validation.")
+    reward_training_data: str = key("CarperAI/openai_summarize_comparisons", "Comparisons or rankings: .jsonl(.gz) file or hub name.")
+    reward_validation_data: str | None = key(None, "Rankings to watch during training; none: held out of the training data.")
+    reward_test_data: str | None = key(None, "Rankings that the final figures are taken on; none: held out too.")
     centring_data: str | None = key(None, "Examples whose references score 0 on average; none: no shift.", source="detail 19")
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", source="IG: K = 4 to 9", low=2)
     max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens", source="N+", low=2)
     num_train_epochs: float = key(1.0, "Passes over the data; it overfits in the second.", source="IG detail 10", low=0.0)
     max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", low=-1)
+    save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1)
     eval_steps: int = key(100, "Accuracy on the validation rankings every so many steps.", unit="steps", low=1)
     eval_rows: int = key(200, "Posts in each evaluation during training.", low=1)
     test_rows: int = key(1000, "Posts in the final figures.", low=1)
@@ -54,17 +56,16 @@ class RewardStageConfig(StageConfig):
 class RewardStageTrainer(GroupLossMixin, Trainer):
     """`Trainer` with the pairwise loss over prompt groups, and pair accuracy as its evaluation."""
 
-    def __init__(self, *args, run, config, validation, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.remove_callback(PrinterCallback)
-        group_forward(self.model, pairwise_loss_sum)
-        self.run, self.config, self.validation = run, config, validation
+    def __init__(self, *args, config, validation, **kwargs):
+        super().__init__(*args, loss_sum=pairwise_loss_sum, **kwargs)
+        self.config, self.validation = config, validation
 
     def evaluate(self, *args, **kwargs):
         figures, _ = accuracy_of(self.model, self.processing_class, self.validation, self.config, "validation")
-        self.run.metrics(self.state.global_step, {"eval/accuracy": figures["accuracy"], "eval/ece": figures["ece"]})
-        self.run.say(f"step {self.state.global_step}: validation accuracy {figures['accuracy']:.3f}")
-        return {"eval_accuracy": figures["accuracy"]}
+        figures = {f"eval_{name}": figures[name] for name in ("accuracy", "ece")}
+        self.log(figures)
+        self.run.say(f"step {self.state.global_step}: validation accuracy {figures['eval_accuracy']:.3f}")
+        return figures
 
 
 def pairwise_loss_sum(model, groups, better, worse):
@@ -140,26 +141,30 @@ def load_splits(config, tokenizer, say):
             for name, part in {"reward_training_data": train, **held}.items()]
 
 
-def centre(model, tokenizer, config, say) -> None:
+def centre(model, tokenizer, references, config, say) -> None:
     """Shift the scores so that reference summaries score 0 on average (detail 19)."""
-    examples = load_examples(config.centring_data, "centring_data")
-    rows = tokenise(tokenizer, examples[: config.test_rows], config, config.max_completion_tokens, say)
-    found = score_groups(model, tokenizer, rows.prompts, [[c] for c in rows.completions], config.eval_batch_size, "centring")
+    completions = [[completion] for completion in references.completions]
+    found = score_groups(model, tokenizer, references.prompts, completions, config.eval_batch_size, "centring")
     mean = float(np.mean(found))
     centre_scores(model, mean)
     say(f"shifted the scores by {-mean:+.3f}: the {len(found)} reference summaries now score 0 on average")
 
 
 def main(config: RewardStageConfig) -> None:
+    refuse_used_folder(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     check_task(tokenizer, {"model": config.model})
-    run = Run(config, "reward")
-    run.catch_signals()
-    train, validation, test = load_splits(config, tokenizer, run.say)
+    notes = []
+    train, validation, test = load_splits(config, tokenizer, notes.append)
+    if config.centring_data:
+        references = tokenise(tokenizer, load_examples(config.centring_data, "centring_data")[: config.test_rows], config,
+                              config.max_completion_tokens, notes.append)
     model = load_scalar_model(config.model, "model", new_head_seed=config.seed)
     model.config.pad_token_id = tokenizer.pad_token_id
     refuse_too_long(model, config.max_prompt_tokens + config.max_completion_tokens, "max_prompt_tokens + max_completion_tokens")
+    run = Run(config, "reward", notes)
+    run.catch_signals()
     trainer = RewardStageTrainer(
         model=model,
         args=training_arguments(
@@ -169,7 +174,7 @@ def main(config: RewardStageConfig) -> None:
         ),
         train_dataset=train, eval_dataset=validation,
         data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
-        processing_class=tokenizer, callbacks=[RunCallback(run, "reward")],
+        processing_class=tokenizer,
         run=run, config=config, validation=validation,
     )
     began = time.time()
@@ -178,7 +183,7 @@ def main(config: RewardStageConfig) -> None:
     if run.stop_signal is not None:
         run.stopped()
     if config.centring_data:
-        centre(trainer.model, tokenizer, config, run.say)
+        centre(trainer.model, tokenizer, references, config, run.say)
     finish(run, config, trainer, tokenizer, test, seconds)
 
 

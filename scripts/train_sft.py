@@ -2,7 +2,8 @@
 
     python scripts/train_sft.py                                        # the embedded default, about a minute on two cores
     python scripts/train_sft.py --config configs/opt-125m/sft.yaml     # a real model on a real data set
-    python scripts/train_sft.py --actor_training_data my.jsonl --output_dir outputs/mine/sft
+    python scripts/train_sft.py --actor_training_data my.jsonl --actor_validation_data none --actor_test_data none \\
+        --output_dir outputs/mine/sft
 
 The loss is taken on the completion and its EOS, and the language-model head is applied there only. Every
 `eval_steps` the model summarises held-out posts; the checkpoint with the highest mean of ROUGE-1/2/L is kept.
@@ -17,7 +18,7 @@ from functools import partial
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from utils.config import PROJECT, StageConfig, key, start
@@ -27,8 +28,8 @@ from utils.metrics import SummaryRouge
 from utils.models import load_policy, load_tokenizer, response_logits
 from utils.plots import plot_sft
 from utils.prompt_groups import pack
-from utils.run import Run, stage_summaries
-from utils.trainer import GroupLossMixin, RunCallback, group_forward, newest_checkpoint, training_arguments
+from utils.run import Run, refuse_used_folder, stage_summaries
+from utils.trainer import GroupLossMixin, newest_checkpoint, training_arguments
 
 
 @dataclass
@@ -38,8 +39,8 @@ class SFTStageConfig(StageConfig):
     model: str = key("facebook/opt-125m", "Base model: a folder or a hub name.")
     from_scratch: bool = key(False, "Start from random weights of the model's architecture (pretraining).")
     actor_training_data: str = key("trl-lib/tldr", "Examples to learn from: .jsonl(.gz) file or hub name.")
-    actor_validation_data: str | None = key(None, "Examples that choose the checkpoint; none: the hub's split, or held out.")
-    actor_test_data: str | None = key(None, "Examples that the final figures are taken on; none: as for validation.")
+    actor_validation_data: str | None = key(None, "Examples that choose the checkpoint; none: held out of the training data.")
+    actor_test_data: str | None = key(None, "Examples that the final figures are taken on; none: held out too.")
     loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13", choices=["completion", "sequence"])
     max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens", low=2)
     max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="N+ detail 3", low=1)
@@ -55,18 +56,18 @@ class SFTStageConfig(StageConfig):
 class SFTStageTrainer(GroupLossMixin, SFTTrainer):
     """trl's trainer with our loss, and ROUGE on generated summaries as its evaluation."""
 
-    def __init__(self, *args, run, config, validation, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.remove_callback(PrinterCallback)
-        group_forward(self.model, completion_loss_sum)
-        self.run, self.config, self.validation = run, config, validation
+    def __init__(self, *args, config, validation, **kwargs):
+        super().__init__(*args, loss_sum=completion_loss_sum, **kwargs)
+        self.config, self.validation = config, validation
 
     def evaluate(self, *args, **kwargs):
         figures = rouge_of(self.model, self.processing_class, self.validation, self.config, "validation")[0]
-        self.run.metrics(self.state.global_step, {f"eval/{name}": value for name, value in figures.items()})
+        figures = {f"eval_{name}": value for name, value in figures.items()}
+        self.log(figures)
         self.run.say(f"step {self.state.global_step}: validation ROUGE-1/2/L "
-                     + " ".join(f"{figures[n]:.3f}" for n in ("rouge1", "rouge2", "rougeL")) + f", mean {figures['rouge_avg']:.3f}")
-        return {f"eval_{name}": value for name, value in figures.items()}
+                     + " ".join(f"{figures[f'eval_{n}']:.3f}" for n in ("rouge1", "rouge2", "rougeL"))
+                     + f", mean {figures['eval_rouge_avg']:.3f}")
+        return figures
 
     def log(self, logs, start_time=None):
         # past SFTTrainer's own, which adds figures that its own loss gathers
@@ -116,14 +117,16 @@ def load_splits(config, tokenizer, say):
 
 
 def main(config: SFTStageConfig) -> None:
+    refuse_used_folder(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    run = Run(config, "sft")
-    run.catch_signals()
-    train, validation, test = load_splits(config, tokenizer, run.say)
+    notes = []
+    train, validation, test = load_splits(config, tokenizer, notes.append)
     model = load_policy(config.model, from_scratch=config.from_scratch)
     longest = max(len(p) + len(c) for p, c in zip(train.prompts, train.completions, strict=True))
     refuse_too_long(model, max(longest, max(map(len, test.prompts)) + config.max_new_tokens), "actor_training_data")
+    run = Run(config, "sft", notes)
+    run.catch_signals()
     rows = Dataset.from_dict({
         "prompt": train.prompts,
         "completion": train.completions,
@@ -140,7 +143,7 @@ def main(config: SFTStageConfig) -> None:
         ),
         train_dataset=rows, eval_dataset=rows.select([0]),
         data_collator=partial(collate, pad_id=tokenizer.pad_token_id, loss_on=config.loss_on),
-        processing_class=tokenizer, callbacks=[RunCallback(run, "sft")],
+        processing_class=tokenizer,
         run=run, config=config, validation=validation,
     )
     before, base_summaries = rouge_of(model, tokenizer, test, config, "base model")

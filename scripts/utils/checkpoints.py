@@ -53,6 +53,8 @@ class Keeper:
         """Put the best policy's weights into the policy."""
         if self.best["update"] >= 0:
             load_model(self.policy, self.folder / f"best-{self.best['update']}" / "model.safetensors")
+            self.run.say(f"best policy: update {self.best['update']}, held-out score {self.best['score']:.3f}, "
+                         f"KL {self.best['kl']:.2f}")
 
     def _found(self, kind):
         whole = [p for p in self.folder.glob(f"{kind}-*") if p.suffix != ".tmp"]

@@ -4,9 +4,9 @@ Parsing is trl's `TrlParser`. What is added here is what people need when they m
 wrong type or a value out of range stops at once with one line that names the file, the line and the key.
 """
 
-import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import typing
 from pathlib import Path
@@ -87,10 +87,11 @@ def parse_config(config_class, default_file: Path, argv: list[str], description:
     _parse(parser, strings, lambda name: f"{path}:{lines.get(name, 1)}")
     config = _parse(parser, strings + argv, lambda name: "command line")
     given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    kinds = typing.get_type_hints(config_class)  # not field.type: the parser has turned its `str | None` into `str`
     for field in dataclasses.fields(config):
         in_file = field.name in lines and field.name not in given
         where = f"{path}:{lines[field.name]}" if in_file else "command line"
-        setattr(config, field.name, _checked(field, getattr(config, field.name), where))
+        setattr(config, field.name, _checked(field, kinds[field.name], getattr(config, field.name), where))
     return config
 
 
@@ -109,7 +110,10 @@ def _config_path(argv, default_file):
     index = argv.index("--config")
     if index + 1 == len(argv):
         raise UserError("command line: --config needs a file, for example --config configs/tldr_mini/sft.yaml")
-    return find_input(argv[index + 1], "--config"), argv[:index] + argv[index + 2 :]
+    rest = argv[:index] + argv[index + 2 :]
+    if "--config" in rest:
+        raise UserError("command line: --config stands twice; settings of several files do not add up")
+    return find_input(argv[index + 1], "--config"), rest
 
 
 def read_yaml(path: Path) -> tuple[dict, dict]:
@@ -117,7 +121,7 @@ def read_yaml(path: Path) -> tuple[dict, dict]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text) or {}
+        values = {} if node is None else yaml.safe_load(text)  # None: nothing but comments
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -125,11 +129,14 @@ def read_yaml(path: Path) -> tuple[dict, dict]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise UserError(f"{path}:{line}: is not valid YAML ({getattr(error, 'problem', error)})") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", error)
+        raise UserError(f"{path}:{line}: is not valid YAML ({problem})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}:1: must be a YAML mapping of 'key: value' lines, found a {type(values).__name__}")
     lines = {}
     for name_node, _ in node.value if node else []:
+        if not isinstance(name_node.value, str) or name_node.value not in values:  # 1, true, null, ...
+            raise UserError(f"{path}:{name_node.start_mark.line + 1}: key '{name_node.value}' is not text")
         if name_node.value in lines:
             first = lines[name_node.value]
             raise UserError(f"{path}:{name_node.start_mark.line + 1}: key '{name_node.value}' stands twice (line {first})")
@@ -142,19 +149,21 @@ def _closest(word, names):
     return f"; did you mean '{match[0]}'?" if match else f"; valid keys: {', '.join(sorted(set(names)))}"
 
 
-def _checked(field, value, where):
+def _checked(field, declared, value, where):
     """The value in its field's type. YAML gives no type guarantee (`3e-6` is a string to PyYAML, `1` an int)."""
-    kinds = typing.get_args(field.type) or (field.type,)
-    if typing.get_origin(field.type) is list:
+    kinds = typing.get_args(declared) or (declared,)
+    if typing.get_origin(declared) is list:
         ok = isinstance(value, list) and all(isinstance(item, kinds[0]) for item in value)
         if not ok:
             raise UserError(f"{where}: '{field.name}' must be a list of {kinds[0].__name__}, found {value!r}")
         return value
-    if value is None and type(None) in kinds:
+    if type(None) in kinds and value in (None, "none", "null"):  # the command line has no other way to say it
         return None
     kind = kinds[0]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: '{field.name}' must be a finite number, found {value!r}")
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise UserError(f"{where}: '{field.name}' must be {_article(kind)}, found {value!r}")
     described = field.metadata["help"]
@@ -224,6 +233,5 @@ class StageConfig:
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str = key("no", "Arithmetic of the forward pass; weights stay float32.", choices=["no", "bf16", "fp16"])
     logging_steps: int = key(5, "Metrics are logged every so many steps.", unit="steps", low=1)
-    save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1)
     save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", low=1)
     report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none for no tracker.")

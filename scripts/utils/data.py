@@ -6,8 +6,10 @@ completions and the pairs of them that somebody compared). Formats are recognise
 
 import gzip
 import json
+import math
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +67,7 @@ def load_rankings(name: str, field: str, max_completions: int, say) -> list[Rank
     rankings, pairs_of, dropped = [], {}, Counter()
     for where, row in read_rows(name, field):
         if "completions" in row:
-            rankings.append(_ranking(row, where))
+            rankings += _capped(_ranking(row, where), max_completions)
             continue
         prompt, chosen, rejected = _comparison(row, where)
         if prompt is None:
@@ -99,17 +101,18 @@ def _read_jsonl(path: Path, field: str):
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{field}: '{path}' is not a .jsonl or .jsonl.gz file; save it as one JSON object a line")
     opened = gzip.open if path.name.endswith(".gz") else open
-    number = 0
+    number, empty = 0, True
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rb") as file:  # decoded line by line: a text file decodes ahead, and the line is not known
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
+                    empty = False
+                    yield f"{path}:{number}", _json_object(line.decode("utf-8"), f"{path}:{number}")
     except UnicodeDecodeError:
-        raise UserError(f"{path}:{number + 1}: is not UTF-8; save the file as UTF-8 text") from None
-    except (gzip.BadGzipFile, EOFError):
-        raise UserError(f"{path}: is no whole gzip file; copy it again, or unpack it and name the .jsonl") from None
-    if number == 0:
+        raise UserError(f"{path}:{number}: is not UTF-8; save the file as UTF-8 text") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{path}:{number + 1}: is no whole gzip file; copy it again or name the unpacked .jsonl") from None
+    if empty:
         raise UserError(f"{field}: '{path}' is empty; it needs one JSON object a line")
 
 
@@ -120,19 +123,24 @@ def _json_object(line: str, where: str) -> dict:
         raise UserError(f"{where}: is not JSON ({error.msg} at column {error.colno}); one object a line is needed") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be a JSON object such as {{\"prompt\": ..., \"completion\": ...}}")
+    if "\\ud" in line.lower():  # emoji are pairs of these; half a pair is no text, and no tokenizer takes it
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: holds half of an emoji (a lone surrogate such as \\ud83d); remove it") from None
     return row
 
 
 def _read_hub(name: str, field: str):
     from datasets import get_dataset_split_names, load_dataset
 
-    wanted = next(splits for role, splits in _SPLITS.items() if role in field)
+    wanted = next((splits for role, splits in _SPLITS.items() if role in field), _SPLITS["validation"])
     try:
         split = next((s for s in wanted if s in get_dataset_split_names(name)), None)
         if split is None:
             raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)}; name a local file instead")
         rows = load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # Runtime: loading scripts
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{field}: '{name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
                         "without a network, save it as a .jsonl file and name that") from None
@@ -176,10 +184,29 @@ def _ranking(row: dict, where: str) -> Ranking:
         raise UserError(f"{where}: column 'completions' holds the same text twice")
     if ranks is None:
         ranks = list(range(len(texts)))
-    if not isinstance(ranks, list) or len(ranks) != len(texts):
-        raise UserError(f"{where}: column 'ranks' must hold one number for each of the {len(texts)} completions")
+    strengths = row.get("label_scores")
+    for column, numbers in (("ranks", ranks), ("label_scores", strengths)):
+        whole = isinstance(numbers, list) and len(numbers) == len(texts) and all(map(_is_number, numbers))
+        if numbers is not None and not whole:
+            raise UserError(f"{where}: column '{column}' must hold one number for each of the {len(texts)} completions")
     pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-    return Ranking(tldr_layout(_text(row, "prompt", where)).rstrip(), texts, pairs, row.get("label_scores"))
+    return Ranking(tldr_layout(_text(row, "prompt", where)).rstrip(), texts, pairs, strengths)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _capped(ranking: Ranking, max_completions: int) -> list[Ranking]:
+    """The ranking itself, or parts of it that hold each pair once."""
+    texts, strength = ranking.completions, ranking.label_scores
+    if len(texts) <= max_completions:
+        return [ranking]
+    parts = _grouped(ranking.prompt, [(texts[i], texts[j]) for i, j in ranking.pairs], max_completions)
+    if strength is None:
+        return parts
+    known = dict(zip(texts, strength, strict=True))
+    return [part._replace(label_scores=[known[text] for text in part.completions]) for part in parts]
 
 
 def _comparison(row: dict, where: str):
@@ -192,6 +219,8 @@ def _comparison(row: dict, where: str):
             raise UserError(f"{where}: column '{column}' is a {type(row[column]).__name__}; text is needed")
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" not in row:
+        if "\n\nAssistant:" not in chosen:
+            raise UserError(f"{where}: column 'prompt' is missing, and 'chosen' is no dialogue with 'Assistant:' turns")
         return _shared_dialogue(chosen, rejected)
     prompt = _text(row, "prompt", where)
     if chosen.startswith("TL;DR:") and rejected.startswith("TL;DR:"):
@@ -213,12 +242,11 @@ def _shared_dialogue(chosen: str, rejected: str):
 def _grouped(prompt: str, pairs: list[tuple[str, str]], max_completions: int) -> list[Ranking]:
     groups: list[tuple[dict, list]] = []
     for chosen, rejected in pairs:
-        for texts, indices in groups:
-            if len({*texts, chosen, rejected}) <= max_completions:
-                break
-        else:
-            texts, indices = {}, []
-            groups.append((texts, indices))
+        group = next((g for g in groups if len({*g[0], chosen, rejected}) <= max_completions), None)
+        if group is None:
+            group = ({}, [])
+            groups.append(group)
+        texts, indices = group
         for text in (chosen, rejected):
             texts.setdefault(text, len(texts))
         indices.append((texts[chosen], texts[rejected]))
@@ -240,6 +268,8 @@ def spaced(completion: str) -> str:
 def split_off(rows: list, share: float, seed: int) -> tuple[list, list]:
     """Hold some prompts out: (rows that stay, rows held out). No prompt is in both (detail 7)."""
     prompts = sorted({row.prompt for row in rows})
+    if len(prompts) < 4:
+        raise UserError(f"{len(prompts)} different prompts are too few to hold some out; name validation and test data too")
     random.Random(seed).shuffle(prompts)
     held = set(prompts[: max(1, round(len(prompts) * share))])
     return [row for row in rows if row.prompt not in held], [row for row in rows if row.prompt in held]
@@ -251,7 +281,8 @@ def refuse_overlap(splits: dict[str, list]) -> None:
     for name, rows in splits.items():
         for prompt in {row.prompt for row in rows}:
             if owner.setdefault(prompt, name) != name:
-                raise UserError(f"the same prompt stands in {owner[prompt]} and in {name}: {prompt[:80]!r}...; remove it from one")
+                raise UserError(f"the same prompt stands in {owner[prompt]} and in {name}: {prompt[:80]!r}...; "
+                                "remove it from one")
 
 
 def prompt_tokens(tokenizer, prompts: list[str], max_tokens: int) -> list[list[int]]:

@@ -73,6 +73,8 @@ def sample(
         Responses with log-probs under the *untruncated* distribution at this temperature: what the update's
         forward pass computes for the same tokens (detail 27), whatever top_k and top_p are.
     """
+    if not prompts:  # a rank's share of a short list
+        return Samples([], [], [])
     was_training = policy.training
     policy.eval()
     # neighbours of like length share a batch, so that little padding is computed

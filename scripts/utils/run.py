@@ -16,37 +16,25 @@ import torch
 
 from utils.config import PROJECT, UserError, find_input, save_config
 from utils.data import TLDR_TEMPLATE
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM arrived and everything needed to go on has been saved."""
+from utils.distributed import world
 
 
 class Run:
-    """One stage's run directory.
+    """One stage's run directory. Made when all inputs have been checked, so that a mistake leaves nothing behind."""
 
-    Raises:
-        UserError: for a non-empty folder without `resume`, for `resume` without anything to resume.
-    """
-
-    def __init__(self, config, stage: str, is_main: bool = True):
-        self.config, self.stage, self.is_main = config, stage, is_main
+    def __init__(self, config, stage: str, notes: list[str]):
+        self.config, self.stage, self.is_main = config, stage, world().is_main_process
         self.folder = Path(config.output_dir).expanduser()
         self.started = time.time()
-        if is_main:
+        if self.is_main:
             self._open()
         self.log = self._logger()
+        for note in notes:
+            self.say(note)
         self.stop_signal = None
         self._tracker = None
 
     def _open(self):
-        used = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        if used and not self.config.resume:
-            raise UserError(f"output_dir: '{self.folder}' is in use; go on with --resume, or name a new --output_dir")
-        if self.config.resume and (self.folder / "final").exists():
-            raise UserError(f"output_dir: '{self.folder}' is finished (it has final/); name a new --output_dir")
-        if self.config.resume and not (self.folder / "config.yaml").exists():
-            raise UserError(f"output_dir: nothing to resume in '{self.folder}'; leave --resume out to start")
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "plots").mkdir(exist_ok=True)
         save_config(self.config, self.folder / "config.yaml")
@@ -124,6 +112,18 @@ class Run:
         command = " ".join(["python", *sys.argv, *([] if self.config.resume else ["--resume"])])
         self.say(f"stopped; go on with: {command}")
         sys.exit(128 + self.stop_signal)
+
+
+def refuse_used_folder(config) -> None:
+    """Raise UserError for a non-empty `output_dir` without `resume`, and for `resume` without anything to resume."""
+    folder = Path(config.output_dir).expanduser()
+    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if used and not config.resume:
+        raise UserError(f"output_dir: '{folder}' is in use; go on with --resume, or name a new --output_dir")
+    if config.resume and (folder / "final").exists():
+        raise UserError(f"output_dir: '{folder}' is finished (it has final/); name a new --output_dir")
+    if config.resume and not (folder / "config.yaml").exists():
+        raise UserError(f"output_dir: nothing to resume in '{folder}'; leave --resume out to start")
 
 
 def check_task(tokenizer, parents: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ import os
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from utils.config import UserError
@@ -19,6 +19,14 @@ class GroupLossMixin:
     model's forward returns the *sum* of the loss over them. Dividing by the items of the whole step, over
     micro-batches and ranks, gives one mean, whatever the lengths are.
     """
+
+    def __init__(self, *args, loss_sum, run: Run, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run = run
+        self.model_accepts_loss_kwargs = True  # the loss below is already divided, over micro-batches too
+        self.remove_callback(PrinterCallback)
+        self.add_callback(RunCallback(run))
+        group_forward(self.model, loss_sum)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         count = torch.stack([batch["items"] for batch in batch_samples]).sum().to(device)
@@ -49,8 +57,8 @@ def group_forward(model, loss_sum):
 class RunCallback(TrainerCallback):
     """A progress bar, metrics.jsonl, and a clean stop; replaces the default printing."""
 
-    def __init__(self, run: Run, prefix: str):
-        self.run, self.prefix, self.bar = run, prefix, None
+    def __init__(self, run: Run):
+        self.run, self.bar = run, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step",
@@ -62,12 +70,13 @@ class RunCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs, **kwargs):
-        values = {name: value for name, value in logs.items() if isinstance(value, int | float)}
-        if "loss" in values:
-            self.bar.set_postfix(loss=f"{values['loss']:.3f}")
-            self.run.metrics(state.global_step, {f"{self.prefix}/loss": values["loss"],
-                                                 f"{self.prefix}/grad_norm": values.get("grad_norm"),
-                                                 f"{self.prefix}/learning_rate": values.get("learning_rate")})
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            self.run.metrics(state.global_step, {f"{self.run.stage}/{name}": logs[name]
+                                                 for name in ("loss", "grad_norm", "learning_rate")})
+        evaluated = {name.replace("eval_", "eval/"): value for name, value in logs.items() if name.startswith("eval_")}
+        if evaluated:
+            self.run.metrics(state.global_step, evaluated)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -75,7 +84,7 @@ class RunCallback(TrainerCallback):
 
 def training_arguments(config, run: Run, kind, **more):
     """`TrainingArguments` (or a subclass) with what the stages have in common."""
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
     return kind(
         output_dir=str(run.folder / "checkpoints"),
         seed=config.seed,

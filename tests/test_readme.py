@@ -1,0 +1,54 @@
+"""The READMEs are true: their commands run, their files exist, both say the same."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks(READMES[0].read_text(), "sh") for line in block.splitlines()]
+    return sorted({line for line in lines if line})
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python scripts/")])
+def test_python_commands_are_understood(command):
+    """With `--help` behind it each command parses; the stages themselves are run by test_stages."""
+    words = [sys.executable, *shlex.split(command)[1:], *(["--help"] if "--help" not in command else [])]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--output_dir" in done.stdout, done.stderr
+    configs = re.findall(r"configs/\S+", command)
+    assert all((ROOT / config).is_file() for config in configs)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_make_targets_exist(command):
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_links_lead_somewhere_and_no_number_is_missing(readme):
+    text = readme.read_text()
+    assert "{{" not in text
+    for target in re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', text):
+        link = "".join(target)
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_both_languages_hold_the_same_commands_numbers_and_keys():
+    ours, theirs = (path.read_text() for path in READMES)
+    for language in ("sh", "json", "yaml"):
+        assert blocks(ours, language) == blocks(theirs, language)
+    for pattern in (r"`[a-z]+/[a-zA-Z0-9_]+`", r"\d+\.\d\d+"):
+        assert sorted(set(re.findall(pattern, ours))) == sorted(set(re.findall(pattern, theirs)))

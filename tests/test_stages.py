@@ -1,0 +1,133 @@
+"""The real `main()` of each stage on a tiny model: the files it leaves, the keys it writes, and going on after a stop."""
+
+import json
+import re
+import signal
+
+import pytest
+import torch
+import train_ppo
+import train_reward
+import train_sft
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
+from utils.config import PROJECT, UserError, parse_config
+
+SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "seconds", "tokens_per_second"}
+REWARD_KEYS = {"accuracy", "accuracy_low", "accuracy_high", "label_ceiling", "longest_accuracy", "pairs", "seconds",
+               "pairs_per_second"}
+PPO_KEYS = {"score_before", "score_after", "gold_before", "gold_after", "gold_win_rate", "gold_win_rate_low",
+            "gold_win_rate_high", "gold_win_rate_greedy", "kl", "rouge_avg", "episodes", "seconds", "episodes_per_second"}
+EVERY_STAGE = {"peak_memory_mb", "seed"}
+FILES = {"config.yaml", "metrics.jsonl", "samples.jsonl", "train.log", "summary.json", "plots", "checkpoints", "final",
+         "tensorboard"}
+
+QUICK = {
+    train_sft: "--max_steps 4 --eval_steps 2 --eval_rows 4 --test_rows 4 --logging_steps 1",
+    train_reward: "--max_steps 4 --eval_steps 2 --save_steps 2 --eval_rows 4 --test_rows 8 --logging_steps 1",
+    train_ppo: "--total_episodes 32 --prompts_per_update 4 --responses_per_prompt 2 --ppo_epochs 2 --eval_steps 2 "
+               "--save_steps 2 --eval_rows 4 --test_rows 4",
+}
+NAMES = {train_sft: "sft", train_reward: "reward", train_ppo: "ppo"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random OPT with the mini tokenizer, and where the three stages put their runs."""
+    folder = tmp_path_factory.mktemp("stages")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
+    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                       num_attention_heads=4, max_position_embeddings=384, dropout=0.1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return folder
+
+
+def config_of(script, folder, out, extra=""):
+    parents = {train_sft: f"--model {folder / 'base'}", train_reward: f"--model {folder / 'run/sft/final'}",
+               train_ppo: f"--model {folder / 'run/sft/final'} --reward_model {folder / 'run/reward/final'}"}
+    stage = NAMES[script]
+    kind = {"sft": "SFTStageConfig", "reward": "RewardStageConfig", "ppo": "PPOStageConfig"}[stage]
+    words = f"{parents[script]} {QUICK[script]} --max_new_tokens 8 --output_dir {folder / out / stage} {extra}"
+    if stage == "reward":
+        words = words.replace("--max_new_tokens 8", "")
+    return parse_config(getattr(script, kind), PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", words.split())
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """The run directory after all three stages."""
+    for script in (train_sft, train_reward, train_ppo):
+        script.main(config_of(script, folder, "run"))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("stage", "keys", "plots"), [
+    ("sft", SFT_KEYS, {"sft.png"}),
+    ("reward", REWARD_KEYS, {"reward.png", "score_histogram.png"}),
+    ("ppo", PPO_KEYS, {"ppo.png"}),
+])
+def test_run_directory(finished, stage, keys, plots):
+    run = finished / stage
+    assert {p.name for p in run.iterdir()} == FILES
+    assert {p.name for p in (run / "plots").iterdir()} == plots
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) == keys | EVERY_STAGE
+    assert all(isinstance(value, int | float) for value in summary.values())
+    assert {"config.json", "model.safetensors", "tokenizer.json", "stage.json"} <= {p.name for p in (run / "final").iterdir()}
+    assert not list(run.rglob("*.tmp"))
+    assert all(json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines())
+
+
+def test_metrics_hold_a_line_for_every_update(finished):
+    rows = [json.loads(line) for line in (finished / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "objective/kl" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 4]
+    first = rows[1]
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the policy still is the reference
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_every_metric_is_in_the_glossary(finished, readme):
+    logged = {name for stage in ("sft", "reward", "ppo")
+              for line in (finished / stage / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    explained = set(re.findall(r"`([^`]+)`", (PROJECT / readme).read_text()))
+    assert logged - {"step"} <= explained
+
+
+def test_final_models_are_stock_checkpoints(finished):
+    policy = AutoModelForCausalLM.from_pretrained(finished / "ppo" / "final")
+    reward = AutoModelForSequenceClassification.from_pretrained(finished / "reward" / "final")
+    assert reward.config.num_labels == 1 and policy.config.dropout == 0
+    stage = json.loads((finished / "ppo" / "final" / "stage.json").read_text())
+    assert stage["stage"] == "ppo" and set(stage["parents"]) == {"model", "reward_model"}
+
+
+def test_a_used_folder_is_refused(finished, folder):
+    before = sorted(p.stat().st_mtime_ns for p in (finished / "sft").rglob("*"))
+    with pytest.raises(UserError, match="is in use"):
+        train_sft.main(config_of(train_sft, folder, "run"))
+    assert sorted(p.stat().st_mtime_ns for p in (finished / "sft").rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", [train_sft, train_reward, train_ppo])
+def test_stop_and_resume_end_like_an_undisturbed_run(script, finished, folder, monkeypatch):
+    """A signal in the middle saves; `--resume` then ends with the weights of the run that was never stopped."""
+    stage, steps = NAMES[script], []
+    run_class = script.Run
+
+    class Interrupted(run_class):
+        def metrics(self, step, values):
+            super().metrics(step, values)
+            steps.append(step)
+            if step == 2 and self.stop_signal is None and not self.config.resume:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(script, "Run", Interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(config_of(script, folder, "stopped"))
+    assert stopped.value.code == 128 + signal.SIGTERM and max(steps) < 4
+    script.main(config_of(script, folder, "stopped", "--resume"))
+    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    resumed, whole = (kind.from_pretrained(folder / out / stage / "final").state_dict() for out in ("stopped", "run"))
+    assert max((resumed[name] - whole[name]).abs().max().item() for name in whole) < 1e-6
