@@ -60,12 +60,9 @@ class RewardStageTrainer(GroupLossMixin, Trainer):
         super().__init__(*args, loss_sum=pairwise_loss_sum, **kwargs)
         self.config, self.validation = config, validation
 
-    def evaluate(self, *args, **kwargs):
-        figures, _ = accuracy_of(self.model, self.processing_class, self.validation, self.config, "validation")
-        figures = {f"eval_{name}": figures[name] for name in ("accuracy", "ece")}
-        self.log(figures)
-        self.run.say(f"step {self.state.global_step}: validation accuracy {figures['eval_accuracy']:.3f}")
-        return figures
+    def figures(self):
+        found, _ = accuracy_of(self.model, self.processing_class, self.validation, self.config, "validation")
+        return {name: found[name] for name in ("accuracy", "ece")}
 
 
 def pairwise_loss_sum(model, groups, better, worse):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rouge_score import rouge_scorer
+
 from utils import metrics
 
 SCRIPTS = Path(metrics.__file__).resolve().parent.parent

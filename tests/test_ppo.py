@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from utils import ppo
 
 CLIP = 0.2

@@ -6,10 +6,11 @@ import signal
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
+
 import train_ppo
 import train_reward
 import train_sft
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 from utils.config import PROJECT, UserError, parse_config
 
 SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "seconds", "tokens_per_second"}

@@ -17,13 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "tldr_mini"
 sys.path.insert(0, str(DATA))
 
-from utils.gold import gold_score, load_gold, mentioned_values, words_of  # noqa: E402
-
 import generate  # noqa: E402
 import phrases  # noqa: E402
 import posts  # noqa: E402
 import pretraining  # noqa: E402
 import summaries  # noqa: E402
+from utils.gold import gold_score, load_gold, mentioned_values, words_of  # noqa: E402
 
 FACTS = {
     "relation": "sister", "name": "Anna", "age": "24", "action": "broke", "object": "lamp", "place": "kitchen",

@@ -7,10 +7,13 @@ wrong type or a value out of range stops at once with one line that names the fi
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import typing
+import warnings
 from pathlib import Path
 
+import torch
 import transformers
 import yaml
 from trl import TrlParser
@@ -198,10 +201,18 @@ def save_config(config, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
 
 
-def start(main, config_class, default_file: Path, description: str) -> None:
-    """Parse the command line, run `main(config)`, and turn a user's mistake into one line and exit status 2."""
+def _quiet() -> None:
+    """Libraries' notes about themselves would drown ours."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
+
+
+def start(main, config_class, default_file: Path, description: str) -> None:
+    """Parse the command line, run `main(config)`, and turn a user's mistake into one line and exit status 2."""
+    _quiet()
     try:
         main(parse_config(config_class, default_file, sys.argv[1:], description))
     except UserError as error:

@@ -23,10 +23,21 @@ class GroupLossMixin:
     def __init__(self, *args, loss_sum, run: Run, **kwargs):
         super().__init__(*args, **kwargs)
         self.run = run
+        self.evaluated = (None, None)  # step and figures
         self.model_accepts_loss_kwargs = True  # the loss below is already divided, over micro-batches too
         self.remove_callback(PrinterCallback)
         self.add_callback(RunCallback(run))
         group_forward(self.model, loss_sum)
+
+    def evaluate(self, *args, **kwargs):
+        """`figures()` as the evaluation, once for each step: `Trainer` asks twice at the last one."""
+        if self.evaluated[0] != self.state.global_step:
+            figures = {f"eval_{name}": value for name, value in self.figures().items()}
+            self.log(figures)
+            shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in figures.items())
+            self.run.say(f"step {self.state.global_step}, validation: {shown}")
+            self.evaluated = (self.state.global_step, figures)
+        return self.evaluated[1]
 
     def _get_num_items_in_batch(self, batch_samples, device):
         count = torch.stack([batch["items"] for batch in batch_samples]).sum().to(device)
