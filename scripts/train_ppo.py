@@ -26,13 +26,13 @@ from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from utils.checkpoints import Keeper
-from utils.config import PROJECT, StageConfig, UserError, find_input, key, start
+from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import load_examples, refuse_overlap, split_off
 from utils.distributed import build_accelerator
-from utils.evaluation import print_stages, refuse_too_long, score_groups, summarise, tokenise
+from utils.evaluation import print_stages, refuse_too_long, tokenise
 from utils.generation import sample
-from utils.gold import gold_score, load_gold
-from utils.metrics import SummaryRouge, win_rate
+from utils.judging import judge_summaries
+from utils.metrics import win_rate
 from utils.models import (
     PolicyAndValue,
     load_policy,
@@ -68,14 +68,16 @@ class PPOStageConfig(StageConfig):
     """PPO. Defaults: those of the published TL;DR runs."""
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
-    reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.", source="N+ detail 22")
+    reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.",
+                            source="N+ detail 22")
     rlhf_training_data: str = key("trl-lib/tldr", "Prompts: .jsonl(.gz) file or hub name.")
     rlhf_validation_data: str | None = key(None, "Prompts that choose the policy; none: held out of the training data.")
     rlhf_test_data: str | None = key(None, "Prompts that the final figures are taken on; none: held out too.")
     gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.")
     total_episodes: int = key(100_000, "Responses sampled in the whole run.", unit="episodes", low=1)
     prompts_per_update: int = key(128, "Prompts of one update, over all processes.", low=1)
-    responses_per_prompt: int = key(4, "K, responses sampled for each prompt; 128 x 4 = 512 episodes.", source="N+ detail 31", low=1)
+    responses_per_prompt: int = key(4, "K, responses sampled for each prompt; 128 x 4 is the published 512.",
+                                    source="N+ detail 31", low=1)
     ppo_epochs: int = key(4, "Passes over the episodes of an update.", source="N+ detail 31; 1 is stabler for DSC", low=1)
     num_minibatches: int = key(1, "Optimizer steps in one pass.", source="N+ detail 31", low=1)
     max_new_tokens: int = key(53, "Longest response.", unit="tokens", source="N+ detail 3", low=1)
@@ -239,44 +241,10 @@ def rollout_metrics(batches: list[MicroBatch], config, accelerator) -> dict:
         "objective/rlhf_reward": score - config.kl_coef * kl,
         "objective/length": total(lambda b: b.rollout.response_mask.sum()) / episodes,
         "objective/ended": total(lambda b: b.ended.sum()) / episodes,
-        "value/explained_variance": explained_variance(moments(lambda r: r.returns - r.values), moments(lambda r: r.returns)).item(),
+        "value/explained_variance": explained_variance(
+            moments(lambda r: r.returns - r.values), moments(lambda r: r.returns)
+        ).item(),
     }
-
-
-# ------------------------------------------------------------------------------------------------- evaluation
-
-
-def judge_summaries(models: Models, policy, tokenizer, posts, config, temperature: float, title: str) -> tuple[dict, dict]:
-    """Summarise posts and judge the summaries: means for the log, and the columns behind them."""
-    found = summarise(policy, tokenizer, posts.prompts, config, temperature, config.seed, title)
-    responses = [[tokens] for tokens in found.tokens]
-    raw = score_groups(models.reward_model, tokenizer, posts.prompts, responses, config.eval_batch_size)
-    columns = {"text": found.texts, "tokens": [len(tokens) for tokens in found.tokens], "ended": found.ended,
-               "score": [s if ended else config.missing_eos_score for [s], ended in zip(raw, found.ended, strict=True)],
-               "kl": sequence_kl(policy, models.ref_policy, tokenizer, posts.prompts, responses, config)}
-    if config.gold_rules:
-        rules = load_gold(find_input(config.gold_rules, "gold_rules"))
-        columns["gold"] = [gold_score(text, example.facts, rules, ended)
-                           for text, example, ended in zip(found.texts, posts.examples, found.ended, strict=True)]
-    means = {name: sum(values) / len(values) for name, values in columns.items() if name != "text"}
-    known = [(text.strip(), e.completion.strip()) for text, e in zip(found.texts, posts.examples, strict=True) if e.completion]
-    if known:
-        means["rouge_avg"] = SummaryRouge().compute(predictions=[p for p, _ in known], references=[r for _, r in known])["rouge_avg"]
-    return means, columns
-
-
-@torch.no_grad()
-def sequence_kl(policy, ref_policy, tokenizer, prompts, responses, config) -> list[float]:
-    """log p(response) - log p_ref(response) at the training temperature, of each response."""
-    if policy is ref_policy:
-        return [0.0] * len(prompts)
-    found = []
-    for begin in range(0, len(prompts), config.eval_batch_size):
-        part = slice(begin, begin + config.eval_batch_size)
-        groups = pack(prompts[part], responses[part], tokenizer.pad_token_id).to(policy.device)
-        logprobs, ref_logprobs = (response_logprobs(model, groups, config.temperature)[0] for model in (policy, ref_policy))
-        found += kl_penalty(logprobs, ref_logprobs).sum(1).tolist()
-    return found
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -340,7 +308,8 @@ def train(models, tokenizer, prompts, validation, config, run, keeper, optimizer
     bar = tqdm(total=config.updates, initial=done, desc="ppo", unit="update", disable=not accelerator.is_main_process)
     for update in range(done, config.updates):
         began = time.time()
-        batches = collect_rollout(models, tokenizer, prompts_of(update, prompts, config, accelerator), config, update, accelerator)
+        chosen = prompts_of(update, prompts, config, accelerator)
+        batches = collect_rollout(models, tokenizer, chosen, config, update, accelerator)
         sampled = time.time()
         figures = rollout_metrics(batches, config, accelerator)
         refuse_collapse(figures, config)
@@ -379,8 +348,9 @@ def evaluate(models, tokenizer, validation, config, run, keeper, update: int) ->
 
     The KL is that of summaries sampled at the training temperature: of greedy ones it would be no estimate.
     """
-    means, _ = judge_summaries(models, models.policy, tokenizer, validation, config, config.eval_temperature, "validation")
-    sampled, _ = judge_summaries(models, models.policy, tokenizer, validation, config, config.temperature, "validation, sampled")
+    judges = models.ref_policy, models.reward_model
+    means, _ = judge_summaries(models.policy, *judges, tokenizer, validation, config, config.eval_temperature, "validation")
+    sampled, _ = judge_summaries(models.policy, *judges, tokenizer, validation, config, config.temperature, "validation, sampled")
     means["kl"] = sampled["kl"]
     run.metrics(update, {f"eval/{name}": value for name, value in means.items()})
     run.say(f"update {update}: " + " ".join(f"{name} {value:.3f}" for name, value in means.items()))
@@ -393,8 +363,9 @@ def finish(run, config, models, tokenizer, test, seconds) -> None:
     columns, means = {}, {}
     for name, policy in (("before", models.ref_policy), ("after", models.policy)):
         for kind, temperature in (("sampled", config.temperature), ("greedy", config.eval_temperature)):
-            title = f"test, {name}, {kind}"
-            means[name, kind], columns[name, kind] = judge_summaries(models, policy, tokenizer, test, config, temperature, title)
+            means[name, kind], columns[name, kind] = judge_summaries(
+                policy, models.ref_policy, models.reward_model, tokenizer, test, config, temperature, f"test, {name}, {kind}"
+            )
     gold = gold_figures(columns, means, config.seed)
     before, after = means["before", "sampled"], means["after", "sampled"]
     run.say(f"test: share with EOS {after['ended']:.3f}, length {before['tokens']:.1f} -> {after['tokens']:.1f} tokens")
@@ -419,7 +390,8 @@ def gold_figures(columns, means, seed: int) -> dict:
     names = ("gold_win_rate", "gold_win_rate_low", "gold_win_rate_high")
     if "gold" not in means["after", "sampled"]:
         return dict.fromkeys(("gold_before", "gold_after", *names, "gold_win_rate_greedy"))
-    won = {kind: win_rate(columns["after", kind]["gold"], columns["before", kind]["gold"], seed) for kind in ("sampled", "greedy")}
+    won = {kind: win_rate(columns["after", kind]["gold"], columns["before", kind]["gold"], seed)
+           for kind in ("sampled", "greedy")}
     return {"gold_before": means["before", "sampled"]["gold"], "gold_after": means["after", "sampled"]["gold"],
             **dict(zip(names, won["sampled"], strict=True)), "gold_win_rate_greedy": won["greedy"][0]}
 

@@ -8,18 +8,16 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pretraining import LISTS
-
 VOCABULARY_SIZE = 3072
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in OPT
-# First row and rows. Enough for every word to be counted, few enough for seconds; no lists.
-TRAINING_FILES = {"actor_train": (0, 4000), "reward_train": (0, 2000), "pretraining_train": (sum(rows for *_, rows in LISTS), 4000)}
+# Enough rows for every word to be counted, few enough for seconds.
+TRAINING_FILES = {"actor_train": 4000, "reward_train": 2000, "pretraining_train": 8000}
 
 
 def training_texts(directory: Path) -> Iterator[str]:
-    for name, (first, count) in TRAINING_FILES.items():
+    for name, count in TRAINING_FILES.items():
         with gzip.open(directory / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-            for line in islice(file, first, first + count):
+            for line in islice(file, count):
                 row = json.loads(line)
                 yield row["prompt"]
                 yield from row.get("completions") or [row["completion"]]

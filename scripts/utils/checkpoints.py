@@ -43,7 +43,8 @@ class Keeper:
         """Go back to the newest checkpoint; returns the number of updates done."""
         found = self._found("update")
         if not found:
-            raise UserError(f"resume: '{self.run.folder}' has no checkpoint yet; remove the folder and start again without --resume")
+            raise UserError(f"resume: '{self.run.folder}' has no checkpoint yet; remove the folder and start again "
+                            "without --resume")
         self.accelerator.load_state(str(found[-1]))
         progress = json.loads((found[-1] / "progress.json").read_text())
         self.best = progress["best"]
