@@ -41,7 +41,6 @@ class SFTStageConfig(StageConfig):
     actor_training_data: str = key("trl-lib/tldr", "Examples to learn from: .jsonl(.gz) file or hub name.")
     actor_validation_data: str | None = key(None, "Examples that choose the checkpoint; none: held out of the training data.")
     actor_test_data: str | None = key(None, "Examples that the final figures are taken on; none: held out too.")
-    shuffle: bool = key(True, "Shuffle the examples; false: in the order of the file (a curriculum).")
     loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13", choices=["completion", "sequence"])
     max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens", low=2)
     max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="N+ detail 3", low=1)
@@ -134,7 +133,7 @@ def main(config: SFTStageConfig) -> None:
             num_train_epochs=config.num_train_epochs, max_steps=config.max_steps,
             eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.eval_steps,
             load_best_model_at_end=True, metric_for_best_model="rouge_avg", greater_is_better=True,
-            train_sampling_strategy="group_by_length" if config.shuffle else "sequential",
+            train_sampling_strategy="group_by_length",
             dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
         ),
         train_dataset=rows, eval_dataset=rows.select([0]),

@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "scripts")]
 
 from posts import SLOTS, VALUES, Post, make_post  # noqa: E402
-from pretraining import corpus, documents  # noqa: E402
+from pretraining import documents  # noqa: E402
 from summaries import need_words, ranking, reference  # noqa: E402
 from utils.gold import load_gold  # noqa: E402
 
@@ -35,7 +35,7 @@ SIZES = {
     "actor": {"train": 4000, "validation": 300, "test": 400},
     "reward": {"train": 5000, "validation": 300, "test": 600},
     "rlhf": {"train": 4000, "validation": 300, "test": 400},
-    "pretraining": {"train": 0, "validation": 300},  # 0: as many as the curriculum has
+    "pretraining": {"train": 26000, "validation": 300},
 }
 
 
@@ -57,7 +57,7 @@ def distinct_posts(rng: random.Random, count: int) -> Iterator[Post]:
 def make_rows(rng: random.Random, name: str, count: int, gold: dict) -> Iterator[dict]:
     """The rows of one file: documents, posts with a ranking, or posts with their author's summary."""
     if name.startswith("pretraining"):
-        yield from documents(rng, count) if count else corpus(rng)
+        yield from documents(rng, count)
         return
     for index, post in enumerate(distinct_posts(rng, count)):
         answers = ranking(rng, post, gold) if name.startswith("reward") else {"completion": reference(rng, post).text}

@@ -9,7 +9,6 @@ wording of a TL;DR: to summarise is what SFT teaches.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
 
 import phrases
 from posts import (
@@ -27,11 +26,7 @@ from posts import (
 )
 from summaries import drop_brackets, subject, wrong_value
 
-MIN_DOCUMENT, MAX_DOCUMENT = 120, 220
-BATCH = 16
-# Batches of lists, batches of documents, how often.
-CURRICULUM = [(1, 0, 120), (1, 1, 200), (1, 4, 130)]
-SORTED_TOGETHER = 80
+MIN_DOCUMENT, MAX_DOCUMENT = 150, 290
 
 
 @dataclass
@@ -221,39 +216,15 @@ def reply(rng: random.Random, story: Story, voice: Voice) -> str:
 
 
 def document(rng: random.Random) -> dict:
-    """A story as the prompt; two to four pieces of talk, a quote and a retelling among them, as the completion."""
+    """A story as the prompt; three to six pieces of talk, one of them a retelling, as the completion."""
     makers = [retelling, questions_and_answers, quote, reply]
     while True:
         story, voice = third_person_story(rng) if rng.random() < 0.2 else (make_story(rng), first_person())
-        chosen = [quote, retelling, *rng.choices(makers, weights=[55, 24, 9, 12], k=rng.choice([0, 0, 1, 2]))]
+        chosen = [retelling, *rng.choices(makers, weights=[55, 24, 9, 12], k=rng.choice([2, 2, 3, 3, 4, 5]))]
         rng.shuffle(chosen)
         completion = "".join("\n" + maker(rng, story, voice) for maker in chosen)
         if MIN_DOCUMENT <= pieces(story.body + completion) <= MAX_DOCUMENT:
             return {"prompt": story.body, "completion": completion}
-
-
-def written_thrice(rng: random.Random) -> dict:
-    """A short list that is written down three times: the shortest way to learn to copy what was said before."""
-    values = [value for slot in ("name", "object", "place", "relation", "feeling", "when") for value in VALUES[slot]]
-    line = " ".join(rng.sample(values, rng.randint(4, 8))) + "."
-    return {"prompt": line, "completion": f"\n{line}\n{line}"}
-
-
-def corpus(rng: random.Random) -> Iterator[dict]:
-    """Batches of lists and of documents by turns (`CURRICULUM`), to be read in this order.
-
-    Copying is learnt within minutes from lists, and not at all from as many documents alone; lists alone
-    are forgotten. Documents of like length stand together, so that a batch of neighbours holds little padding.
-    """
-    told = documents(rng, BATCH * sum(per_round * rounds for _, per_round, rounds in CURRICULUM))
-    in_order = chain.from_iterable(
-        sorted(rows, key=lambda row: len(row["prompt"] + row["completion"]))
-        for rows in iter(lambda: list(islice(told, SORTED_TOGETHER)), [])
-    )
-    for list_batches, document_batches, rounds in CURRICULUM:
-        for _ in range(rounds):
-            yield from (written_thrice(rng) for _ in range(BATCH * list_batches))
-            yield from islice(in_order, BATCH * document_batches)
 
 
 def documents(rng: random.Random, count: int) -> Iterator[dict]:

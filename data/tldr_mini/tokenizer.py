@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 VOCABULARY_SIZE = 3072
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in OPT
-# Enough rows for every word to be counted, few enough for seconds.
-TRAINING_FILES = {"actor_train": 4000, "reward_train": 2000, "pretraining_train": 8000}
+# Enough for every word to be counted, few enough for seconds.
+TRAINING_FILES = {"actor_train": 4000, "reward_train": 2000, "pretraining_train": 4000}
 
 
 def training_texts(directory: Path) -> Iterator[str]:

@@ -116,7 +116,7 @@ def training_arguments(config, run: Run, kind, **more):
         report_to=config.report_to,
         remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
         **more,
     )
 
