@@ -13,11 +13,13 @@ READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    """Fenced blocks without the comments behind two spaces, which are translated."""
+    found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return ["\n".join(line.split("  #")[0].rstrip() for line in block.splitlines()) for block in found]
 
 
 def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks(READMES[0].read_text(), "sh") for line in block.splitlines()]
+    lines = [line.strip() for block in blocks(READMES[0].read_text(), "sh") for line in block.splitlines()]
     return sorted({line for line in lines if line})
 
 
