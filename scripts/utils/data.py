@@ -4,6 +4,7 @@ Two kinds of rows: examples (a prompt, perhaps with its reference completion) an
 completions and the pairs of them that somebody compared). Formats are recognised by their columns.
 """
 
+import bisect
 import gzip
 import json
 import math
@@ -304,18 +305,27 @@ def _cut_prompt(tokenizer, prompt: str, max_tokens: int) -> list[int]:
         special = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         return ids[:special] + ids[len(ids) - max_tokens + special :]
     post = match[3]
-    while post:
-        post = post[: _last_break(post)].rstrip()
-        ids = tokenizer(TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=post))["input_ids"]
-        if len(ids) <= max_tokens:
-            return ids
+
+    def cut_at(end: int) -> list[int]:
+        shorter = TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=post[:end].rstrip())
+        return tokenizer(shorter)["input_ids"]
+
+    for breaks in _breaks(post):
+        # the further the cut, the longer the prompt: find the last one that fits by bisection
+        last = bisect.bisect_left(breaks, True, key=lambda end: len(cut_at(end)) > max_tokens) - 1
+        if last >= 0:
+            return cut_at(breaks[last])
     raise UserError(f"a prompt cannot fit into max_prompt_tokens={max_tokens} even without its post: {prompt[:60]!r}...")
 
 
-def _last_break(post: str) -> int:
-    """Where to cut a post next: its last newline, else behind its last but one sentence, else its last space."""
-    sentence = max(post[:-1].rfind(mark + " ") for mark in ".?!") + 1
-    return max(post.rfind("\n"), 0) or sentence or max(post.rfind(" "), 0)
+def _breaks(post: str) -> list[list[int]]:
+    """Where a post may be cut: at newlines; else behind sentences of its first paragraph; else at words; else wholly."""
+    first = post.split("\n", 1)[0]
+    return [
+        [found.start() for found in re.finditer(r"(?<=\S)\n", post)],
+        [found.start() for found in re.finditer(r"(?<=[.?!]) ", first)],
+        [0] + [found.start() for found in re.finditer(r"(?<=\S) ", first)],
+    ]
 
 
 def completion_tokens(tokenizer, completions: list[str]) -> list[list[int]]:

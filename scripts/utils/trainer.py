@@ -33,7 +33,7 @@ class GroupLossMixin:
         """`figures()` as the evaluation, once for each step: `Trainer` asks twice at the last one."""
         if self.evaluated[0] != self.state.global_step:
             figures = {f"eval_{name}": value for name, value in self.figures().items()}
-            self.log(figures)
+            self.log(dict(figures))  # a copy: the epoch is added to it
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in figures.items())
             self.run.say(f"step {self.state.global_step}, validation: {shown}")
             self.evaluated = (self.state.global_step, figures)
