@@ -19,6 +19,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,13 @@ from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from utils.checkpoints import Keeper
-from utils.config import PROJECT, StageConfig, UserError, key, start
+from utils.config import PROJECT, StageConfig, UserError, find_input, key, start
 from utils.data import load_examples, refuse_overlap, split_off
 from utils.distributed import build_accelerator
 from utils.evaluation import print_stages, refuse_too_long, tokenise
 from utils.generation import sample
-from utils.judging import judge_summaries
+from utils.gold import load_gold
+from utils.judging import Judge
 from utils.metrics import win_rate
 from utils.models import (
     PolicyAndValue,
@@ -79,7 +81,7 @@ class PPOStageConfig(StageConfig):
     responses_per_prompt: int = key(4, "K, responses sampled for each prompt; 128 x 4 is the published 512.",
                                     source="N+ detail 31", low=1)
     ppo_epochs: int = key(4, "Passes over the episodes of an update.", source="N+ detail 31; 1 is stabler for DSC", low=1)
-    num_minibatches: int = key(1, "Optimizer steps in one pass.", source="N+ detail 31", low=1)
+    num_minibatches: int = key(1, "Optimizer steps in one pass; at most one for each micro-batch.", source="N+ detail 31", low=1)
     max_new_tokens: int = key(53, "Longest response.", unit="tokens", source="N+ detail 3", low=1)
     temperature: float = key(0.7, "Divides the logits in every log-probability.", source="N+ detail 25", low=1e-3)
     kl_coef: float = key(0.05, "Weight of the KL penalty.", unit="score a nat", source="N+ detail 23", low=0.0)
@@ -142,15 +144,15 @@ def collect_rollout(models: Models, tokenizer, prompts, config, update: int, acc
         groups = pack([prompts[i] for i in part], [samples.responses[i * k : (i + 1) * k] for i in part], tokenizer.pad_token_id)
         logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(samples.logprobs[n]) for n in members], batch_first=True)
         ended = torch.tensor([samples.ended[n] for n in members])
-        batches.append(judge(models, groups.to(accelerator.device), logprobs.to(accelerator.device),
-                             ended.to(accelerator.device), config))
+        batches.append(rewarded(models, groups.to(accelerator.device), logprobs.to(accelerator.device),
+                                ended.to(accelerator.device), config))
     return whiten_advantages(batches, accelerator)
 
 
 @torch.no_grad()
-def judge(models: Models, groups: PromptGroups, logprobs, ended, config) -> MicroBatch:
+def rewarded(models: Models, groups: PromptGroups, logprobs, ended, config) -> MicroBatch:
     """Scores, reference log-probs and values of one batch of responses; then rewards and advantages."""
-    ref_logprobs, _ = response_logprobs(models.ref_policy, groups, config.temperature)
+    ref_logprobs = response_logprobs(models.ref_policy, groups, config.temperature)
     values = response_values(models.value_model, groups)
     score = missing_eos_penalty(scores(models.reward_model, groups), ended, config.missing_eos_score)
     kl = kl_penalty(logprobs, ref_logprobs)
@@ -173,11 +175,11 @@ def whiten_advantages(batches: list[MicroBatch], accelerator) -> list[MicroBatch
 def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerator, shuffle: random.Random) -> dict:
     """`ppo_epochs` passes of the clipped objective; metrics are means over all tokens of all passes."""
     sums, ratio_max = {}, torch.zeros(())
+    count = min(config.num_minibatches, len(batches))
     for _ in range(config.ppo_epochs):
         order = shuffle.sample(batches, len(batches))
-        size = math.ceil(len(order) / config.num_minibatches)
-        for begin in range(0, len(order), size):
-            minibatch = order[begin : begin + size]
+        for first in range(count):
+            minibatch = order[first::count]
             tokens = accelerator.reduce(sum(b.rollout.response_mask.sum() for b in minibatch), "sum")
             for number, batch in enumerate(minibatch, start=1):
                 last = number == len(minibatch)
@@ -188,7 +190,8 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
                 ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max").cpu())
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
-            norm = accelerator.clip_grad_norm_(models.trained.parameters(), config.max_grad_norm)
+            # 0 is no clipping, as in transformers' Trainer
+            norm = accelerator.clip_grad_norm_(models.trained.parameters(), config.max_grad_norm or math.inf)
             if not torch.isfinite(norm):
                 raise UserError("the gradient is not finite (NaN or infinite): lower learning_rate, or look at the reward "
                                 "model's scores in metrics.jsonl; the last checkpoint is intact")
@@ -276,14 +279,17 @@ def load_models(config) -> Models:
     refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
     for frozen in (ref_policy, reward_model):
         frozen.requires_grad_(False).eval()
-    return Models(PolicyAndValue(policy, value_model), policy, value_model, ref_policy, reward_model)
+    # transformers recomputes activations in training mode only; no dropout is left that the mode could switch on
+    trained = PolicyAndValue(policy, value_model).train()
+    return Models(trained, policy, value_model, ref_policy, reward_model)
 
 
 def prepare(models: Models, config, accelerator) -> tuple[Models, torch.optim.Optimizer, object]:
     """One optimizer and one engine for what is trained; the frozen models on the device."""
     optimizer = torch.optim.AdamW(models.trained.parameters(), lr=config.learning_rate, eps=config.adam_eps,
                                   betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
-    steps = config.updates * config.ppo_epochs * config.num_minibatches
+    batches = math.ceil(config.prompts_per_update / accelerator.num_processes / config.per_device_batch_size)
+    steps = config.updates * config.ppo_epochs * min(config.num_minibatches, batches)
     # the scheduler is stepped by hand and on every rank alike, so the accelerator must not wrap it
     scheduler = get_linear_schedule_with_warmup(optimizer, config.warmup_steps, steps)
     trained, optimizer = accelerator.prepare(models.trained, optimizer)
@@ -302,19 +308,25 @@ def prompts_of(update: int, prompts: list, config, accelerator) -> list:
     return [prompts[orders[epoch][place]] for epoch, place in places]
 
 
-def train(models, tokenizer, prompts, validation, config, run, keeper, optimizer, scheduler, accelerator) -> None:
-    """The PPO loop."""
+def train(models, tokenizer, prompts, judge, validation, config, run, keeper, optimizer, scheduler, accelerator) -> None:
+    """The PPO loop.
+
+    Sampling and scoring call the models inside the accelerator's wrapper, so they need its autocast (detail 27). Its
+    blocks must be short: autocast keeps the weights it has cast until its end, and they are old after a step.
+    """
     done = keeper.load() if config.resume else 0
     bar = tqdm(total=config.updates, initial=done, desc="ppo", unit="update", disable=not accelerator.is_main_process)
     for update in range(done, config.updates):
         began = time.time()
         chosen = prompts_of(update, prompts, config, accelerator)
-        batches = collect_rollout(models, tokenizer, chosen, config, update, accelerator)
+        with accelerator.autocast():
+            batches = collect_rollout(models, tokenizer, chosen, config, update, accelerator)
         sampled = time.time()
         figures = rollout_metrics(batches, config, accelerator)
         refuse_collapse(figures, config)
         if update % config.eval_steps == 0:
-            evaluate(models, tokenizer, validation, config, run, keeper, update)
+            with accelerator.autocast():
+                evaluate(models.policy, judge, validation, config, run, keeper, update)
         evaluated = time.time()
         shuffle = random.Random(f"{config.seed}-{update}")
         figures |= ppo_update(models, batches, optimizer, scheduler, config, accelerator, shuffle)
@@ -330,7 +342,8 @@ def train(models, tokenizer, prompts, validation, config, run, keeper, optimizer
             bar.close()
             run.stopped()
     bar.close()
-    evaluate(models, tokenizer, validation, config, run, keeper, config.updates)
+    with accelerator.autocast():
+        evaluate(models.policy, judge, validation, config, run, keeper, config.updates)
 
 
 def refuse_collapse(figures: dict, config) -> None:
@@ -343,56 +356,65 @@ def refuse_collapse(figures: dict, config) -> None:
                         f"{config.kl_limit}: lower learning_rate or raise kl_coef; the last checkpoint is intact")
 
 
-def evaluate(models, tokenizer, validation, config, run, keeper, update: int) -> None:
+def evaluate(policy, judge: Judge, validation, config, run, keeper, update: int) -> None:
     """Summarise the validation prompts nearly greedily, log the figures, offer the policy as the best one.
 
     The KL is that of summaries sampled at the training temperature: of greedy ones it would be no estimate.
     """
-    judges = models.ref_policy, models.reward_model
-    means, _ = judge_summaries(models.policy, *judges, tokenizer, validation, config, config.eval_temperature, "validation")
-    sampled, _ = judge_summaries(models.policy, *judges, tokenizer, validation, config, config.temperature, "validation, sampled")
-    means["kl"] = sampled["kl"]
+    greedy = judge.summaries(policy, validation, config.eval_temperature, "validation")
+    sampled = judge.summaries(policy, validation, config.temperature, "validation, sampled")
+    columns = {
+        "tokens": list(map(len, greedy.tokens)),
+        "ended": greedy.ended,
+        "score": judge.scores(validation, greedy, "validation, scores"),
+        "kl": judge.kls(validation, sampled, "validation, KL"),
+        "gold": judge.gold(validation, greedy),
+    }
+    means = {name: fmean(values) for name, values in columns.items() if values is not None}
+    if (rouge := judge.rouge(validation, greedy)) is not None:
+        means["rouge_avg"] = rouge
     run.metrics(update, {f"eval/{name}": value for name, value in means.items()})
     run.say(f"update {update}: " + " ".join(f"{name} {value:.3f}" for name, value in means.items()))
     keeper.offer(update, means["score"], means["kl"])
 
 
-def finish(run, config, models, tokenizer, test, seconds) -> None:
+def finish(run, config, models, judge: Judge, tokenizer, test, seconds) -> None:
     """PPO against SFT on the same held-out prompts; final/, summary.json, samples, plots, the table."""
     reached = config.updates * config.prompts_per_update * config.responses_per_prompt
-    columns, means = {}, {}
-    for name, policy in (("before", models.ref_policy), ("after", models.policy)):
-        for kind, temperature in (("sampled", config.temperature), ("greedy", config.eval_temperature)):
-            means[name, kind], columns[name, kind] = judge_summaries(
-                policy, models.ref_policy, models.reward_model, tokenizer, test, config, temperature, f"test, {name}, {kind}"
-            )
-    gold = gold_figures(columns, means, config.seed)
-    before, after = means["before", "sampled"], means["after", "sampled"]
-    run.say(f"test: share with EOS {after['ended']:.3f}, length {before['tokens']:.1f} -> {after['tokens']:.1f} tokens")
+    found = {
+        (name, kind): judge.summaries(policy, test, temperature, f"test, {name}, {kind}")
+        for name, policy in (("before", models.ref_policy), ("after", models.policy))
+        for kind, temperature in (("sampled", config.temperature), ("greedy", config.eval_temperature))
+    }
+    after = found["after", "sampled"]
+    score = {name: fmean(judge.scores(test, found[name, "sampled"], f"test, {name}, scores")) for name in ("before", "after")}
+    kl = fmean(judge.kls(test, after, "test, KL"))
+    length = {name: fmean(map(len, found[name, "sampled"].tokens)) for name in ("before", "after")}
+    run.say(f"test: share with EOS {fmean(after.ended):.3f}, length {length['before']:.1f} -> {length['after']:.1f} tokens")
     run.samples([
         {"prompt": example.prompt, "reference": example.completion, "sft": sft, "ppo": ppo}
-        for example, sft, ppo in zip(test.examples[:20], columns["before", "greedy"]["text"],
-                                     columns["after", "greedy"]["text"], strict=False)
+        for example, sft, ppo in zip(test.examples[:20], found["before", "greedy"].texts, found["after", "greedy"].texts,
+                                     strict=False)
     ])
     run.save_final(models.policy, tokenizer, {"model": config.model, "reward_model": config.reward_model},
                    {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
-                    "score": after["score"], "kl": after["kl"]})
-    run.finish({"score_before": before["score"], "score_after": after["score"], **gold, "kl": after["kl"],
-                "rouge_avg": means["after", "greedy"].get("rouge_avg"), "episodes": reached,
+                    "score": score["after"], "kl": kl})
+    gold = gold_figures({key: judge.gold(test, summaries) for key, summaries in found.items()}, config.seed)
+    run.finish({"score_before": score["before"], "score_after": score["after"], **gold, "kl": kl,
+                "rouge_avg": judge.rouge(test, found["after", "greedy"]), "episodes": reached,
                 "seconds": time.time() - run.started, "episodes_per_second": reached / seconds})
     plot_ppo(run)
     folder = Path(config.output_dir).parent
     print_stages(stage_summaries(folder), {name: str(folder / name) for name in ("sft", "reward", "ppo")})
 
 
-def gold_figures(columns, means, seed: int) -> dict:
+def gold_figures(gold: dict, seed: int) -> dict:
     """Gold scores and win rates of PPO over SFT on the same prompts; None where the data has no facts."""
     names = ("gold_win_rate", "gold_win_rate_low", "gold_win_rate_high")
-    if "gold" not in means["after", "sampled"]:
+    if gold["after", "sampled"] is None:
         return dict.fromkeys(("gold_before", "gold_after", *names, "gold_win_rate_greedy"))
-    won = {kind: win_rate(columns["after", kind]["gold"], columns["before", kind]["gold"], seed)
-           for kind in ("sampled", "greedy")}
-    return {"gold_before": means["before", "sampled"]["gold"], "gold_after": means["after", "sampled"]["gold"],
+    won = {kind: win_rate(gold["after", kind], gold["before", kind], seed) for kind in ("sampled", "greedy")}
+    return {"gold_before": fmean(gold["before", "sampled"]), "gold_after": fmean(gold["after", "sampled"]),
             **dict(zip(names, won["sampled"], strict=True)), "gold_win_rate_greedy": won["greedy"][0]}
 
 
@@ -413,13 +435,14 @@ def main(config: PPOStageConfig) -> None:
     models, optimizer, scheduler = prepare(models, config, accelerator)
     accelerator.register_for_checkpointing(scheduler)
     keeper = Keeper(run, config, accelerator, models.policy)
+    gold_rules = load_gold(find_input(config.gold_rules, "gold_rules")) if config.gold_rules else None
+    judge = Judge(models.ref_policy, models.reward_model, tokenizer, gold_rules, config)
     began = time.time()
-    # sampling and scoring call the models inside the accelerator's wrapper, so they need its precision too (detail 27)
+    train(models, tokenizer, prompts.prompts, judge, validation, config, run, keeper, optimizer, scheduler, accelerator)
+    seconds = time.time() - began
+    keeper.restore_best()
     with accelerator.autocast():
-        train(models, tokenizer, prompts.prompts, validation, config, run, keeper, optimizer, scheduler, accelerator)
-        seconds = time.time() - began
-        keeper.restore_best()
-        finish(run, config, models, tokenizer, test, seconds)
+        finish(run, config, models, judge, tokenizer, test, seconds)
     accelerator.end_training()
 
 

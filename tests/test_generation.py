@@ -25,7 +25,7 @@ def test_sampled_logprobs_are_those_of_the_updates_forward_pass(family, truncati
     found = draw(model, PROMPTS, **truncation)
     groups = pack(PROMPTS, [found.responses[3 * i : 3 * i + 3] for i in range(len(PROMPTS))], PAD)
     with torch.no_grad():
-        logprobs, _ = response_logprobs(model, groups, 0.7)
+        logprobs = response_logprobs(model, groups, 0.7)
     assert truncation or len(set(map(len, found.responses))) > 1, "the test wants different lengths"
     for row, mask, reported in zip(logprobs, groups.response_mask, found.logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(reported), row[mask], rtol=0, atol=1e-5)

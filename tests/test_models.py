@@ -18,6 +18,7 @@ from utils.models import (
     load_tokenizer,
     model_path,
     response_logprobs,
+    response_logprobs_and_entropy,
     response_values,
     scores,
     without_dropout,
@@ -79,7 +80,7 @@ def test_logprobs_entropy_and_gradients(family):
     model = policy(family)
     prompts, completions = random_groups(*SIZES)
     groups = pack(prompts, completions, PAD)
-    logprobs, entropy = response_logprobs(model, groups, TEMPERATURE)
+    logprobs, entropy = response_logprobs_and_entropy(model, groups, TEMPERATURE)
     stock = [stock_logprobs(model, *row) for row in each_row(prompts, completions)]
     expected = padded([row[0] for row in stock])
     close(logprobs, expected)
@@ -111,11 +112,11 @@ def test_scores_values_and_gradients(family):
 def test_padding_and_order_change_nothing(family):
     model, reward_model = policy(family), scalar_model(family)
     prompts, completions = random_groups(*SIZES)
-    logprobs, _ = response_logprobs(model, pack(prompts, completions, PAD), TEMPERATURE)
+    logprobs = response_logprobs(model, pack(prompts, completions, PAD), TEMPERATURE)
     score = scores(reward_model, pack(prompts, completions, PAD))
     more = random_groups([15], [[9, 9]], seed=5)  # a longer row: more padding for the others
     turned = pack(more[0] + prompts[::-1], more[1] + [group[::-1] for group in completions[::-1]], PAD)
-    new_logprobs, _ = response_logprobs(model, turned, TEMPERATURE)
+    new_logprobs = response_logprobs(model, turned, TEMPERATURE)
     close(new_logprobs[2:].flip(0)[:, : logprobs.shape[1]], logprobs)
     close(scores(reward_model, turned)[2:].flip(0), score)
 
@@ -123,7 +124,7 @@ def test_padding_and_order_change_nothing(family):
 @torch.no_grad()
 def test_temperature_divides_the_logits():
     model, groups = policy("opt"), pack(*random_groups(*SIZES), PAD)
-    hot, cold = (response_logprobs(model, groups, temperature)[0] for temperature in (1.0, TEMPERATURE))
+    hot, cold = (response_logprobs(model, groups, temperature) for temperature in (1.0, TEMPERATURE))
     assert (hot - cold).abs().max() > 0.1
 
 
@@ -132,7 +133,7 @@ def test_policy_and_value_side_by_side():
     model, value_model = policy("opt"), scalar_model("opt", seed=1)
     groups = pack(*random_groups(*SIZES), PAD)
     logprobs, entropy, values = PolicyAndValue(model, value_model)(groups, TEMPERATURE)
-    assert torch.equal(logprobs, response_logprobs(model, groups, TEMPERATURE)[0])
+    assert torch.equal(logprobs, response_logprobs(model, groups, TEMPERATURE))
     assert entropy.shape == logprobs.shape and torch.equal(values, response_values(value_model, groups))
 
 
@@ -199,7 +200,7 @@ def test_dropout_is_off_after_loading(family, tmp_path):
     policy(family).save_pretrained(tmp_path / "policy")
     groups = pack(*random_groups(*SIZES), PAD)
     untouched = load_policy(str(tmp_path / "policy")).train()
-    first, second = (response_logprobs(untouched, groups, 1.0)[0] for _ in range(2))
+    first, second = (response_logprobs(untouched, groups, 1.0) for _ in range(2))
     assert not torch.equal(first, second), "the test's model has no dropout to switch off"
     loaded = {
         "reward or value": load_scalar_model(str(tmp_path / "scalar"), "reward_model"),
@@ -209,7 +210,7 @@ def test_dropout_is_off_after_loading(family, tmp_path):
         model.train()
         assert torch.equal(scores(model, groups), scores(model, groups)), name
     model = without_dropout(untouched)
-    assert torch.equal(*(response_logprobs(model, groups, 1.0)[0] for _ in range(2)))
+    assert torch.equal(*(response_logprobs(model, groups, 1.0) for _ in range(2)))
     # the config too: whoever loads the checkpoint gets none either
     assert not any(value for name, value in model.config.to_dict().items() if "drop" in name)
 

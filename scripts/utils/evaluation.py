@@ -1,5 +1,6 @@
 """Summaries of held-out posts and what they are worth; the table of the three stages."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ class Summaries(NamedTuple):
     tokens: list[list[int]]  # response tokens, with EOS where there is one
     texts: list[str]
     ended: list[bool]
+    logprobs: list[list[float]]  # of each token, at the temperature it was sampled at
 
 
 class Tokenised(NamedTuple):
@@ -71,9 +73,9 @@ def summarise(policy, tokenizer, prompts, config, temperature, seed, title="") -
         batch_size=config.eval_batch_size,
         progress=title,
     )
-    rows = collect(list(zip(samples.responses, samples.ended, strict=True)))
-    tokens = [response for response, _ in rows]
-    return Summaries(tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), [ended for _, ended in rows])
+    rows = collect(list(zip(samples.responses, samples.ended, samples.logprobs, strict=True)))
+    tokens, ended, logprobs = map(list, zip(*rows, strict=True))
+    return Summaries(tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), ended, logprobs)
 
 
 def print_stages(summaries: dict[str, dict], paths: dict[str, str]) -> None:
@@ -117,19 +119,25 @@ def _s(summary):
 
 
 def score_groups(reward_model, tokenizer, prompts, completions, batch_size, title="") -> list[list[float]]:
-    """The reward model's score of each completion of each prompt, all as token ids; rows are shared out over the ranks.
+    """The reward model's score of each completion of each prompt, all as token ids."""
+    reward_model.eval()
+    device = reward_model.device
+    return measure_groups(partial(scores, reward_model), tokenizer, prompts, completions, batch_size, device, title)
 
-    Rows of like length are scored together, so that little padding is computed.
+
+@torch.no_grad()
+def measure_groups(measure, tokenizer, prompts, completions, batch_size, device, title="") -> list[list[float]]:
+    """`measure(groups)`, (N,), of each completion of each prompt; rows are shared out over the ranks.
+
+    Rows of like length are measured together, so that little padding is computed.
     """
     rows = my_share(list(zip(prompts, completions, strict=True)))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - sum(map(len, rows[i][1])))
     found = [[] for _ in rows]
-    reward_model.eval()
     for start in tqdm(range(0, len(order), batch_size), desc=title, disable=not title, leave=False):
         part = order[start : start + batch_size]
         groups = pack([rows[i][0] for i in part], [rows[i][1] for i in part], tokenizer.pad_token_id)
-        with torch.no_grad():
-            values = iter(scores(reward_model, groups.to(reward_model.device)).tolist())
+        values = iter(measure(groups.to(device)).tolist())
         for i in part:
             found[i] = [next(values) for _ in rows[i][1]]
     return collect(found)

@@ -5,6 +5,7 @@ together, each seeing the prompt and its own branch. So the prompt's keys and va
 times, and stock models do it with nothing but an attention mask.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -80,16 +81,17 @@ def sample(
     # neighbours of like length share a batch, so that little padding is computed
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found = {}
-    with tqdm(total=len(prompts), desc=progress, disable=not progress, leave=False) as bar:
+    batches = math.ceil(len(order) / batch_size)
+    with tqdm(total=batches * max_new_tokens, desc=progress, unit="token", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             noise = _uniforms([seeds[i * k + j] for i in part for j in range(k)], max_new_tokens)
             batch = _Batch(policy, [prompts[i] for i in part], k, max_new_tokens, pad_id)
-            tokens, logprobs = batch.run(noise, temperature, top_k, top_p, eos_id)
+            tokens, logprobs = batch.run(noise, temperature, top_k, top_p, eos_id, bar)
             for row, i in enumerate(part):
                 for j in range(k):
                     found[i * k + j] = _cut(tokens[row * k + j], logprobs[row * k + j], eos_id)
-            bar.update(len(part))
+            bar.update(max_new_tokens - len(tokens[0]))  # those that no branch needed
     policy.train(was_training)
     return Samples(*map(list, zip(*(found[n] for n in range(len(prompts) * k)), strict=True)))
 
@@ -121,8 +123,8 @@ class _Batch:
         self.cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(layers)])
         self.max_new_tokens = max_new_tokens
 
-    def run(self, noise, temperature, top_k, top_p, eos_id):
-        """Decode until every branch has ended; tokens and log-probs as lists of (N) lists."""
+    def run(self, noise, temperature, top_k, top_p, eos_id, bar):
+        """Decode until every branch has ended; tokens and log-probs as lists of (N) lists. `bar` moves at each token."""
         logits = self._prefill().repeat_interleave(self.k, 0)  # (N, V)
         ended = torch.zeros(len(noise), dtype=torch.bool, device=self.device)
         noise = noise.to(self.device)
@@ -131,6 +133,7 @@ class _Batch:
             token, logprob = _draw(logits / temperature, noise[:, step], top_k, top_p)
             tokens.append(token)
             logprobs.append(logprob)
+            bar.update(1)
             ended |= token == eos_id
             if step + 1 == self.max_new_tokens or bool(ended.all()):
                 break

@@ -1,53 +1,53 @@
-"""What the summaries of held-out posts are worth: score, KL, ROUGE, and the gold score where facts are known."""
+"""What summaries of held-out posts are worth: score, KL, gold score where facts are known, and ROUGE.
 
-import torch
+Each measure stands alone, because each costs a pass of a model or more: a caller takes those that it reports.
+"""
 
-from utils.config import find_input
-from utils.evaluation import score_groups, summarise
-from utils.gold import gold_score, load_gold
+from utils.evaluation import Summaries, Tokenised, measure_groups, score_groups, summarise
+from utils.gold import gold_score
 from utils.metrics import SummaryRouge
 from utils.models import response_logprobs
-from utils.ppo import kl_penalty
-from utils.prompt_groups import pack
 
 
-def judge_summaries(policy, ref_policy, reward_model, tokenizer, posts, config, temperature: float, title: str):
-    """Summarise posts and judge the summaries.
+class Judge:
+    """The frozen models and rules that summaries are held against. A list has one entry for each post."""
 
-    Returns:
-        Means by name, and the columns behind them (one entry for each post), the texts among them.
-    """
-    found = summarise(policy, tokenizer, posts.prompts, config, temperature, config.seed, title)
-    responses = [[tokens] for tokens in found.tokens]
-    raw = score_groups(reward_model, tokenizer, posts.prompts, responses, config.eval_batch_size)
-    columns = {
-        "text": found.texts,
-        "tokens": [len(tokens) for tokens in found.tokens],
-        "ended": found.ended,
-        "score": [s if ended else config.missing_eos_score for [s], ended in zip(raw, found.ended, strict=True)],
-        "kl": sequence_kl(policy, ref_policy, tokenizer, posts.prompts, responses, config),
-    }
-    if config.gold_rules:
-        rules = load_gold(find_input(config.gold_rules, "gold_rules"))
+    def __init__(self, ref_policy, reward_model, tokenizer, gold_rules: dict | None, config):
+        self.ref_policy, self.reward_model, self.tokenizer = ref_policy, reward_model, tokenizer
+        self.gold_rules, self.config = gold_rules, config
+
+    def summaries(self, policy, posts: Tokenised, temperature: float, title: str) -> Summaries:
+        """One summary of each post; the same seeds for every policy."""
+        return summarise(policy, self.tokenizer, posts.prompts, self.config, temperature, self.config.seed, title)
+
+    def scores(self, posts: Tokenised, found: Summaries, title: str) -> list[float]:
+        """The reward model's scores; `missing_eos_score` for a summary without EOS, as in training."""
+        size, completions = self.config.eval_batch_size, [[tokens] for tokens in found.tokens]
+        raw = score_groups(self.reward_model, self.tokenizer, posts.prompts, completions, size, title)
+        return [s if ended else self.config.missing_eos_score for [s], ended in zip(raw, found.ended, strict=True)]
+
+    def kls(self, posts: Tokenised, found: Summaries, title: str) -> list[float]:
+        """log p - log p_ref in nats, of summaries sampled at the training temperature: their own log-probs are log p."""
+        def summed(groups):
+            return response_logprobs(self.ref_policy, groups, self.config.temperature).sum(1)  # padding is 0
+
+        size, completions = self.config.eval_batch_size, [[tokens] for tokens in found.tokens]
+        device = self.ref_policy.device
+        ref = measure_groups(summed, self.tokenizer, posts.prompts, completions, size, device, title)
+        return [sum(logprobs) - r for logprobs, [r] in zip(found.logprobs, ref, strict=True)]
+
+    def gold(self, posts: Tokenised, found: Summaries) -> list[float] | None:
+        """Gold scores; None without rules."""
+        if self.gold_rules is None:
+            return None
         judged = zip(found.texts, posts.examples, found.ended, strict=True)
-        columns["gold"] = [gold_score(text, example.facts, rules, ended) for text, example, ended in judged]
-    means = {name: sum(values) / len(values) for name, values in columns.items() if name != "text"}
-    known = [(text.strip(), e.completion.strip()) for text, e in zip(found.texts, posts.examples, strict=True) if e.completion]
-    if known:
+        return [gold_score(text, example.facts, self.gold_rules, ended) for text, example, ended in judged]
+
+    def rouge(self, posts: Tokenised, found: Summaries) -> float | None:
+        """Mean of ROUGE-1/2/L over the posts that have a reference; None when none has."""
+        known = [(text.strip(), e.completion.strip())
+                 for text, e in zip(found.texts, posts.examples, strict=True) if e.completion]
+        if not known:
+            return None
         texts, references = zip(*known, strict=True)
-        means["rouge_avg"] = SummaryRouge().compute(predictions=texts, references=references)["rouge_avg"]
-    return means, columns
-
-
-@torch.no_grad()
-def sequence_kl(policy, ref_policy, tokenizer, prompts, responses, config) -> list[float]:
-    """log p(response) - log p_ref(response) at the training temperature, of each response."""
-    if policy is ref_policy:
-        return [0.0] * len(prompts)
-    found = []
-    for begin in range(0, len(prompts), config.eval_batch_size):
-        part = slice(begin, begin + config.eval_batch_size)
-        groups = pack(prompts[part], responses[part], tokenizer.pad_token_id).to(policy.device)
-        logprobs, ref_logprobs = (response_logprobs(model, groups, config.temperature)[0] for model in (policy, ref_policy))
-        found += kl_penalty(logprobs, ref_logprobs).sum(1).tolist()  # padding is 0 in both
-    return found
+        return SummaryRouge().compute(predictions=texts, references=references)["rouge_avg"]

@@ -122,17 +122,34 @@ def response_logits(policy, groups: PromptGroups) -> torch.Tensor:
     return policy.get_output_embeddings()(response_states(hidden_states(policy, groups), groups)).float()
 
 
-def response_logprobs(policy, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each response token and the entropy of its distribution, float32, both (N, R).
+def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch.Tensor:
+    """Log-probability of each response token, float32 (N, R). Padding is 0.
 
-    The temperature divides the logits, as it does in sampling (detail 25). Padding is 0.
+    The temperature divides the logits, as it does in sampling (detail 25).
     """
-    mask = groups.response_mask
-    all_logprobs = (response_logits(policy, groups) / temperature).log_softmax(-1)  # (M, V)
-    chosen = all_logprobs.gather(-1, groups.responses[mask][:, None])[:, 0]
+    return _of_responses(_next_logprobs(policy, groups, temperature), groups)
+
+
+def response_logprobs_and_entropy(policy, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`response_logprobs`, and the entropy of each token's distribution without a gradient, both (N, R).
+
+    Apart from it, because the entropy takes two more passes over (M, V), which the frozen models need not pay for.
+    """
+    next_logprobs = _next_logprobs(policy, groups, temperature)
     with torch.no_grad():
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
-    return spread(chosen, mask), spread(entropy, mask)
+        entropy = -(next_logprobs.exp() * next_logprobs).sum(-1)
+    return _of_responses(next_logprobs, groups), spread(entropy, groups.response_mask)
+
+
+def _next_logprobs(policy, groups, temperature):
+    """Log-probs of all tokens at each real response token, (M, V)."""
+    return (response_logits(policy, groups) / temperature).log_softmax(-1)
+
+
+def _of_responses(next_logprobs, groups):
+    """Those of the tokens that stand there, (N, R)."""
+    mask = groups.response_mask
+    return spread(next_logprobs.gather(-1, groups.responses[mask][:, None])[:, 0], mask)
 
 
 def scores(reward_model, groups: PromptGroups) -> torch.Tensor:
@@ -176,5 +193,5 @@ class PolicyAndValue(nn.Module):
 
     def forward(self, groups: PromptGroups, temperature: float):
         """New log-probs, entropy and values of a batch, each (N, R)."""
-        logprobs, entropy = response_logprobs(self.policy, groups, temperature)
+        logprobs, entropy = response_logprobs_and_entropy(self.policy, groups, temperature)
         return logprobs, entropy, response_values(self.value_model, groups)

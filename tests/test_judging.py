@@ -1,0 +1,71 @@
+"""Judging summaries: each measure against an independent way to get it, and no pass of a model that nobody asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import EOS, PAD, policy, random_groups, scalar_model
+
+import train_ppo
+from utils import evaluation
+from utils.evaluation import Tokenised
+from utils.judging import Judge
+
+PROMPTS = random_groups([5, 1, 8, 3, 6], [[1]] * 5)[0]
+POSTS = Tokenised([SimpleNamespace(prompt="p", completion=" w3 w4.", facts=None) for _ in PROMPTS], PROMPTS, None)
+CONFIG = SimpleNamespace(max_new_tokens=6, eval_batch_size=2, temperature=0.7, eval_temperature=0.01, seed=0,
+                         missing_eos_score=-1.0)
+
+
+class Tokenizer:
+    """Tokens as words."""
+
+    eos_token_id, pad_token_id = EOS, PAD
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(f"w{token}" for token in row if token > EOS) for row in rows]
+
+
+def judge(gold_rules=None):
+    return Judge(policy("opt", 1), scalar_model("opt"), Tokenizer(), gold_rules, CONFIG)
+
+
+def stock_logprob(model, prompt, response):
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return (logits / CONFIG.temperature).log_softmax(-1)[torch.arange(len(response)), response].sum().item()
+
+
+@torch.no_grad()
+def test_kl_is_the_difference_of_two_stock_forward_passes():
+    ours, trained = judge(), policy("opt", 2)
+    found = ours.summaries(trained, POSTS, CONFIG.temperature, "")
+    expected = [stock_logprob(trained, p, r) - stock_logprob(ours.ref_policy, p, r)
+                for p, r in zip(PROMPTS, found.tokens, strict=True)]
+    assert ours.kls(POSTS, found, "") == pytest.approx(expected, abs=1e-3)
+    assert max(map(abs, expected)) > 0.1
+
+
+@torch.no_grad()
+def test_a_summary_without_eos_gets_the_fixed_score():
+    ours = judge()
+    found = ours.summaries(policy("opt", 2), POSTS, 2.0, "")
+    for prompt, response, ended, score in zip(PROMPTS, found.tokens, found.ended, ours.scores(POSTS, found, ""), strict=True):
+        stock = ours.reward_model(input_ids=torch.tensor([prompt + response])).logits.item()
+        assert score == pytest.approx(stock if ended else -1.0, abs=1e-4)
+
+
+def test_an_evaluation_samples_twice_and_asks_each_judge_once(monkeypatch):
+    """Greedy and sampled summaries; scores of the one, KL of the other."""
+    ours, trained, asked = judge(), policy("opt", 2), []
+    for model, name in ((trained, "policy"), (ours.ref_policy, "reference"), (ours.reward_model, "reward")):
+        model.base_model.register_forward_hook(lambda *_, name=name: asked.append(name))
+    drawn, sample = [], evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", lambda *a, **k: (drawn.append(k["temperature"]), sample(*a, **k))[1])
+    figures, offered = {}, []
+    run = SimpleNamespace(metrics=lambda step, values: figures.update(values), say=lambda line: None)
+    keeper = SimpleNamespace(offer=lambda *values: offered.append(values))
+    train_ppo.evaluate(trained, ours, POSTS, CONFIG, run, keeper, 3)
+    assert drawn == [0.01, 0.7]
+    assert asked.count("reference") == asked.count("reward") == 3, "five rows in batches of two"
+    assert list(figures) == ["eval/tokens", "eval/ended", "eval/score", "eval/kl", "eval/rouge_avg"]
+    assert offered == [(3, figures["eval/score"], figures["eval/kl"])]
