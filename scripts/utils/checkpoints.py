@@ -20,7 +20,7 @@ class Keeper:
 
     def offer(self, update: int, score: float, kl: float) -> None:
         """Keep the policy as the best one when it scores higher and its KL is within the budget."""
-        if score <= self.best["score"] or kl > self.config.kl_budget:
+        if not (score > self.best["score"] and kl <= self.config.kl_budget):  # so written, NaN is never the best
             return
         self.best = {"update": update, "score": score, "kl": kl}
         self._write(f"best-{update}", lambda folder: self.policy.save_pretrained(folder))
@@ -36,11 +36,16 @@ class Keeper:
         if self.accelerator.is_main_process:
             for old in self._found("update")[: -self.config.save_total_limit]:
                 shutil.rmtree(old)
-            for old in self._found("best")[:-2]:
-                shutil.rmtree(old)
+            self._drop_forgotten()
 
     def load(self) -> int:
-        """Go back to the newest checkpoint; returns the number of updates done."""
+        """Go back to the newest checkpoint; returns the number of updates done.
+
+        Best policies that were found after it are dropped: the run is going to find them again, or others.
+
+        Raises:
+            UserError: when there is no checkpoint.
+        """
         found = self._found("update")
         if not found:
             raise UserError(f"resume: '{self.run.folder}' has no checkpoint yet; remove the folder and start again "
@@ -48,6 +53,8 @@ class Keeper:
         self.accelerator.load_state(str(found[-1]))
         progress = json.loads((found[-1] / "progress.json").read_text())
         self.best = progress["best"]
+        if self.accelerator.is_main_process:
+            self._drop_forgotten()
         return progress["update"]
 
     def restore_best(self) -> None:
@@ -56,6 +63,14 @@ class Keeper:
             load_model(self.policy, self.folder / f"best-{self.best['update']}" / "model.safetensors")
             self.run.say(f"best policy: update {self.best['update']}, held-out score {self.best['score']:.3f}, "
                          f"KL {self.best['kl']:.2f}")
+
+    def _drop_forgotten(self):
+        """Remove the best policies that neither this run nor a checkpoint that is kept would go back to."""
+        kept = [json.loads((whole / "progress.json").read_text())["best"] for whole in self._found("update")]
+        names = {f"best-{best['update']}" for best in [self.best, *kept]}
+        for old in self._found("best"):
+            if old.name not in names:
+                shutil.rmtree(old)
 
     def _found(self, kind):
         whole = [p for p in self.folder.glob(f"{kind}-*") if p.suffix != ".tmp"]
@@ -70,5 +85,6 @@ class Keeper:
         self.accelerator.wait_for_everyone()
         write(temporary)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and not (self.folder / name).exists():
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # one of a run that was killed and has come here again
             temporary.rename(self.folder / name)

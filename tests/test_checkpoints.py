@@ -1,0 +1,122 @@
+"""Which policies the PPO loop keeps, and what a run that goes on finds again."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from utils.checkpoints import Keeper
+from utils.config import UserError
+
+
+class Policy(torch.nn.Linear):
+    """One weight, saved as a model is."""
+
+    def __init__(self, value=0.0):
+        super().__init__(1, 1, bias=False)
+        self.become(value)
+
+    def become(self, value):
+        torch.nn.init.constant_(self.weight, value)
+
+    def save_pretrained(self, folder):
+        from safetensors.torch import save_model
+
+        folder.mkdir(exist_ok=True)
+        save_model(self, folder / "model.safetensors")
+
+
+def keeper(folder, policy=None, kl_budget=5.0, save_total_limit=2):
+    accelerator = Accelerator(cpu=True)
+    policy = policy or Policy()
+    accelerator.prepare(policy)
+    run = SimpleNamespace(folder=folder, say=lambda line: None)
+    config = SimpleNamespace(kl_budget=kl_budget, save_total_limit=save_total_limit)
+    return Keeper(run, config, accelerator, policy)
+
+
+def offer(keeper, update, score, kl=0.0):
+    keeper.policy.become(float(update))
+    keeper.offer(update, score, kl)
+
+
+def kept(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_best_score_within_the_budget_is_restored(tmp_path):
+    ours = keeper(tmp_path)
+    for update, score, kl in [(0, 1.0, 0.0), (1, 3.0, 5.0), (2, 9.0, 5.1), (3, 2.0, 1.0), (4, 3.0, 0.0)]:
+        offer(ours, update, score, kl)
+    assert ours.best == {"update": 1, "score": 3.0, "kl": 5.0}
+    ours.restore_best()
+    assert ours.policy.weight.item() == 1
+
+
+@pytest.mark.parametrize(("score", "kl"), [(math.nan, 0.0), (9.0, math.nan)])
+def test_nan_is_never_the_best(score, kl, tmp_path):
+    ours = keeper(tmp_path)
+    offer(ours, 0, score, kl)
+    assert ours.best["update"] == -1
+    offer(ours, 1, 1.0)
+    assert ours.best["update"] == 1
+
+
+def test_the_best_outlives_later_checkpoints(tmp_path):
+    """Later candidates of a checkpoint that is kept are worth keeping too; those nobody would go back to are not."""
+    ours = keeper(tmp_path)
+    for update in range(6):
+        offer(ours, update, score=float(update) if update < 3 else 0.0)
+        ours.save(update + 1)
+    assert kept(tmp_path) == ["best-2", "update-5", "update-6"]
+    ours.restore_best()
+    assert ours.policy.weight.item() == 2
+
+
+def test_a_kept_checkpoints_best_is_kept_too(tmp_path):
+    ours = keeper(tmp_path)
+    for update in range(4):
+        offer(ours, update, score=float(update))
+        ours.save(update + 1)
+    assert kept(tmp_path) == ["best-2", "best-3", "update-3", "update-4"]
+
+
+def test_a_killed_runs_later_best_is_dropped_and_replaced(tmp_path):
+    first = keeper(tmp_path)
+    offer(first, 0, 1.0)
+    first.save(1)
+    offer(first, 1, 5.0)  # and killed before its checkpoint
+    again = keeper(tmp_path)
+    assert again.load() == 1
+    assert again.best == {"update": 0, "score": 1.0, "kl": 0.0}
+    assert kept(tmp_path) == ["best-0", "update-1"]
+    again.policy.become(7.0)
+    again.offer(1, 2.0, 0.0)
+    again.restore_best()
+    assert again.policy.weight.item() == 7
+
+
+def test_an_old_folder_of_the_same_name_is_replaced(tmp_path):
+    ours = keeper(tmp_path)
+    (tmp_path / "checkpoints" / "best-3").mkdir(parents=True)
+    offer(ours, 3, 1.0)
+    assert kept(tmp_path) == ["best-3"]
+    ours.policy.become(0.0)
+    ours.restore_best()
+    assert ours.policy.weight.item() == 3
+
+
+def test_progress_names_the_best(tmp_path):
+    ours = keeper(tmp_path)
+    offer(ours, 4, 1.5, 0.25)
+    ours.save(5)
+    progress = json.loads((tmp_path / "checkpoints" / "update-5" / "progress.json").read_text())
+    assert progress == {"update": 5, "best": {"update": 4, "score": 1.5, "kl": 0.25}}
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(UserError, match="^resume: .* has no checkpoint yet"):
+        keeper(tmp_path).load()
