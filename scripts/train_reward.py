@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments, set_seed
 
-from utils.config import PROJECT, StageConfig, UserError, key, start
+from utils.config import PROJECT, UserError, key, start
 from utils.data import completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
 from utils.evaluation import print_stages, refuse_too_long, score_groups, tokenise
 from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy
@@ -30,11 +30,11 @@ from utils.models import centre_scores, load_scalar_model, load_tokenizer, score
 from utils.plots import plot_reward
 from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_used_folder, stage_summaries
-from utils.trainer import GroupLossMixin, newest_checkpoint, training_arguments
+from utils.trainer import GroupLossMixin, TrainerStageConfig, newest_checkpoint, training_arguments
 
 
 @dataclass
-class RewardStageConfig(StageConfig):
+class RewardStageConfig(TrainerStageConfig):
     """The reward model. Defaults: OPT on TL;DR comparisons."""
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
@@ -46,7 +46,6 @@ class RewardStageConfig(StageConfig):
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", source="IG: K = 4 to 9", low=2)
     max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens", source="N+", low=2)
     num_train_epochs: float = key(1.0, "Passes over the data; it overfits in the second.", source="IG detail 10", low=0.0)
-    max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", low=-1)
     save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1)
     eval_steps: int = key(100, "Accuracy on the validation rankings every so many steps.", unit="steps", low=1)
     eval_rows: int = key(200, "Posts in each evaluation during training.", low=1)
@@ -167,7 +166,7 @@ def main(config: RewardStageConfig) -> None:
         model=model,
         args=training_arguments(
             config, run, TrainingArguments,
-            num_train_epochs=config.num_train_epochs, max_steps=config.max_steps, train_sampling_strategy="group_by_length",
+            train_sampling_strategy="group_by_length",
             eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.save_steps,
         ),
         train_dataset=train, eval_dataset=validation,

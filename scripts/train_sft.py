@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from utils.config import PROJECT, StageConfig, key, start
+from utils.config import PROJECT, key, start
 from utils.data import load_examples, refuse_overlap, split_off
 from utils.evaluation import print_stages, refuse_too_long, summarise, tokenise
 from utils.metrics import SummaryRouge
@@ -29,11 +29,11 @@ from utils.models import load_policy, load_tokenizer, response_logits
 from utils.plots import plot_sft
 from utils.prompt_groups import pack
 from utils.run import Run, refuse_used_folder, stage_summaries
-from utils.trainer import GroupLossMixin, newest_checkpoint, training_arguments
+from utils.trainer import GroupLossMixin, TrainerStageConfig, newest_checkpoint, training_arguments
 
 
 @dataclass
-class SFTStageConfig(StageConfig):
+class SFTStageConfig(TrainerStageConfig):
     """Supervised fine-tuning. Defaults: OPT on TL;DR."""
 
     model: str = key("facebook/opt-125m", "Base model: a folder or a hub name.")
@@ -45,7 +45,6 @@ class SFTStageConfig(StageConfig):
     max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens", low=2)
     max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="N+ detail 3", low=1)
     num_train_epochs: float = key(1.0, "Passes over the training data.", source="N+ detail 10", low=0.0)
-    max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", low=-1)
     eval_steps: int = key(100, "Summarise the validation posts every so many steps; a checkpoint is saved then.", low=1)
     eval_rows: int = key(200, "Posts in each evaluation during training.", low=1)
     test_rows: int = key(400, "Posts in the final figures.", low=1)
@@ -130,7 +129,6 @@ def main(config: SFTStageConfig) -> None:
         model=model,
         args=training_arguments(
             config, run, SFTConfig,
-            num_train_epochs=config.num_train_epochs, max_steps=config.max_steps,
             eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.eval_steps,
             load_best_model_at_end=True, metric_for_best_model="rouge_avg", greater_is_better=True,
             train_sampling_strategy="group_by_length",

@@ -230,3 +230,23 @@ def test_a_script_says_one_line_and_exits_with_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: command line: unknown key '--learnin_rate'; did you mean 'learning_rate'?\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_no_steps_at_all_are_refused_with_their_place(stage, tmp_path):
+    """`Trainer` takes 0 for -1, and trains by epochs."""
+    path = tmp_path / "stage.yaml"
+    path.write_text("seed: 1\nmax_steps: 0\n")
+    with pytest.raises(UserError, match=rf"^{path}:2: max_steps: 0 steps train nothing"):
+        parse_config(stage_class(stage), path, [])
+    path.write_text("seed: 1\n")
+    with pytest.raises(UserError, match="^command line: max_steps: 0 steps train nothing"):
+        parse_config(stage_class(stage), path, ["--max_steps", "0"])
+    assert parse_config(stage_class(stage), path, ["--max_steps", "-1"]).max_steps == -1
+
+
+@pytest.mark.parametrize("name", ["gradient_accumulation_steps", "logging_steps", "max_steps"])
+def test_ppo_has_no_key_that_it_would_not_use(name, tmp_path):
+    (tmp_path / "ppo.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=f"unknown key '--{name}'"):
+        parse_config(stage_class("ppo"), tmp_path / "ppo.yaml", [f"--{name}", "1"])

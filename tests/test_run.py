@@ -154,6 +154,12 @@ def test_final_holds_model_tokenizer_and_where_they_come_from(tmp_path, tokenize
         assert torch.equal(weight, model.get_parameter(name))
 
 
+def test_a_machine_without_git_has_an_unknown_commit(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    start(tmp_path / "run").save_final(policy("opt"), tokenizer, {}, {})
+    assert json.loads((tmp_path / "run" / "final" / "stage.json").read_text())["commit"] == "unknown"
+
+
 def test_final_appears_whole_or_not_at_all(tmp_path, tokenizer):
     run, model = start(tmp_path), policy("opt")
 

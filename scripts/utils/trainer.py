@@ -1,15 +1,29 @@
 """What the two stages on transformers' `Trainer` share: prompt-group batches, one mean per step, our logging."""
 
 import os
+from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from utils.config import UserError
+from utils.config import StageConfig, UserError, key
 from utils.prompt_groups import PromptGroups
 from utils.run import Run
+
+
+@dataclass
+class TrainerStageConfig(StageConfig):
+    """What a stage on `Trainer` needs besides."""
+
+    gradient_accumulation_steps: int = key(1, "Micro-batches summed into one optimizer step.", low=1)
+    max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", unit="steps", low=-1)
+    logging_steps: int = key(5, "Metrics are logged every so many steps.", unit="steps", low=1)
+
+    def __post_init__(self):
+        if self.max_steps == 0:  # `Trainer` takes it for -1
+            raise UserError("max_steps: 0 steps train nothing; give 1 or more, or -1 to train num_train_epochs")
 
 
 class GroupLossMixin:
@@ -100,6 +114,8 @@ def training_arguments(config, run: Run, kind, **more):
         output_dir=str(run.folder / "checkpoints"),
         seed=config.seed,
         per_device_train_batch_size=config.per_device_batch_size,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         adam_epsilon=config.adam_eps,
