@@ -1,14 +1,17 @@
 """Configuration: dataclass <- YAML <- command line, and one line that names the place of each mistake."""
 
 import dataclasses
+import errno
 import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from utils.config import PROJECT, StageConfig, UserError, find_input, key, parse_config, save_config
+from utils.config import PROJECT, StageConfig, UserError, find_input, is_hub_name, key, parse_config, save_config, start
 
 STAGES = {"sft": "SFTStageConfig", "base": "SFTStageConfig", "reward": "RewardStageConfig", "ppo": "PPOStageConfig"}
 
@@ -129,7 +132,9 @@ ON_COMMAND_LINE = {  # words, part of the message
     "bool for a number": (["--seed", "true"], "--seed: invalid int value: 'true'"),
     "text for a bool": (["--resume", "maybe"], "--resume:"),
     "no value": (["--seed"], "--seed: expected one argument"),
-    "too small": (["--seed", "-1"], "'seed' must be at least 0, found -1"),
+    "too small": (["--warmup_steps", "-1"], "'warmup_steps' must be at least 0, found -1"),
+    "a seed numpy does not take": (["--seed", "5000000000"], "'seed' must be between 0 and 4294967295, found 5000000000"),
+    "a decay of nothing": (["--adam_beta2", "1.0"], "'adam_beta2' must be between 0.0 and 0.999999, found 1.0"),
     "too large": (["--share", "2"], "'share' must be between 0.0 and 1.0, found 2.0"),
     "nan": (["--learning_rate", "nan"], "'learning_rate' must be a finite number, found nan"),
     "infinite": (["--bias=-inf"], "'bias' must be a finite number, found -inf"),
@@ -186,10 +191,10 @@ def test_inputs_are_found_from_here_and_from_the_project(tmp_path, monkeypatch):
 
 
 def test_a_saved_configuration_reads_back(tmp_path):
-    config = parse(tmp_path, "", "--learning_rate", "3e-6", "--note", "a: 'b' # c", "--report_to", "x", "y", "--resume")
+    config = parse(tmp_path, "", "--learning_rate", "3e-6", "--note", "a: 'b' # c", "--report_to", "x", "y")
     save_config(config, tmp_path / "saved.yaml")
     assert parse(tmp_path, "", "--config", str(tmp_path / "saved.yaml")) == config
-    assert config.resume and config.note == "a: 'b' # c"
+    assert config.note == "a: 'b' # c"
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -250,3 +255,46 @@ def test_ppo_has_no_key_that_it_would_not_use(name, tmp_path):
     (tmp_path / "ppo.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match=f"unknown key '--{name}'"):
         parse_config(stage_class("ppo"), tmp_path / "ppo.yaml", [f"--{name}", "1"])
+
+
+# ---------------------------------------------------------------------------------------------- what main raises
+
+
+def started(error, monkeypatch, capsys):
+    """Exit status and error output of a script whose `main` raises."""
+    def main(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+    with pytest.raises(SystemExit) as left:
+        start(main, Toy, Path("/dev/null"), "")
+    return left.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+])
+def test_a_full_disk_is_one_line(error, monkeypatch, capsys):
+    code, said = started(error, monkeypatch, capsys)
+    assert code == 2 and said.count("\n") == 1
+    assert said.startswith("error: ") and "o space left on" in said and said.endswith("what was saved so far is intact\n")
+
+
+def test_ctrl_c_leaves_without_a_traceback(monkeypatch, capsys):
+    assert started(KeyboardInterrupt(), monkeypatch, capsys) == (130, "stopped\n")
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        started(RuntimeError("a bug"), monkeypatch, None)
+
+
+def test_an_owner_that_is_a_folder_here_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert is_hub_name("facebook/opt-125m")
+    for name in ("mine/final", "outputs/final", "assets/none", "./opt", "/opt", "opt", "a/b/c"):
+        assert not is_hub_name(name), name

@@ -3,9 +3,12 @@
 The oracle never sees our masks: each completion is a plain row of its own, run by the stock model.
 """
 
+import os
+
 import pytest
 import torch
-from families import CONFIGS, EOS, FAMILIES, PAD, policy, random_groups, scalar_model
+from families import CONFIGS, EOS, FAMILIES, PAD, VOCAB, policy, random_groups, scalar_model
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
@@ -234,4 +237,59 @@ def test_tokenizer_must_have_a_pad_of_its_own(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "opt"}')
     with pytest.raises(UserError, match="no PAD token of its own"):
+        load_tokenizer(str(tmp_path))
+
+
+def rewritten(folder, change):
+    """The weights of a model folder after `change(weights)`."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def first_matrix(weights):
+    return next(name for name in sorted(weights) if name.endswith("fc1.weight"))
+
+
+BROKEN = {
+    "garbage": lambda folder: (folder / "model.safetensors").write_bytes(b"garbage" * 99),
+    "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "cut off": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+    "another shape": lambda folder: rewritten(folder, lambda w: w.update({first_matrix(w): torch.zeros(3, 3)})),
+    "missing": lambda folder: rewritten(folder, lambda w: w.pop(first_matrix(w))),
+    "config.json a list": lambda folder: (folder / "config.json").write_text("[1]"),
+    "config.json null": lambda folder: (folder / "config.json").write_text("null"),
+    "config.json no JSON": lambda folder: (folder / "config.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_model_folder_is_one_line(how, tmp_path):
+    scalar_model("opt").save_pretrained(tmp_path)
+    load_scalar_model(str(tmp_path), "reward_model")
+    BROKEN[how](tmp_path)
+    with pytest.raises(UserError, match="^reward_model: '.*' cannot be loaded: .") as caught:
+        load_scalar_model(str(tmp_path), "reward_model")
+    assert "\n" not in str(caught.value)
+
+
+def test_only_a_new_head_may_be_missing(tmp_path):
+    """transformers fills in random numbers for whatever a checkpoint lacks."""
+    policy("opt").save_pretrained(tmp_path)
+    load_scalar_model(str(tmp_path), "model", new_head_seed=0)
+    rewritten(tmp_path, lambda weights: weights.pop(first_matrix(weights)))
+    with pytest.raises(UserError, match="^model: .*1 weights are missing .*fc1.weight"):
+        load_scalar_model(str(tmp_path), "model", new_head_seed=0)
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path):
+    scalar_model("opt").save_pretrained(tmp_path)
+    load_scalar_model(str(tmp_path), "reward_model", vocab_size=VOCAB)
+    with pytest.raises(UserError, match=f"^reward_model: .* has {VOCAB} tokens, the policy 40"):
+        load_scalar_model(str(tmp_path), "reward_model", vocab_size=40)
+
+
+def test_a_folder_without_a_tokenizer_is_said(tmp_path):
+    policy("opt").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="^model: .* holds a model but no tokenizer files"):
         load_tokenizer(str(tmp_path))

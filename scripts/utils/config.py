@@ -6,8 +6,11 @@ wrong type or a value out of range stops at once with one line that names the fi
 
 import dataclasses
 import difflib
+import errno
+import logging
 import math
 import os
+import re
 import sys
 import typing
 import warnings
@@ -184,21 +187,38 @@ def _article(kind):
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
 
+def find_local(path: str) -> Path | None:
+    """A file or folder, looked up from the current folder first, then from the project's; None when neither has it."""
+    try:
+        return next((found for found in (Path(path).expanduser(), PROJECT / path) if found.exists()), None)
+    except OSError:  # no name that a file could have
+        return None
+
+
 def find_input(path: str, name: str) -> Path:
-    """A file or folder to read: looked up from the current folder first, then from the project's folder.
+    """`find_local` of something that must be there.
 
     Raises:
-        UserError: when neither has it.
+        UserError: naming the key `name`, when it is not.
     """
-    for candidate in (Path(path).expanduser(), PROJECT / path):
-        if candidate.exists():
-            return candidate
-    raise UserError(f"{name}: '{path}' does not exist (looked in {Path.cwd()} and {PROJECT})")
+    found = find_local(path)
+    if found is None:
+        raise UserError(f"{name}: '{path}' does not exist (looked in {Path.cwd()} and {PROJECT})")
+    return found
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is not found here can be one of the hub's: owner/name, and nothing here is called like its owner."""
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return False
+    owner = name.split("/")[0]
+    return owner != "outputs" and find_local(owner) is None
 
 
 def save_config(config, path: Path) -> None:
     """Write the resolved configuration as a YAML file that `--config` takes again."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    saved = {**dataclasses.asdict(config), "resume": False}  # so that it starts a run, and does not go on with one
+    path.write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
 
 
 def _quiet() -> None:
@@ -206,6 +226,7 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.raiseExceptions = False  # a full disk is reported once, not by a traceback for each line of train.log
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
 
@@ -215,14 +236,29 @@ def start(main, config_class, default_file: Path, description: str) -> None:
     _quiet()
     try:
         main(parse_config(config_class, default_file, sys.argv[1:], description))
+    except KeyboardInterrupt:  # while loading, or the second one
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (28, 30, 13):  # disk full, read-only file system, no permission
+        _leave(error)
+    except Exception as error:
+        if not (reason := _broken_output(error)):
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}; what was saved so far is intact", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"{reason}; what was saved so far is intact")
+
+
+def _leave(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _broken_output(error) -> str | None:
+    """What is wrong with the disk that is written to; None when the error is another. torch and safetensors say it in words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"{error.filename or 'output'}: {error.strerror}"
+    if re.search("No space left|PytorchStreamWriter failed|enforce fail at inline_container", str(error)):
+        return "no space left on the disk"
+    return None
 
 
 @dataclasses.dataclass
@@ -231,12 +267,12 @@ class StageConfig:
 
     output_dir: str = key("outputs/run/stage", "Folder of this run; must be new or empty unless `resume`.")
     resume: bool = key(False, "Go on from the newest checkpoint in `output_dir`.")
-    seed: int = key(0, "Seed of everything random.", low=0)
+    seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="N+ detail 1", low=8)
     per_device_batch_size: int = key(8, "Rows (prompt groups) in one forward pass.", unit="rows", low=1)
     learning_rate: float = key(3e-6, "Peak learning rate.", source="N+", low=0.0)
     adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="N+", low=0.0)
-    adam_beta2: float = key(0.999, "Second moment decay of AdamW.", low=0.0, high=1.0)
+    adam_beta2: float = key(0.999, "Second moment decay of AdamW.", low=0.0, high=0.999999)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0.0)
     warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", unit="steps", low=0)
     max_grad_norm: float = key(1.0, "Gradient norm is clipped to this; 0: no clipping.", low=0.0)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.config import PROJECT, UserError
+from utils.config import UserError, find_input, find_local, is_hub_name
 
 # ST and N+ write prompts so; a completion starts with one space and ends with EOS (details 1 and 2).
 TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
@@ -90,15 +90,14 @@ def load_rankings(name: str, field: str, max_completions: int, say) -> list[Rank
 
 def read_rows(name: str, field: str) -> Iterator[tuple[str, dict]]:
     """Rows of a local file or a hub data set, each with where it stands (`file:line`)."""
-    for path in (Path(name).expanduser(), PROJECT / name):
-        if path.is_file():
-            return _read_jsonl(path, field)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or ".json" in name:
-        raise UserError(f"{field}: '{name}' does not exist (looked in {Path.cwd()} and {PROJECT})")
-    return _read_hub(name, field)
+    if is_hub_name(name) and ".json" not in name and find_local(name) is None:
+        return _read_hub(name, field)
+    return _read_jsonl(find_input(name, field), field)
 
 
 def _read_jsonl(path: Path, field: str):
+    if path.is_dir():
+        raise UserError(f"{field}: '{path}' is a folder; name a .jsonl or .jsonl.gz file in it")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{field}: '{path}' is not a .jsonl or .jsonl.gz file; save it as one JSON object a line")
     opened = gzip.open if path.name.endswith(".gz") else open
@@ -142,7 +141,7 @@ def _read_hub(name: str, field: str):
             raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)}; name a local file instead")
         rows = load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # Runtime: loading scripts
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{field}: '{name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
                         "without a network, save it as a .jsonl file and name that") from None
     yield from ((f"{name}[{split}]:{number}", row) for number, row in enumerate(rows, start=1))

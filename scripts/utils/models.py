@@ -7,7 +7,6 @@ a four-dimensional attention mask and position ids will do.
 The language-model head is applied at response positions only: nothing of shape (B, T, vocabulary) is made.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -15,21 +14,24 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from utils.config import PROJECT, UserError
+from utils.config import UserError, find_local, is_hub_name
+from utils.initial_weights import sketch_induction_heads
 from utils.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
 
 # Weights are float32 (mixed precision is autocast's work), safetensors only, and no code from outside is run.
 _LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
 
 def model_path(name: str, field: str) -> str:
     """A local model folder (looked up from the current folder, then the project's), or a hub name unchanged."""
-    for folder in (Path(name).expanduser(), PROJECT / name):
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise UserError(f"{field}: '{folder}' is not a model folder (it has no config.json)")
-            return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.split("/")[0] in ("outputs", "assets"):
+    folder = find_local(name)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{field}: '{folder}' is not a model folder (it has no config.json)")
+        return str(folder)
+    if not is_hub_name(name):
         raise UserError(f"{field}: no model folder at '{name}'; train that stage first or give another folder or hub name")
     return name
 
@@ -37,14 +39,36 @@ def model_path(name: str, field: str) -> str:
 def _loading(field, name, load):
     try:
         return load()
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a broken folder makes the libraries raise anything, their own kinds among them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{field}: '{name}' cannot be loaded: {reason}") from None
+
+
+def _pretrained(kind, field, name, new=(), **more):
+    """`kind.from_pretrained`, which without asking fills in random numbers for weights that it does not find.
+
+    Args:
+        new: names of weights that the checkpoint need not have.
+    """
+    path = model_path(name, field)
+    model, found = _loading(field, name, lambda: kind.from_pretrained(
+        path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **_LOAD, **more
+    ))
+    wrong = sorted({key for key, *_ in found["mismatched_keys"]})
+    missing = sorted(set(found["missing_keys"]) - set(new))
+    for what, names in (("of another shape than its config.json says", wrong), ("missing", missing)):
+        if names:
+            raise UserError(f"{field}: '{name}' cannot be loaded: {len(names)} weights are {what} ({names[0]}, ...)")
+    return model
 
 
 def load_tokenizer(name: str, field: str = "model"):
     """The tokenizer of a model; it must have an EOS token, and a PAD token that is not the EOS (detail 4)."""
     path = model_path(name, field)
+    # without any of these transformers makes up an empty tokenizer
+    if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in _TOKENIZER_FILES):
+        raise UserError(f"{field}: '{name}' holds a model but no tokenizer files ({', '.join(_TOKENIZER_FILES)}); copy those "
+                        "of the model it was made from into it")
     tokenizer = _loading(field, name, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{field}: the tokenizer of '{name}' has no EOS token, so no summary could ever end")
@@ -56,34 +80,49 @@ def load_tokenizer(name: str, field: str = "model"):
     return tokenizer
 
 
-def load_policy(name: str, field: str = "model", from_scratch: bool = False):
-    """A causal language model in float32, or one with fresh random weights of the same architecture."""
+def load_policy(name: str, field: str = "model", initial_weights: str = "pretrained"):
+    """A causal language model in float32.
+
+    Args:
+        initial_weights: "pretrained", those in the checkpoint; "random", fresh ones for its architecture; "induction",
+            fresh ones of an OPT arranged so that copying is learnt at once (`utils/initial_weights.py`).
+    """
     path = model_path(name, field)
-    if from_scratch:
-        config = _loading(field, name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
-        return without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD))
-    return _loading(field, name, lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_LOAD))
+    if initial_weights == "pretrained":
+        return _loading(field, name, lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_LOAD))
+    config = _loading(field, name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    model = without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD))
+    if initial_weights == "induction":
+        if config.model_type != "opt" or not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
+            raise UserError(f"initial_weights: 'induction' is for OPT with norms before its layers and no projection, not for "
+                            f"'{name}'; take 'random'")
+        sketch_induction_heads(model)
+    return model
 
 
-def load_scalar_model(name: str, field: str, new_head_seed: int | None = None):
+def load_scalar_model(name: str, field: str, new_head_seed: int | None = None, vocab_size: int | None = None):
     """A sequence classification model with one label: a reward or a value model.
 
     Args:
         new_head_seed: for a fresh head on a language model's trunk, weights N(0, 1/sqrt(d+1)), d being the
             width that reaches the head (detail 15; ST, N+). None: the checkpoint must have a head.
+        vocab_size: of the policy whose tokens it is going to read; None: not known yet.
+
+    Raises:
+        UserError: before a weight is loaded when it is no such model; or when weights are missing.
     """
     path = model_path(name, field)
     if new_head_seed is None:
         labels = _loading(field, name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+        if vocab_size not in (None, labels.vocab_size):
+            raise UserError(f"{field}: '{name}' has {labels.vocab_size} tokens, the policy {vocab_size}; use models of one "
+                            "family")
         kind = (labels.architectures or ["unknown"])[0]
         if labels.num_labels != 1 or "SequenceClassification" not in kind:
             raise UserError(f"{field}: '{name}' is no reward model: {kind} with {labels.num_labels} labels, needed is "
                             "a sequence classification model with one (made by train_reward.py)")
-    model = _loading(
-        field,
-        name,
-        lambda: AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, use_safetensors=True, **_LOAD),
-    )
+    new = () if new_head_seed is None else ("score.weight",)
+    model = _pretrained(AutoModelForSequenceClassification, field, name, new, num_labels=1)
     if new_head_seed is not None:
         width = model.score.weight.shape[1]
         generator = torch.Generator().manual_seed(new_head_seed)
