@@ -18,7 +18,6 @@ import random
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -27,13 +26,12 @@ from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from utils.checkpoints import Keeper
-from utils.config import PROJECT, StageConfig, UserError, find_input, key, start
+from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import load_examples, refuse_overlap, split_off
-from utils.distributed import build_accelerator
+from utils.distributed import build_accelerator, world
 from utils.evaluation import print_stages, refuse_too_long, tokenise
 from utils.generation import sample
-from utils.gold import load_gold
-from utils.judging import Judge
+from utils.judging import Judge, load_rules, refuse_missing_facts
 from utils.metrics import win_rate
 from utils.models import (
     PolicyAndValue,
@@ -62,7 +60,7 @@ from utils.ppo import (
     whiten,
 )
 from utils.prompt_groups import PromptGroups, pack
-from utils.run import Run, check_task, refuse_used_folder, stage_summaries
+from utils.run import Run, check_task, refuse_impossible, stage_folders
 
 
 @dataclass
@@ -192,7 +190,8 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
                     sums[name] = sums.get(name, 0.0) + value
             # 0 is no clipping, as in transformers' Trainer
             norm = accelerator.clip_grad_norm_(models.trained.parameters(), config.max_grad_norm or math.inf)
-            if not torch.isfinite(norm):
+            # fp16 finds its loss scale by steps whose gradient overflows, and leaves those steps out
+            if not torch.isfinite(norm) and config.mixed_precision != "fp16":
                 raise UserError("the gradient is not finite (NaN or infinite): lower learning_rate, or look at the reward "
                                 "model's scores in metrics.jsonl; the last checkpoint is intact")
             optimizer.step()
@@ -253,7 +252,7 @@ def rollout_metrics(batches: list[MicroBatch], config, accelerator) -> dict:
 # ------------------------------------------------------------------------------------------------- the script
 
 
-def load_splits(config, tokenizer):
+def load_splits(config, tokenizer, gold_rules: dict | None):
     """Training, validation and test prompts as tokens, no prompt in two of them."""
     train = load_examples(config.rlhf_training_data, "rlhf_training_data", need_completion=False)
     held, limits = {}, {"validation": config.eval_rows, "test": config.test_rows}
@@ -264,15 +263,17 @@ def load_splits(config, tokenizer):
         else:
             train, held[split] = split_off(train, min(0.1, rows / len(train)), config.seed)
     refuse_overlap({"rlhf_training_data": train, **{f"rlhf_{k}_data": v for k, v in held.items()}})
-    if config.gold_rules and any(e.facts is None for part in held.values() for e in part):
-        raise UserError("gold_rules: the held-out rows have no column 'facts'; leave gold_rules out for this data")
+    if gold_rules is not None:
+        refuse_missing_facts(gold_rules, [example for part in held.values() for example in part])
     return [tokenise(tokenizer, part, config) for part in (train, *held.values())]
 
 
 def load_models(config) -> Models:
     """Policy and value model in one module, reference and reward model frozen."""
     policy, ref_policy = (without_dropout(load_policy(config.model)) for _ in range(2))
-    value_model, reward_model = (load_scalar_model(config.reward_model, "reward_model") for _ in range(2))
+    value_model, reward_model = (
+        load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size) for _ in range(2)
+    )
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
         value_model.gradient_checkpointing_enable()
@@ -308,8 +309,8 @@ def prompts_of(update: int, prompts: list, config, accelerator) -> list:
     return [prompts[orders[epoch][place]] for epoch, place in places]
 
 
-def train(models, tokenizer, prompts, judge, validation, config, run, keeper, optimizer, scheduler, accelerator) -> None:
-    """The PPO loop.
+def train(models, tokenizer, prompts, judge, validation, config, run, keeper, optimizer, scheduler, accelerator) -> int:
+    """The PPO loop. Returns the number of updates made, without those before a `--resume`.
 
     Sampling and scoring call the models inside the accelerator's wrapper, so they need its autocast (detail 27). Its
     blocks must be short: autocast keeps the weights it has cast until its end, and they are old after a step.
@@ -323,7 +324,9 @@ def train(models, tokenizer, prompts, judge, validation, config, run, keeper, op
             batches = collect_rollout(models, tokenizer, chosen, config, update, accelerator)
         sampled = time.time()
         figures = rollout_metrics(batches, config, accelerator)
-        refuse_collapse(figures, config)
+        if reason := collapse(figures, config):
+            run.metrics(update + 1, figures)
+            raise UserError(f"{reason}; the last checkpoint is intact")
         if update % config.eval_steps == 0:
             with accelerator.autocast():
                 evaluate(models.policy, judge, validation, config, run, keeper, update)
@@ -344,16 +347,18 @@ def train(models, tokenizer, prompts, judge, validation, config, run, keeper, op
     bar.close()
     with accelerator.autocast():
         evaluate(models.policy, judge, validation, config, run, keeper, config.updates)
+    return config.updates - done
 
 
-def refuse_collapse(figures: dict, config) -> None:
-    """Stop before a broken update is trained on."""
-    broken = [name for name in ("objective/kl", "objective/score") if not math.isfinite(figures[name])]
-    if broken:
-        raise UserError(f"{broken[0]} is not finite (NaN or infinite): lower learning_rate; the last checkpoint is intact")
+def collapse(figures: dict, config) -> str | None:
+    """Why an update must not be trained on; None when it may."""
+    for name in ("objective/kl", "objective/score"):
+        if not math.isfinite(figures[name]):
+            return f"{name} is not finite (NaN or infinite): lower learning_rate"
     if figures["objective/kl"] > config.kl_limit:
-        raise UserError(f"the KL to the reference is {figures['objective/kl']:.1f} nats a summary, above kl_limit "
-                        f"{config.kl_limit}: lower learning_rate or raise kl_coef; the last checkpoint is intact")
+        return (f"the KL to the reference is {figures['objective/kl']:.1f} nats a summary, above kl_limit "
+                f"{config.kl_limit}: lower learning_rate or raise kl_coef")
+    return None
 
 
 def evaluate(policy, judge: Judge, validation, config, run, keeper, update: int) -> None:
@@ -378,9 +383,9 @@ def evaluate(policy, judge: Judge, validation, config, run, keeper, update: int)
     keeper.offer(update, means["score"], means["kl"])
 
 
-def finish(run, config, models, judge: Judge, tokenizer, test, seconds) -> None:
-    """PPO against SFT on the same held-out prompts; final/, summary.json, samples, plots, the table."""
-    reached = config.updates * config.prompts_per_update * config.responses_per_prompt
+def finish(run, config, models, judge: Judge, tokenizer, test, updates_per_second: float) -> None:
+    """PPO against SFT on the same held-out prompts; samples, summary.json, plots, final/, the table."""
+    episodes = config.prompts_per_update * config.responses_per_prompt
     found = {
         (name, kind): judge.summaries(policy, test, temperature, f"test, {name}, {kind}")
         for name, policy in (("before", models.ref_policy), ("after", models.policy))
@@ -396,16 +401,15 @@ def finish(run, config, models, judge: Judge, tokenizer, test, seconds) -> None:
         for example, sft, ppo in zip(test.examples[:20], found["before", "greedy"].texts, found["after", "greedy"].texts,
                                      strict=False)
     ])
+    gold = gold_figures({key: judge.gold(test, summaries) for key, summaries in found.items()}, config.seed)
+    run.finish({"score_before": score["before"], "score_after": score["after"], **gold, "kl": kl,
+                "rouge_avg": judge.rouge(test, found["after", "greedy"]), "episodes": config.updates * episodes,
+                "seconds": time.time() - run.started, "episodes_per_second": updates_per_second * episodes})
+    plot_ppo(run)
     run.save_final(models.policy, tokenizer, {"model": config.model, "reward_model": config.reward_model},
                    {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                     "score": score["after"], "kl": kl})
-    gold = gold_figures({key: judge.gold(test, summaries) for key, summaries in found.items()}, config.seed)
-    run.finish({"score_before": score["before"], "score_after": score["after"], **gold, "kl": kl,
-                "rouge_avg": judge.rouge(test, found["after", "greedy"]), "episodes": reached,
-                "seconds": time.time() - run.started, "episodes_per_second": reached / seconds})
-    plot_ppo(run)
-    folder = Path(config.output_dir).parent
-    print_stages(stage_summaries(folder), {name: str(folder / name) for name in ("sft", "reward", "ppo")})
+    print_stages(stage_folders(run, [config.model, config.reward_model]))
 
 
 def gold_figures(gold: dict, seed: int) -> dict:
@@ -419,30 +423,31 @@ def gold_figures(gold: dict, seed: int) -> dict:
 
 
 def main(config: PPOStageConfig) -> None:
-    refuse_used_folder(config)
+    refuse_impossible(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     check_task(tokenizer, {"model": config.model, "reward_model": config.reward_model})
-    prompts, validation, test = load_splits(config, tokenizer)
+    processes = world().num_processes
+    if config.prompts_per_update % processes:
+        raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out over {processes} "
+                        "processes; take a multiple")
+    gold_rules = load_rules(config.gold_rules) if config.gold_rules else None
+    prompts, validation, test = load_splits(config, tokenizer, gold_rules)
     models = load_models(config)
     run = Run(config, "ppo", [])
     accelerator = build_accelerator(config, run.folder)
-    if config.prompts_per_update % accelerator.num_processes:
-        raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out over "
-                        f"{accelerator.num_processes} processes; take a multiple")
     run.use_tracker(accelerator)
     run.catch_signals()
     models, optimizer, scheduler = prepare(models, config, accelerator)
     accelerator.register_for_checkpointing(scheduler)
     keeper = Keeper(run, config, accelerator, models.policy)
-    gold_rules = load_gold(find_input(config.gold_rules, "gold_rules")) if config.gold_rules else None
     judge = Judge(models.ref_policy, models.reward_model, tokenizer, gold_rules, config)
     began = time.time()
-    train(models, tokenizer, prompts.prompts, judge, validation, config, run, keeper, optimizer, scheduler, accelerator)
-    seconds = time.time() - began
+    made = train(models, tokenizer, prompts.prompts, judge, validation, config, run, keeper, optimizer, scheduler, accelerator)
+    speed = made / (time.time() - began)
     keeper.restore_best()
     with accelerator.autocast():
-        finish(run, config, models, judge, tokenizer, test, seconds)
+        finish(run, config, models, judge, tokenizer, test, speed)
     accelerator.end_training()
 
 

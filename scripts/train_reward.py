@@ -29,7 +29,7 @@ from utils.metrics import bootstrap_interval, expected_calibration_error, label_
 from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
 from utils.plots import plot_reward
 from utils.prompt_groups import pack
-from utils.run import Run, check_task, refuse_used_folder, stage_summaries
+from utils.run import Run, check_task, refuse_impossible, stage_folders
 from utils.trainer import GroupLossMixin, TrainerStageConfig, newest_checkpoint, training_arguments
 
 
@@ -148,7 +148,7 @@ def centre(model, tokenizer, references, config, say) -> None:
 
 
 def main(config: RewardStageConfig) -> None:
-    refuse_used_folder(config)
+    refuse_impossible(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     check_task(tokenizer, {"model": config.model})
@@ -185,21 +185,20 @@ def main(config: RewardStageConfig) -> None:
 
 
 def finish(run, config, trainer, tokenizer, test, seconds) -> None:
-    """The test figures, final/, summary.json, plots, the table."""
+    """The test figures, samples, summary.json, plots, final/, the table."""
     figures, found = accuracy_of(trainer.model, tokenizer, test, config, "test")
-    seen = trainer.state.global_step * config.per_device_batch_size * config.gradient_accumulation_steps
-    pairs = sum(map(len, trainer.train_dataset["pairs"])) / len(trainer.train_dataset) * seen * trainer.accelerator.num_processes
+    pairs = sum(map(len, trainer.train_dataset["pairs"])) / len(trainer.train_dataset) * trainer.rows_trained()
     run.samples([{"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "pairs": order,
                   "completions": tokenizer.batch_decode(completions, skip_special_tokens=True), "scores": score}
                  for prompt, completions, order, score in zip(test["prompt"][:20], test["completions"][:20],
                                                               test["pairs"][:20], found[:20], strict=True)])
     run.metrics(trainer.state.global_step, {"test/accuracy": figures["accuracy"], "test/ece": figures.pop("ece")})
+    run.finish({**figures, **baselines(test), "seconds": time.time() - run.started, "pairs_per_second": pairs / seconds})
+    plot_reward(run, [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order])
     run.save_final(trainer.model, tokenizer, {"model": config.model},
                    {"max_prompt_tokens": config.max_prompt_tokens, "accuracy": figures["accuracy"],
                     "score_shift": trainer.model.config.score_shift})
-    run.finish({**figures, **baselines(test), "seconds": time.time() - run.started, "pairs_per_second": pairs / seconds})
-    plot_reward(run, [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order])
-    print_stages(stage_summaries(run.folder.parent), {"reward": str(run.folder)})
+    print_stages(stage_folders(run, [config.model]))
 
 
 if __name__ == "__main__":

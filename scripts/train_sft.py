@@ -28,7 +28,7 @@ from utils.metrics import SummaryRouge
 from utils.models import load_policy, load_tokenizer, response_logits
 from utils.plots import plot_sft
 from utils.prompt_groups import pack
-from utils.run import Run, refuse_used_folder, stage_summaries
+from utils.run import Run, check_task, refuse_impossible, stage_folders
 from utils.trainer import GroupLossMixin, TrainerStageConfig, newest_checkpoint, training_arguments
 
 
@@ -37,7 +37,9 @@ class SFTStageConfig(TrainerStageConfig):
     """Supervised fine-tuning. Defaults: OPT on TL;DR."""
 
     model: str = key("facebook/opt-125m", "Base model: a folder or a hub name.")
-    from_scratch: bool = key(False, "Start from random weights of the model's architecture (pretraining).")
+    initial_weights: str = key("pretrained", "Where training starts: the checkpoint's weights, fresh random ones, or fresh ones "
+                               "in which copying is sketched (OPT; for pretraining).",
+                               choices=["pretrained", "random", "induction"], source="own")
     actor_training_data: str = key("trl-lib/tldr", "Examples to learn from: .jsonl(.gz) file or hub name.")
     actor_validation_data: str | None = key(None, "Examples that choose the checkpoint; none: held out of the training data.")
     actor_test_data: str | None = key(None, "Examples that the final figures are taken on; none: held out too.")
@@ -110,12 +112,13 @@ def load_splits(config, tokenizer, say):
 
 
 def main(config: SFTStageConfig) -> None:
-    refuse_used_folder(config)
+    refuse_impossible(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
+    check_task(tokenizer, {"model": config.model})
     notes = []
     train, validation, test = load_splits(config, tokenizer, notes.append)
-    model = load_policy(config.model, from_scratch=config.from_scratch)
+    model = load_policy(config.model, initial_weights=config.initial_weights)
     longest = max(len(p) + len(c) for p, c in zip(train.prompts, train.completions, strict=True))
     refuse_too_long(model, max(longest, max(map(len, test.prompts)) + config.max_new_tokens), "actor_training_data")
     run = Run(config, "sft", notes)
@@ -153,23 +156,22 @@ def main(config: SFTStageConfig) -> None:
 
 
 def finish(run, config, trainer, tokenizer, test, figures, summaries, seconds) -> None:
-    """Samples side by side, final/, summary.json, plots, the table."""
+    """Samples side by side, summary.json, plots, final/, the table."""
     before, after = figures
     run.samples([
         {"prompt": example.prompt, "reference": example.completion, "base": base, "sft": sft}
         for example, base, sft in zip(test.examples[:20], summaries[0].texts, summaries[1].texts, strict=False)
     ])
     tokens = sum(map(len, trainer.train_dataset["prompt"])) + sum(map(len, trainer.train_dataset["completion"]))
-    seen = tokens / len(trainer.train_dataset) * trainer.state.global_step * config.per_device_batch_size
-    seen *= config.gradient_accumulation_steps * trainer.accelerator.num_processes
-    run.save_final(trainer.model, tokenizer, {"model": config.model},
-                   {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
-                    "rouge_avg": after["rouge_avg"]})
+    seen = tokens / len(trainer.train_dataset) * trainer.rows_trained()
     run.finish({**{name: after[name] for name in ("rouge1", "rouge2", "rougeL", "rouge_avg")},
                 "base_rouge_avg": before["rouge_avg"], "seconds": time.time() - run.started,
                 "tokens_per_second": seen / seconds})
     plot_sft(run)
-    print_stages(stage_summaries(run.folder.parent), {"sft": str(run.folder)})
+    run.save_final(trainer.model, tokenizer, {"model": config.model},
+                   {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
+                    "rouge_avg": after["rouge_avg"]})
+    print_stages(stage_folders(run, []))
 
 
 if __name__ == "__main__":

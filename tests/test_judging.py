@@ -1,5 +1,6 @@
 """Judging summaries: each measure against an independent way to get it, and no pass of a model that nobody asked for."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ from families import EOS, PAD, policy, random_groups, scalar_model
 
 import train_ppo
 from utils import evaluation
+from utils.config import UserError
 from utils.evaluation import Tokenised
-from utils.judging import Judge
+from utils.judging import Judge, load_rules, refuse_missing_facts
 
 PROMPTS = random_groups([5, 1, 8, 3, 6], [[1]] * 5)[0]
 POSTS = Tokenised([SimpleNamespace(prompt="p", completion=" w3 w4.", facts=None) for _ in PROMPTS], PROMPTS, None)
@@ -69,3 +71,30 @@ def test_an_evaluation_samples_twice_and_asks_each_judge_once(monkeypatch):
     assert asked.count("reference") == asked.count("reward") == 3, "five rows in batches of two"
     assert list(figures) == ["eval/tokens", "eval/ended", "eval/score", "eval/kl", "eval/rouge_avg"]
     assert offered == [(3, figures["eval/score"], figures["eval/kl"])]
+
+
+RULES = {"slots": {"who": {"weight": 1.0, "values": ["my sister"]}}, "need_words": 5,
+         "penalties": {"extra_word": 0.1, "repeated_trigram": 0.1, "repeated_trigram_cap": 0.2, "no_proper_end": 0.2}}
+
+
+def test_rules_of_the_gold_score_are_read(tmp_path):
+    (tmp_path / "gold.json").write_text(json.dumps(RULES))
+    assert load_rules(str(tmp_path / "gold.json"))["need_words"] == 5
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "null", "[]", '{"slots": {"who": {}}}', '{"slots": {}}',
+                                  json.dumps({**RULES, "penalties": {}}), json.dumps({**RULES, "need_words": "five"})])
+def test_rules_that_are_none_are_refused_before_they_are_needed(text, tmp_path):
+    (tmp_path / "gold.json").write_text(text)
+    with pytest.raises(UserError, match="^gold_rules: .* holds no rules of a gold score"):
+        load_rules(str(tmp_path / "gold.json"))
+    with pytest.raises(UserError, match="^gold_rules: .* does not exist"):
+        load_rules(str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("facts", [None, "my sister", {}, {"when": "today"}, {"who": 3}, ["who"]])
+def test_a_row_without_the_facts_is_refused(facts):
+    whole = SimpleNamespace(prompt="p", facts={"who": "my sister", "when": "today"})
+    refuse_missing_facts(RULES, [whole])
+    with pytest.raises(UserError, match="^gold_rules: .* no column 'facts' with a text for 'who'"):
+        refuse_missing_facts(RULES, [whole, SimpleNamespace(prompt="p", facts=facts)])

@@ -25,9 +25,14 @@ def collect(part: list) -> list:
 
 
 def build_accelerator(config, folder) -> Accelerator:
-    """The accelerator of the PPO loop, with the experiment trackers of the configuration."""
+    """The accelerator of the PPO loop, with the experiment trackers of the configuration.
+
+    Args:
+        folder: that of the run; its last two names are the trackers' name of the project.
+    """
     trackers = [name for name in config.report_to if name != "none"]
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(folder))
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers,
+                              project_dir=str(folder / "tensorboard"))
     if trackers:
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers("-".join(folder.resolve().parts[-2:]))
     return accelerator

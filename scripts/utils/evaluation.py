@@ -1,6 +1,8 @@
 """Summaries of held-out posts and what they are worth; the table of the three stages."""
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -78,8 +80,13 @@ def summarise(policy, tokenizer, prompts, config, temperature, seed, title="") -
     return Summaries(tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), ended, logprobs)
 
 
-def print_stages(summaries: dict[str, dict], paths: dict[str, str]) -> None:
-    """The table at the end: what each stage reached, with intervals where they are known."""
+def print_stages(folders: dict[str, Path]) -> None:
+    """The table at the end: what each stage reached, with intervals where they are known; and where it all lies.
+
+    Args:
+        folders: run folder of each stage, each with its summary.json.
+    """
+    summaries = {stage: json.loads((folder / "summary.json").read_text()) for stage, folder in folders.items()}
     table = Table(title="RLHF in three stages", title_justify="left")
     for column in ("stage", "measure", "before", "after", "95 % interval", "seconds"):
         table.add_column(column)
@@ -87,8 +94,9 @@ def print_stages(summaries: dict[str, dict], paths: dict[str, str]) -> None:
         table.add_row(*row)
     console = Console(width=110)
     console.print(table)
-    for stage, path in paths.items():
-        console.print(f"{stage}: {path}", highlight=False)
+    for stage, folder in folders.items():
+        for path in (folder, *sorted((folder / "plots").iterdir())):
+            console.print(f"{stage}: {path}", highlight=False, soft_wrap=True)
 
 
 def _stage_rows(summaries):

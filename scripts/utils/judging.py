@@ -3,8 +3,9 @@
 Each measure stands alone, because each costs a pass of a model or more: a caller takes those that it reports.
 """
 
+from utils.config import UserError, find_input
 from utils.evaluation import Summaries, Tokenised, measure_groups, score_groups, summarise
-from utils.gold import gold_score
+from utils.gold import gold_score, load_gold
 from utils.metrics import SummaryRouge
 from utils.models import response_logprobs
 
@@ -51,3 +52,29 @@ class Judge:
             return None
         texts, references = zip(*known, strict=True)
         return SummaryRouge().compute(predictions=texts, references=references)["rouge_avg"]
+
+
+def load_rules(path: str) -> dict:
+    """The rules of the gold score.
+
+    Raises:
+        UserError: when the file is not there or is none that `gold_score` could work with.
+    """
+    found = find_input(path, "gold_rules")
+    try:
+        rules = load_gold(found)
+        gold_score("", dict.fromkeys(rules["slots"], ""), rules)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"gold_rules: '{found}' holds no rules of a gold score ({type(error).__name__}: {error}); make it again "
+                        "with data/tldr_mini/generate.py, or leave gold_rules out") from None
+    return rules
+
+
+def refuse_missing_facts(rules: dict, examples: list) -> None:
+    """Raise UserError when a held-out example's `facts` are not what the gold score needs: a text for each slot."""
+    for example in examples:
+        facts = example.facts if isinstance(example.facts, dict) else {}
+        missing = [slot for slot in rules["slots"] if not isinstance(facts.get(slot), str)]
+        if missing:
+            raise UserError(f"gold_rules: a held-out row has no column 'facts' with a text for '{missing[0]}' "
+                            f"({example.prompt[:60]!r}...); leave gold_rules out for this data")

@@ -3,20 +3,26 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate.utils import LoggerType
+from transformers.integrations import get_available_reporting_integrations
 
-from utils.config import PROJECT, UserError, find_input, save_config
+from utils.config import PROJECT, UserError, find_local, read_yaml, save_config
 from utils.data import TLDR_TEMPLATE
 from utils.distributed import world
+from utils.models import load_tokenizer
 
 
 class Run:
@@ -35,9 +41,12 @@ class Run:
         self._tracker = None
 
     def _open(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "plots").mkdir(exist_ok=True)
-        save_config(self.config, self.folder / "config.yaml")
+        try:
+            (self.folder / "plots").mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.folder / "config.yaml")
+            _end_line(self.folder / "metrics.jsonl")
+        except OSError as error:
+            raise UserError(f"output_dir: '{self.folder}' cannot be written to ({error.strerror}); name another") from None
 
     def _logger(self):
         log = logging.getLogger(f"{self.stage}.{self.folder}")
@@ -58,7 +67,8 @@ class Run:
         self.log.info(message)
 
     def metrics(self, step: int, values: dict) -> None:
-        """One line of metrics.jsonl, and the experiment trackers."""
+        """One line of metrics.jsonl, and the experiment trackers. NaN and infinity, which JSON has not, become null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.is_main:
             _append(self.folder / "metrics.jsonl", [{"step": step, **values}])
             if self._tracker:
@@ -69,13 +79,13 @@ class Run:
         self._tracker = accelerator
 
     def samples(self, rows: list[dict]) -> None:
-        """Lines of samples.jsonl."""
+        """All of samples.jsonl."""
         if self.is_main:
+            (self.folder / "samples.jsonl").unlink(missing_ok=True)  # of a run that was killed between this and final/
             _append(self.folder / "samples.jsonl", rows)
 
     def read_metrics(self) -> list[dict]:
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return _read_whole_rows(self.folder / "metrics.jsonl")
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: flat, the stage's final figures."""
@@ -85,7 +95,10 @@ class Run:
             _write_json(self.folder / "summary.json", self.summary)
 
     def save_final(self, model, tokenizer, parents: dict[str, str], extra: dict) -> None:
-        """`final/`: the model, its tokenizer and stage.json, written under another name and then renamed."""
+        """`final/`: the model, its tokenizer and stage.json, written under another name and then renamed.
+
+        The last thing that a stage does, since a run with final/ counts as finished.
+        """
         if not self.is_main:
             return
         temporary = self.folder / "final.tmp"
@@ -109,43 +122,108 @@ class Run:
 
     def stopped(self) -> None:
         """Say how to go on, and leave with the signal's exit status."""
-        command = " ".join(["python", *sys.argv, *([] if self.config.resume else ["--resume"])])
+        command = shlex.join([sys.executable, *sys.argv, *([] if self.config.resume else ["--resume"])])
         self.say(f"stopped; go on with: {command}")
         sys.exit(128 + self.stop_signal)
 
 
+def refuse_impossible(config) -> None:
+    """Everything that would stop the run later and can be known before a file is read.
+
+    Raises:
+        UserError: for an output folder in use, another configuration than that of the run to resume, a tracker that
+            is not installed, or half precision on a machine that has none.
+    """
+    refuse_used_folder(config)
+    trackers = {name for name in get_available_reporting_integrations() if name in LoggerType}
+    for name in config.report_to:
+        if name not in {*trackers, "none"}:
+            raise UserError(f"report_to: '{name}' is not installed, or no tracker; here are: {', '.join(sorted(trackers))}, none")
+    if config.mixed_precision == "fp16" and world().device.type == "cpu":
+        raise UserError("mixed_precision: fp16 needs a GPU; take bf16 or no")
+
+
 def refuse_used_folder(config) -> None:
-    """Raise UserError for a non-empty `output_dir` without `resume`, and for `resume` without anything to resume."""
+    """Raise UserError for a non-empty `output_dir` without `resume`, and for `resume` without its run to go on with."""
     folder = Path(config.output_dir).expanduser()
-    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    try:
+        used = folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _nothing_trained(folder)))
+    except OSError as error:
+        raise UserError(f"output_dir: '{folder}' cannot be used ({error.strerror}); name another") from None
     if used and not config.resume:
         raise UserError(f"output_dir: '{folder}' is in use; go on with --resume, or name a new --output_dir")
     if config.resume and (folder / "final").exists():
         raise UserError(f"output_dir: '{folder}' is finished (it has final/); name a new --output_dir")
     if config.resume and not (folder / "config.yaml").exists():
         raise UserError(f"output_dir: nothing to resume in '{folder}'; leave --resume out to start")
+    if config.resume:
+        _refuse_other_config(config, folder / "config.yaml")
+
+
+def _nothing_trained(folder: Path) -> bool:
+    """Whether a run ended here before its first step, by a mistake say: nothing to lose, and nothing to go on with."""
+    ours = {"config.yaml", "metrics.jsonl", "train.log", "plots", "tensorboard", "checkpoints"}
+    names = {path.name for path in folder.iterdir()}
+    if "config.yaml" not in names or not names <= ours:
+        return False
+    checkpoints = [path for path in folder.glob("checkpoints/*") if not path.name.startswith("best-")]
+    return not checkpoints and not any(row["step"] for row in _read_whole_rows(folder / "metrics.jsonl"))
+
+
+# what may differ between a run and its continuation: it changes what is written down, not what is learnt
+_FREE = ("output_dir", "resume", "report_to", "logging_steps", "save_steps", "eval_steps", "save_total_limit")
+
+
+def _refuse_other_config(config, path: Path) -> None:
+    saved, _ = read_yaml(path)
+    for name, value in asdict(config).items():
+        if name not in _FREE and saved.get(name, value) != value:
+            raise UserError(f"resume: '{name}' is {value!r} here, but the run in '{path.parent}' has {saved[name]!r}; "
+                            "resume with the same configuration, or name a new --output_dir")
+
+
+# what the parent under a key may be
+_KINDS = {"model": ("sft", "ppo"), "reward_model": ("reward",)}
 
 
 def check_task(tokenizer, parents: dict[str, str]) -> None:
-    """Refuse parents that were trained on another task, before a weight of theirs is loaded.
+    """Refuse parents of the wrong kind or trained on another task, before a weight of theirs is loaded.
 
     Args:
-        tokenizer: the one this stage uses.
-        parents: configuration key -> model folder; a hub model carries no stage.json and is not checked.
+        tokenizer: the one this stage uses, that of `model`.
+        parents: configuration key -> model folder or hub name. One without stage.json is not known to be of a task,
+            but its tokenizer can be held against ours.
 
     Raises:
         UserError: naming the key, what differs, and both values.
     """
     ours = task_of(tokenizer)
     for field, name in parents.items():
-        folder = next((f for f in (Path(name).expanduser(), PROJECT / name) if f.is_dir()), None)
-        if folder is None or not (folder / "stage.json").exists():
-            continue
-        theirs = json.loads((folder / "stage.json").read_text())
+        theirs = _stage_of(name, field)
+        if theirs is None:
+            theirs = {} if field == "model" else task_of(load_tokenizer(name, field))
+        elif theirs.get("stage") not in _KINDS[field]:
+            raise UserError(f"{field}: '{name}' comes from the stage '{theirs.get('stage')}'; needed is one of "
+                            f"{' or '.join(_KINDS[field])}")
         for item, value in ours.items():
             if item in theirs and theirs[item] != value:
                 raise UserError(f"{field}: '{name}' was trained with another {item.replace('_', ' ')} "
                                 f"({theirs[item]!r:.60} there, {value!r:.60} here); use models of one family")
+
+
+def _stage_of(name: str, field: str) -> dict | None:
+    """stage.json of a model folder; None for a hub model or one that was not trained here."""
+    folder = find_local(name)
+    if folder is None or not (folder / "stage.json").exists():
+        return None
+    try:
+        stage = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    except ValueError:
+        stage = None
+    if not isinstance(stage, dict):
+        raise UserError(f"{field}: '{folder / 'stage.json'}' is no JSON object; train that stage again, or remove the file if "
+                        "the model was not made here")
+    return stage
 
 
 def task_of(tokenizer) -> dict:
@@ -166,20 +244,28 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def stage_summaries(folder: Path) -> dict[str, dict]:
-    """summary.json of each finished stage beside this one, by stage name."""
-    return {stage: json.loads((folder / stage / "summary.json").read_text())
-            for stage in ("sft", "reward", "ppo") if (folder / stage / "summary.json").exists()}
+def stage_folders(run: Run, parents: list[str]) -> dict[str, Path]:
+    """Run folders by stage: those whose final/ the parents are, and this run's own."""
+    folders = {}
+    for name in parents:
+        final = find_local(name)
+        if final is not None and (stage := _stage_of(name, "model")) and (final.parent / "summary.json").exists():
+            folders[stage["stage"]] = final.parent
+    folders[run.stage] = run.folder
+    return {stage: folders[stage] for stage in ("sft", "reward", "ppo") if stage in folders}
 
 
 def _identity(name: str) -> dict:
     """Which weights a parent had: its path and the checksum of its safetensors; a hub model its name."""
-    try:
-        folder = find_input(name, "parent")
-    except UserError:
+    folder = find_local(name)
+    if folder is None:
         return {"name": name}
-    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
-    return {"name": name, "sha256": digests}
+    return {"name": name, "sha256": {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit() -> str:
@@ -193,6 +279,24 @@ def _commit() -> str:
 def _append(path: Path, rows: list[dict]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _read_whole_rows(path: Path) -> list[dict]:
+    """Rows of a .jsonl file; a line that a killed run left half-written is none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _end_line(path: Path) -> None:
+    """End a line that a killed run left half-written, so that the next row stands on its own."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
 
 
 def _write_json(path: Path, value: dict) -> None:

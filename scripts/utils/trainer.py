@@ -1,12 +1,12 @@
 """What the two stages on transformers' `Trainer` share: prompt-group batches, one mean per step, our logging."""
 
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from utils.config import StageConfig, UserError, key
 from utils.prompt_groups import PromptGroups
@@ -38,9 +38,10 @@ class GroupLossMixin:
         super().__init__(*args, **kwargs)
         self.run = run
         self.evaluated = (None, None)  # step and figures
+        self.progress = RunCallback(run)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided, over micro-batches too
         self.remove_callback(PrinterCallback)
-        self.add_callback(RunCallback(run))
+        self.add_callback(self.progress)
         group_forward(self.model, loss_sum)
 
     def evaluate(self, *args, **kwargs):
@@ -52,6 +53,11 @@ class GroupLossMixin:
             self.run.say(f"step {self.state.global_step}, validation: {shown}")
             self.evaluated = (self.state.global_step, figures)
         return self.evaluated[1]
+
+    def rows_trained(self) -> int:
+        """Rows of all ranks since this process began: not those before a `--resume`, which its seconds do not hold."""
+        steps = self.state.global_step - self.progress.first_step
+        return steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _get_num_items_in_batch(self, batch_samples, device):
         count = torch.stack([batch["items"] for batch in batch_samples]).sum().to(device)
@@ -83,9 +89,10 @@ class RunCallback(TrainerCallback):
     """A progress bar, metrics.jsonl, and a clean stop; replaces the default printing."""
 
     def __init__(self, run: Run):
-        self.run, self.bar = run, None
+        self.run, self.bar, self.first_step = run, None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step = state.global_step
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step",
                         disable=not state.is_world_process_zero)
 
@@ -99,6 +106,11 @@ class RunCallback(TrainerCallback):
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
             self.run.metrics(state.global_step, {f"{self.run.stage}/{name}": logs[name]
                                                  for name in ("loss", "grad_norm", "learning_rate")})
+            # fp16 finds its loss scale by steps whose gradient overflows, and leaves those steps out
+            for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+                if not math.isfinite(logs[name]):
+                    raise UserError(f"{self.run.stage}/{name} is not finite (NaN or infinite) at step {state.global_step}: lower "
+                                    "learning_rate, or look for broken rows; the last checkpoint is intact")
         evaluated = {name.replace("eval_", "eval/"): value for name, value in logs.items() if name.startswith("eval_")}
         if evaluated:
             self.run.metrics(state.global_step, evaluated)
@@ -128,6 +140,7 @@ def training_arguments(config, run: Run, kind, **more):
         bf16=config.mixed_precision == "bf16",
         fp16=config.mixed_precision == "fp16",
         logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # which would log the loss before it broke, again and again
         save_total_limit=config.save_total_limit,
         report_to=config.report_to,
         remove_unused_columns=False,
@@ -143,7 +156,8 @@ def newest_checkpoint(run: Run) -> str:
     Raises:
         UserError: when there is none.
     """
-    found = get_last_checkpoint(str(run.folder / "checkpoints")) if (run.folder / "checkpoints").is_dir() else None
-    if found is None:
+    # the file that is written last: a killed run leaves folders without it
+    whole = [path.parent for path in (run.folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    if not whole:
         raise UserError(f"resume: '{run.folder}' has no checkpoint yet; remove the folder and start again without --resume")
-    return found
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1])))

@@ -1,0 +1,144 @@
+"""What the two stages on transformers' `Trainer` share: one mean per optimizer step, and when a run must stop."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from families import EOS, PAD, policy, random_groups, scalar_model
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+import train_reward
+import train_sft
+from utils.config import UserError
+from utils.models import without_dropout
+from utils.prompt_groups import pack
+from utils.trainer import GroupLossMixin, newest_checkpoint
+
+PROMPTS, COMPLETIONS = random_groups([5, 1, 8, 3], [[2], [7], [4], [1]])
+ROWS = [{"prompt": p, "completion": c[0]} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, index):
+        return ROWS[index]
+
+
+class Stage(GroupLossMixin, Trainer):
+    """The mixin with the SFT loss."""
+
+
+class Run:
+    """Collects what a run is told."""
+
+    stage, stop_signal = "sft", None
+
+    def __init__(self, folder):
+        self.folder, self.rows = folder, []
+
+    def metrics(self, step, values):
+        self.rows.append((step, values))
+
+    def say(self, line):
+        pass
+
+
+def trained(folder, batch_size, accumulation, steps=1, **more):
+    """A model after plain SGD on all four rows a step, its trainer and its run."""
+    run = Run(folder)
+    model = without_dropout(policy("opt"))
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=steps,
+        logging_steps=1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], remove_unused_columns=False,
+        disable_tqdm=True, save_strategy="no", use_cpu=True, logging_nan_inf_filter=False, **{"learning_rate": 0.1, **more},
+    )
+    trainer = Stage(
+        model=model, args=arguments, train_dataset=Rows(), loss_sum=train_sft.completion_loss_sum, run=run,
+        data_collator=lambda rows: train_sft.collate(rows, PAD, "completion"),
+    )
+    trainer.train()
+    return model, trainer, run
+
+
+def token_losses(model):
+    """-log p of every completion token of all rows, by stock forward passes on single rows."""
+    losses = []
+    for row in ROWS:
+        logits = model(input_ids=torch.tensor([row["prompt"] + row["completion"]])).logits[0]
+        losses.append(cross_entropy(logits[len(row["prompt"]) - 1 : -1], torch.tensor(row["completion"]), reduction="none"))
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_a_step_follows_the_mean_over_all_its_tokens(batch_size, accumulation, tmp_path):
+    """Detail 12: rows of 2, 7, 4 and 1 tokens; a mean of micro-batch means is another gradient."""
+    model, _, run = trained(tmp_path, batch_size, accumulation)
+    oracle = without_dropout(policy("opt"))
+    loss = token_losses(oracle).mean()
+    loss.backward()
+    for ours, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, rtol=0, atol=1e-5)
+    [(step, logged)] = [row for row in run.rows if "sft/loss" in row[1]]
+    assert step == 1 and logged["sft/loss"] == pytest.approx(loss.item(), abs=1e-3)
+
+
+def test_rows_trained_are_those_of_this_session(tmp_path):
+    _, trainer, _ = trained(tmp_path, 2, 2, steps=3)
+    assert trainer.rows_trained() == 12
+    trainer.progress.first_step = 2  # as after --resume at step 2
+    assert trainer.rows_trained() == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_after_it_is_logged(tmp_path):
+    with pytest.raises(UserError, match=r"^sft/(loss|grad_norm) is not finite .*: lower learning_rate"):
+        trained(tmp_path, 4, 1, steps=9, learning_rate=1e30)
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path):
+    """A killed run leaves folders without trainer_state.json, which is written last."""
+    run = SimpleNamespace(folder=tmp_path)
+    with pytest.raises(UserError, match="^resume: .* has no checkpoint yet"):
+        newest_checkpoint(run)
+    for step, whole in ((8, True), (9, True), (10, True), (12, False)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(run) == str(tmp_path / "checkpoints" / "checkpoint-10")
+
+
+# ------------------------------------------------------------------------------------------------- losses
+
+
+@torch.no_grad()
+def test_completion_loss_is_the_sum_over_completion_tokens():
+    model = policy("opt")
+    groups = pack(PROMPTS, COMPLETIONS, PAD)
+    expected = 0.0
+    for row in ROWS:
+        logits = model(input_ids=torch.tensor([row["prompt"] + row["completion"]])).logits[0].double().numpy()
+        for place, token in enumerate(row["completion"], start=len(row["prompt"]) - 1):
+            expected += np.log(np.exp(logits[place]).sum()) - logits[place, token]
+    assert train_sft.completion_loss_sum(model, groups).item() == pytest.approx(expected, rel=1e-5)
+    assert all(row["completion"][-1] == EOS for row in ROWS), "the EOS is learnt as well"
+
+
+@torch.no_grad()
+def test_pairwise_loss_is_the_sum_over_pairs():
+    model = scalar_model("opt")
+    prompts, completions = random_groups([4, 6], [[3, 1, 5], [2, 4]])
+    rows = [{"prompt": prompts[0], "completions": completions[0], "pairs": [(0, 1), (0, 2), (1, 2)]},
+            {"prompt": prompts[1], "completions": completions[1], "pairs": [(1, 0)]}]
+    batch = train_reward.collate(rows, PAD)
+    assert batch.pop("items") == 4
+    groups = pack(prompts, completions, PAD)
+    expected = 0.0
+    for row in rows:
+        scores = [model(input_ids=torch.tensor([row["prompt"] + c])).logits.item() for c in row["completions"]]
+        expected += sum(np.log1p(np.exp(scores[worse] - scores[better])) for better, worse in row["pairs"])
+    found = train_reward.pairwise_loss_sum(model, groups, batch["better"], batch["worse"])
+    assert found.item() == pytest.approx(expected, rel=1e-4)
