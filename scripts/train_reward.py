@@ -43,13 +43,15 @@ class RewardStageConfig(TrainerStageConfig):
     reward_validation_data: str | None = key(None, "Rankings to watch during training; none: held out of the training data.")
     reward_test_data: str | None = key(None, "Rankings that the final figures are taken on; none: held out too.")
     centring_data: str | None = key(None, "Examples whose references score 0 on average; none: no shift.", source="detail 19")
-    max_completions: int = key(9, "Largest prompt group; larger ones are split.", source="IG: K = 4 to 9", low=2)
+    max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
+                               source="IG: K = 4 to 9", low=2)
     max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens", source="N+", low=2)
-    num_train_epochs: float = key(1.0, "Passes over the data; it overfits in the second.", source="IG detail 10", low=0.0)
+    num_train_epochs: float = key(1.0, "Passes over the data; it overfits in the second.", unit="epochs",
+                                  source="IG detail 10", low=0.0)
     save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1)
     eval_steps: int = key(100, "Accuracy on the validation rankings every so many steps.", unit="steps", low=1)
-    eval_rows: int = key(200, "Posts in each evaluation during training.", low=1)
-    test_rows: int = key(1000, "Posts in the final figures.", low=1)
+    eval_rows: int = key(200, "Posts in each evaluation during training.", unit="posts", low=1)
+    test_rows: int = key(1000, "Posts in the final figures.", unit="posts", low=1)
     eval_batch_size: int = key(32, "Rows scored at once.", unit="rows", low=1)
 
 

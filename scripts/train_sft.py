@@ -46,11 +46,12 @@ class SFTStageConfig(TrainerStageConfig):
     loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13", choices=["completion", "sequence"])
     max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens", low=2)
     max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="N+ detail 3", low=1)
-    num_train_epochs: float = key(1.0, "Passes over the training data.", source="N+ detail 10", low=0.0)
-    eval_steps: int = key(100, "Summarise the validation posts every so many steps; a checkpoint is saved then.", low=1)
-    eval_rows: int = key(200, "Posts in each evaluation during training.", low=1)
-    test_rows: int = key(400, "Posts in the final figures.", low=1)
-    eval_batch_size: int = key(64, "Posts that are summarised at once.", low=1)
+    num_train_epochs: float = key(1.0, "Passes over the training data.", unit="epochs", source="N+ detail 10", low=0.0)
+    eval_steps: int = key(100, "Summarise the validation posts every so many steps; a checkpoint is saved then.",
+                          unit="steps", low=1)
+    eval_rows: int = key(200, "Posts in each evaluation during training.", unit="posts", low=1)
+    test_rows: int = key(400, "Posts in the final figures.", unit="posts", low=1)
+    eval_batch_size: int = key(64, "Posts that are summarised at once.", unit="posts", low=1)
     eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="N+ detail 14", low=1e-3)
 
 

@@ -215,18 +215,30 @@ def test_there_are_shipped_files():
     assert {"sft", "reward", "ppo"} <= {path.stem for path in FILES}
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_help_holds_every_key_with_its_meaning(stage, capsys):
+def help_of(stage, capsys, *argv):
     file = PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml"
     with pytest.raises(SystemExit) as left:
-        parse_config(stage_class(stage), file, ["--help"], "What it does.")
+        parse_config(stage_class(stage), file, [*argv, "--help"], "What it does.\n\n    a command\n    another one\n")
     assert left.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "What it does." in shown and "--config FILE" in shown
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_help_holds_every_key_with_its_meaning_and_what_the_bare_command_would_use(stage, capsys):
+    printed = help_of(stage, capsys)
+    assert "What it does.\n\n    a command\n    another one\n" in printed
+    shown = " ".join(printed.split())
+    bare = parse_config(stage_class(stage), PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", [])
     for field in dataclasses.fields(stage_class(stage)):
-        assert f"--{field.name}" in shown
-        first_words = " ".join(str(field.metadata["help"]).split()[:3])
-        assert first_words.replace("%%", "%") in shown, field.name
+        meaning = " ".join(str(field.metadata["help"]).replace("%%", "%").split())
+        value = getattr(bare, field.name)
+        value = str(value).lower() if value is None or isinstance(value, bool) else value
+        assert f"--{field.name} {meaning} (default: {value})" in shown
+        assert "(source: " in meaning
+
+
+def test_help_for_another_file_shows_that_files_values(capsys):
+    assert "(default: 0.7)" in help_of("ppo", capsys, "--config", str(PROJECT / "configs" / "opt-125m" / "ppo.yaml"))
 
 
 def test_a_script_says_one_line_and_exits_with_2(tmp_path):

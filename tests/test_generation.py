@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import EOS, FAMILIES, PAD, VOCAB, policy, random_groups
 
+from utils import generation
 from utils.generation import _draw, _truncated, sample
 from utils.models import response_logprobs
 from utils.prompt_groups import pack
@@ -131,3 +132,27 @@ def test_the_models_mode_is_left_as_it_was_and_dropout_plays_no_part():
 def test_no_prompts_no_responses():
     """A rank may have no share of a short list."""
     assert draw(policy("opt"), [], seeds=[]) == ([], [], [])
+
+
+def test_the_bar_moves_within_a_batch_and_ends_full(monkeypatch):
+    """48 prompts in one batch of 64 would show no time left before they are all done."""
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **_):
+            self.total, self.moves = total, []
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count):
+            self.moves.append(count)
+
+    monkeypatch.setattr(generation, "tqdm", Bar)
+    found = draw(policy("opt"), PROMPTS, k=1, temperature=2.0, batch_size=3, progress="sampling")
+    assert sum(bars[0].moves) == bars[0].total == 2 * 8
+    assert bars[0].moves.count(1) >= max(map(len, found.responses))

@@ -4,6 +4,7 @@ Parsing is trl's `TrlParser`. What is added here is what people need when they m
 wrong type or a value out of range stops at once with one line that names the file, the line and the key.
 """
 
+import argparse
 import dataclasses
 import difflib
 import errno
@@ -34,11 +35,11 @@ class _Help(str):
     low = high = choices = None
 
 
-def key(default, help, *, unit="", source="", low=None, high=None, choices=None):
-    """A configuration field: its default, what it means, its unit, where the default comes from, its range."""
-    text = help + (f" [{unit}]" if unit else "") + (f" (source: {source})" if source else "")
+def key(default, help, *, unit="", source="own", low=None, high=None, choices=None):
+    """A configuration field: its default, what it means, its unit, where the default comes from ("own": us), its range."""
     if choices:
-        text += f" One of: {', '.join(choices)}."
+        help += f" One of: {', '.join(choices)}."
+    text = help + (f" [{unit}]" if unit else "") + f" (source: {source})"
     described = _Help(text.replace("%", "%%"))
     described.low, described.high, described.choices = low, high, choices
     metadata = {"help": described}
@@ -47,12 +48,31 @@ def key(default, help, *, unit="", source="", low=None, high=None, choices=None)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, its commands among them, and shows one spelling of each key."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _format_action_invocation(self, action):
+        return action.option_strings[-1] if action.dest == "help" else action.option_strings[0]
+
+
 class _Parser(TrlParser):
     """`TrlParser` whose complaints are one line and exit status 2, and which takes no abbreviated keys."""
 
     def __init__(self, config_class, description):
-        super().__init__(config_class, description=description, allow_abbrev=False)
-        self.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below.")
+        super().__init__(config_class, description=description, allow_abbrev=False, formatter_class=_HelpFormatter,
+                         usage="%(prog)s [--config FILE] [--key value ...]")
+        self.add_argument("--config", metavar="FILE", help="YAML file with any of the other keys.")
+
+    def print_help_with(self, defaults):
+        """`--help` with what this command would use: the values of its YAML file before those of the dataclass."""
+        for action in self._actions:
+            value = defaults.get(action.dest, action.default)
+            # as YAML and the command line spell them
+            action.default = str(value).lower() if value is None or isinstance(value, bool) else value
+        self.print_help()
 
     def error(self, message):
         raise UserError(message.removeprefix("argument "))
@@ -81,13 +101,14 @@ def parse_config(config_class, default_file: Path, argv: list[str], description:
         UserError: naming file, line and key, when anything does not fit.
     """
     parser = _Parser(config_class, description)
-    if "-h" in argv or "--help" in argv:
-        parser.parse_args(["--help"])
     path, argv = _config_path(argv, default_file)
     values, lines = read_yaml(path)
     for name in values:
         if name not in parser.names():
             raise UserError(f"{path}:{lines[name]}: unknown key '{name}'{_closest(name, parser.names())}")
+    if "-h" in argv or "--help" in argv:
+        parser.print_help_with({**values, "config": path})
+        sys.exit(0)
     parser.set_defaults_with_config(**{k: v for k, v in values.items() if not isinstance(v, str)})
     strings = [f"--{k}={v}" for k, v in values.items() if isinstance(v, str)]
     _parse(parser, strings, lambda name: f"{path}:{lines.get(name, 1)}")
@@ -270,13 +291,13 @@ class StageConfig:
     seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="N+ detail 1", low=8)
     per_device_batch_size: int = key(8, "Rows (prompt groups) in one forward pass.", unit="rows", low=1)
-    learning_rate: float = key(3e-6, "Peak learning rate.", source="N+", low=0.0)
-    adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="N+", low=0.0)
-    adam_beta2: float = key(0.999, "Second moment decay of AdamW.", low=0.0, high=0.999999)
+    learning_rate: float = key(3e-6, "Peak learning rate.", source="N+ detail 9", low=0.0)
+    adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="N+ detail 9", low=0.0)
+    adam_beta2: float = key(0.999, "Second moment decay of AdamW.", source="PyTorch", low=0.0, high=0.999999)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0.0)
     warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", unit="steps", low=0)
     max_grad_norm: float = key(1.0, "Gradient norm is clipped to this; 0: no clipping.", low=0.0)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str = key("no", "Arithmetic of the forward pass; weights stay float32.", choices=["no", "bf16", "fp16"])
-    save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", low=1)
+    save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints", low=1)
     report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none for no tracker.")

@@ -17,7 +17,7 @@ from utils.run import Run
 class TrainerStageConfig(StageConfig):
     """What a stage on `Trainer` needs besides."""
 
-    gradient_accumulation_steps: int = key(1, "Micro-batches summed into one optimizer step.", low=1)
+    gradient_accumulation_steps: int = key(1, "Micro-batches summed into one optimizer step.", unit="micro-batches", low=1)
     max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", unit="steps", low=-1)
     logging_steps: int = key(5, "Metrics are logged every so many steps.", unit="steps", low=1)
 
