@@ -6,6 +6,8 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 
 import train_ppo
@@ -128,7 +130,67 @@ def test_stop_and_resume_end_like_an_undisturbed_run(script, finished, folder, m
     with pytest.raises(SystemExit) as stopped:
         script.main(config_of(script, folder, "stopped"))
     assert stopped.value.code == 128 + signal.SIGTERM and max(steps) < 4
+    half_way = load_file(checkpoints(folder / "stopped" / stage)[-1])
     script.main(config_of(script, folder, "stopped", "--resume"))
-    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
-    resumed, whole = (kind.from_pretrained(folder / out / stage / "final").state_dict() for out in ("stopped", "run"))
-    assert max((resumed[name] - whole[name]).abs().max().item() for name in whole) < 1e-6
+    resumed, whole = (load_file(checkpoints(folder / out / stage)[-1]) for out in ("stopped", "run"))
+    assert furthest(resumed, whole) < 1e-6
+    assert furthest(half_way, whole) > 1e-5, "the second half must have changed something"
+    final, whole = (load_file(folder / out / stage / "final" / "model.safetensors") for out in ("stopped", "run"))
+    assert furthest(final, whole) < 1e-6
+
+
+def checkpoints(run):
+    """Weights in the checkpoints to go on from, oldest first."""
+    found = [path for path in run.glob("checkpoints/*/model.safetensors") if not path.parent.name.startswith("best-")]
+    return sorted(found, key=lambda path: int(path.parent.name.split("-")[1]))
+
+
+def furthest(weights, others):
+    assert weights.keys() == others.keys()
+    return max((weights[name] - others[name]).abs().max().item() for name in weights)
+
+
+@torch.no_grad()
+def test_plain_transformers_scores_like_the_reward_stage(finished):
+    """Right-padded rows through the stock forward, against what the stage wrote into samples.jsonl."""
+    tokenizer = AutoTokenizer.from_pretrained(finished / "reward" / "final")
+    model = AutoModelForSequenceClassification.from_pretrained(finished / "reward" / "final").eval()
+    rows = [json.loads(line) for line in (finished / "reward" / "samples.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        texts = [prompt + tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+                 for text in row["completions"]]
+        batch = pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True, padding_value=tokenizer.pad_token_id)
+        mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in texts], batch_first=True)
+        found = model(input_ids=batch, attention_mask=mask).logits[:, 0]
+        assert found.tolist() == pytest.approx(row["scores"], abs=2e-3)
+
+
+# -------------------------------------------------------------------------------------------- mistakes, from outside
+
+
+PPO_MISTAKES = {
+    "gold_rules: 'no.json' does not exist": "--gold_rules no.json",
+    "report_to: 'foo' is not installed": "--report_to foo",
+    "reward_model: .* comes from the stage 'sft'": "--reward_model {run}/sft/final",
+    "model: .* comes from the stage 'reward'": "--model {run}/reward/final",
+    "rlhf_training_data: '{run}' is a folder": "--rlhf_training_data {run}",
+    "model: no model folder at 'data/final'": "--model data/final",
+    "max_prompt_tokens .* 384 positions": "--max_prompt_tokens 500",
+}
+
+
+@pytest.mark.parametrize("message", PPO_MISTAKES)
+def test_a_mistake_leaves_no_run_folder_behind(message, finished, folder):
+    words = PPO_MISTAKES[message].format(run=finished)
+    with pytest.raises(UserError, match="^" + message.format(run=finished)):
+        train_ppo.main(config_of(train_ppo, folder, "mistaken", words))
+    assert not (folder / "mistaken").exists()
+
+
+def test_an_updates_figures_are_logged_before_a_collapse_stops_the_run(finished, folder):
+    with pytest.raises(UserError, match="^the KL to the reference is .* above kl_limit 0.0: .*; the last checkpoint is intact"):
+        train_ppo.main(config_of(train_ppo, folder, "collapsed", "--kl_limit 0 --learning_rate 0.01"))
+    rows = [json.loads(line) for line in (folder / "collapsed" / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["objective/kl"] > 0 and "loss/policy" not in rows[-1]
