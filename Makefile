@@ -31,11 +31,12 @@ data: .venv/ready
 
 base: .venv/ready
 	$(PY) data/tldr_mini/generate.py --pretraining
+	$(PY) scripts/train_sft.py --config configs/tldr_mini/base_lists.yaml
 	$(PY) scripts/train_sft.py --config configs/tldr_mini/base.yaml
 
 # The environment is made once, and brought up to date when a requirements file changes.
 $(PY):
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/ready: requirements.txt | $(PY)
 	$(PY) -m pip install -r requirements.txt

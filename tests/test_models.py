@@ -182,7 +182,7 @@ def test_centring_twice_adds_up():
 def test_new_head_is_small_and_of_the_projected_width(family, width, tmp_path):
     config = CONFIGS[family]()
     config.hidden_size, config.word_embed_proj_dim = 512, width
-    load_policy(_saved_config(config, tmp_path / "config"), from_scratch=True).save_pretrained(tmp_path / "policy")
+    load_policy(_saved_config(config, tmp_path / "config"), initial_weights="random").save_pretrained(tmp_path / "policy")
     heads = [load_scalar_model(str(tmp_path / "policy"), "model", new_head_seed=seed).score for seed in (0, 0, 1, 2, 3)]
     assert heads[0].weight.shape == (1, width) and heads[0].bias is None
     assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)

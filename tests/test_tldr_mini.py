@@ -325,6 +325,23 @@ def test_verdicts_are_correct(gold):
     assert min(verdicts.values()) > 150
 
 
+def test_lists_are_read_out_again_in_another_order():
+    """Every list of the prompt stands once in the completion, whole, and nothing else does."""
+    orders = set()
+    for row in pretraining.list_rows(random.Random(5), 20):
+        told, again = (re.findall(r"[^.,;]+[.,;]", row[column]) for column in ("prompt", "completion"))
+        assert row["completion"].startswith("\n") and len(told) >= 3
+        assert sorted(line.strip() for line in told) == sorted(line.strip() for line in again)
+        orders.add(told[0].strip() == again[0].strip())
+    assert False in orders
+
+
+def test_a_sixth_of_the_corpus_is_lists():
+    rows = list(pretraining.corpus(random.Random(6), 60))
+    lists = [row for row in rows if len(re.findall(r"[A-Za-z']+", row["completion"])) == len(re.findall(r"[A-Za-z']+", row["prompt"]))]
+    assert len(rows) == 60 and len(lists) == 10
+
+
 # --- Tokenizer --------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "scripts")]
 
 from posts import SLOTS, VALUES, Post, make_post  # noqa: E402
-from pretraining import documents  # noqa: E402
+from pretraining import corpus, list_rows  # noqa: E402
 from summaries import need_words, ranking, reference  # noqa: E402
 from utils.gold import load_gold  # noqa: E402
 
@@ -35,7 +35,8 @@ SIZES = {
     "actor": {"train": 4000, "validation": 300, "test": 400},
     "reward": {"train": 5000, "validation": 300, "test": 600},
     "rlhf": {"train": 4000, "validation": 300, "test": 400},
-    "pretraining": {"train": 26000, "validation": 300},
+    "pretraining_lists": {"train": 8000, "validation": 300},
+    "pretraining": {"train": 36000, "validation": 300},
 }
 
 
@@ -57,7 +58,7 @@ def distinct_posts(rng: random.Random, count: int) -> Iterator[Post]:
 def make_rows(rng: random.Random, name: str, count: int, gold: dict) -> Iterator[dict]:
     """The rows of one file: documents, posts with a ranking, or posts with their author's summary."""
     if name.startswith("pretraining"):
-        yield from documents(rng, count)
+        yield from (list_rows if name.startswith("pretraining_lists") else corpus)(rng, count)
         return
     for index, post in enumerate(distinct_posts(rng, count)):
         answers = ranking(rng, post, gold) if name.startswith("reward") else {"completion": reference(rng, post).text}
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_gold(args.output_dir / "gold.json")
     gold = load_gold(args.output_dir / "gold.json")
     for role, splits in SIZES.items():
-        if role == "pretraining" and not args.pretraining:
+        if role.startswith("pretraining") and not args.pretraining:
             continue
         for split, count in splits.items():
             name = f"{role}_{split}"
