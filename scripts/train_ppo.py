@@ -158,7 +158,7 @@ def rewarded(models: Models, groups: PromptGroups, logprobs, ended, config) -> M
     kl = kl_penalty(logprobs, ref_logprobs)
     rewards = token_rewards(score, kl, groups.response_mask, config.kl_coef)
     advantages, returns = gae(rewards, values, groups.response_mask, config.gamma, config.lam)
-    rollout = Rollout(groups.responses, groups.response_mask, logprobs, ref_logprobs, values, score, rewards, advantages, returns)
+    rollout = Rollout(groups.response_mask, logprobs, ref_logprobs, values, score, advantages, returns)
     return MicroBatch(groups, rollout, ended)
 
 

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from utils.config import PROJECT, StageConfig, UserError, find_input, is_hub_name, key, parse_config, save_config, start
+from utils.config import (
+    PROJECT,
+    StageConfig,
+    UserError,
+    find_input,
+    find_local,
+    is_hub_name,
+    key,
+    parse_config,
+    save_config,
+    start,
+)
 
 STAGES = {"sft": "SFTStageConfig", "base": "SFTStageConfig", "reward": "RewardStageConfig", "ppo": "PPOStageConfig"}
 
@@ -308,5 +319,6 @@ def test_an_owner_that_is_a_folder_here_is_no_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     assert is_hub_name("facebook/opt-125m")
+    assert find_local("~no-such-user/opt") is None and find_local("n" * 300) is None
     for name in ("mine/final", "outputs/final", "assets/none", "./opt", "/opt", "opt", "a/b/c"):
         assert not is_hub_name(name), name

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from families import policy, scalar_model
 
 from utils.config import StageConfig, UserError, read_yaml, save_config
+from utils.distributed import build_accelerator
 from utils.evaluation import print_stages
 from utils.models import load_policy, load_tokenizer
 from utils.run import Run, check_task, refuse_impossible, refuse_used_folder, stage_folders
@@ -119,6 +121,11 @@ def test_what_a_run_does_not_open_with_is_in_use(stray, tmp_path):
         start(tmp_path)
 
 
+def test_a_home_of_nobody_is_refused():
+    with pytest.raises(UserError, match="^output_dir: '~no-such-user/run' cannot be used"):
+        start("~no-such-user/run")
+
+
 @pytest.mark.parametrize("place", ["file.txt/below", "n" * 300])
 def test_an_output_folder_that_cannot_be_is_refused(place, tmp_path):
     (tmp_path / "file.txt").touch()
@@ -126,6 +133,14 @@ def test_an_output_folder_that_cannot_be_is_refused(place, tmp_path):
         start(tmp_path / place)
     with pytest.raises(UserError, match="^output_dir: '/proc/no/such' cannot be written to"):
         start("/proc/no/such")
+
+
+def test_the_trackers_call_the_project_by_the_run(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = build_accelerator(Toy(report_to=["tensorboard"]), tmp_path / "mini" / "ppo")
+    assert accelerator.get_tracker("tensorboard").run_name == "mini-ppo"
+    accelerator.end_training()
+    assert list((tmp_path / "mini" / "ppo" / "tensorboard").rglob("events.*"))
 
 
 @pytest.mark.parametrize("tracker", ["foo", "Tensorboard", ""])

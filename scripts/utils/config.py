@@ -13,10 +13,12 @@ import math
 import os
 import re
 import sys
+import threading
 import typing
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 import yaml
@@ -212,7 +214,7 @@ def find_local(path: str) -> Path | None:
     """A file or folder, looked up from the current folder first, then from the project's; None when neither has it."""
     try:
         return next((found for found in (Path(path).expanduser(), PROJECT / path) if found.exists()), None)
-    except OSError:  # no name that a file could have
+    except (OSError, RuntimeError):  # no name that a file could have: too long, or ~somebody who is not here
         return None
 
 
@@ -246,6 +248,7 @@ def _quiet() -> None:
     """Libraries' notes about themselves would drown ours."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.raiseExceptions = False  # a full disk is reported once, not by a traceback for each line of train.log
     if not torch.cuda.is_available():
@@ -269,6 +272,7 @@ def start(main, config_class, default_file: Path, description: str) -> None:
 
 
 def _leave(message):
+    threading.excepthook = lambda _: None  # trackers write in threads, which meet the same full disk
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

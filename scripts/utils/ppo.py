@@ -20,13 +20,11 @@ from torch import Tensor
 class Rollout(NamedTuple):
     """What one PPO update is trained on, gathered under the behaviour policy. (N, R) where no shape is given."""
 
-    responses: Tensor  # token ids
     response_mask: Tensor  # bool; the EOS is its last real token
     logprobs: Tensor  # behaviour policy, at the sampling temperature (detail 25)
     ref_logprobs: Tensor
     values: Tensor  # of the state before each token
     scores: Tensor  # (N,) from the reward model, after the penalty for a missing EOS
-    rewards: Tensor
     advantages: Tensor
     returns: Tensor
 

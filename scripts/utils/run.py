@@ -145,11 +145,12 @@ def refuse_impossible(config) -> None:
 
 def refuse_used_folder(config) -> None:
     """Raise UserError for a non-empty `output_dir` without `resume`, and for `resume` without its run to go on with."""
-    folder = Path(config.output_dir).expanduser()
     try:
+        folder = Path(config.output_dir).expanduser()
         used = folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _nothing_trained(folder)))
-    except OSError as error:
-        raise UserError(f"output_dir: '{folder}' cannot be used ({error.strerror}); name another") from None
+    except (OSError, RuntimeError) as error:  # too long, or ~somebody who is not here
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"output_dir: '{config.output_dir}' cannot be used ({reason}); name another") from None
     if used and not config.resume:
         raise UserError(f"output_dir: '{folder}' is in use; go on with --resume, or name a new --output_dir")
     if config.resume and (folder / "final").exists():
