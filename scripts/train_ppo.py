@@ -407,7 +407,8 @@ def finish(run, config, models, judge: Judge, tokenizer, test, updates_per_secon
     run.finish({"score_before": score["before"], "score_after": score["after"], **gold, "kl": kl,
                 "rouge_avg": judge.rouge(test, found["after", "greedy"]), "episodes": config.updates * episodes,
                 "seconds": time.time() - run.started, "episodes_per_second": updates_per_second * episodes})
-    plot_ppo(run)
+    if run.is_main:
+        plot_ppo(run)
     run.save_final(models.policy, tokenizer, {"model": config.model, "reward_model": config.reward_model},
                    {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                     "score": score["after"], "kl": kl})

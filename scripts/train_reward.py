@@ -196,7 +196,8 @@ def finish(run, config, trainer, tokenizer, test, seconds) -> None:
                                                               test["pairs"][:20], found[:20], strict=True)])
     run.metrics(trainer.state.global_step, {"test/accuracy": figures["accuracy"], "test/ece": figures.pop("ece")})
     run.finish({**figures, **baselines(test), "seconds": time.time() - run.started, "pairs_per_second": pairs / seconds})
-    plot_reward(run, [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order])
+    if run.is_main:
+        plot_reward(run, [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order])
     run.save_final(trainer.model, tokenizer, {"model": config.model},
                    {"max_prompt_tokens": config.max_prompt_tokens, "accuracy": figures["accuracy"],
                     "score_shift": trainer.model.config.score_shift})

@@ -168,7 +168,8 @@ def finish(run, config, trainer, tokenizer, test, figures, summaries, seconds) -
     run.finish({**{name: after[name] for name in ("rouge1", "rouge2", "rougeL", "rouge_avg")},
                 "base_rouge_avg": before["rouge_avg"], "seconds": time.time() - run.started,
                 "tokens_per_second": seen / seconds})
-    plot_sft(run)
+    if run.is_main:
+        plot_sft(run)
     run.save_final(trainer.model, tokenizer, {"model": config.model},
                    {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                     "rouge_avg": after["rouge_avg"]})

@@ -249,6 +249,16 @@ def test_the_table_prints_every_path_on_one_line(tmp_path, tokenizer, capsys):
     assert printed.splitlines()[-2:] == [f"sft: {deep}", f"sft: {deep / 'plots' / 'sft.png'}"]
 
 
+def test_the_table_keeps_units_in_brackets_and_is_printed_once(tmp_path, monkeypatch, capsys):
+    run = start(tmp_path, stage="ppo")
+    run.finish({"score_before": 0.0, "score_after": 1.0, "gold_after": None, "kl": 2.5, "seconds": 1.0})
+    print_stages(stage_folders(run, []))
+    assert "[nats a summary]" in capsys.readouterr().out
+    monkeypatch.setattr("utils.evaluation.world", lambda: SimpleNamespace(is_main_process=False))
+    print_stages(stage_folders(run, []))
+    assert capsys.readouterr().out == ""
+
+
 def test_what_json_cannot_hold_becomes_null(tmp_path):
     run, sent = start(tmp_path), []
     run.use_tracker(type("Tracker", (), {"log": lambda self, values, step: sent.append(values)})())

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from utils.config import UserError
 from utils.data import completion_tokens, prompt_tokens
-from utils.distributed import collect, my_share
+from utils.distributed import collect, my_share, world
 from utils.generation import sample
 from utils.models import scores
 from utils.prompt_groups import pack
@@ -86,13 +86,15 @@ def print_stages(folders: dict[str, Path]) -> None:
     Args:
         folders: run folder of each stage, each with its summary.json.
     """
+    if not world().is_main_process:  # the others may be here before the summary is written
+        return
     summaries = {stage: json.loads((folder / "summary.json").read_text()) for stage, folder in folders.items()}
     table = Table(title="RLHF in three stages", title_justify="left")
     for column in ("stage", "measure", "before", "after", "95 % interval", "seconds"):
         table.add_column(column)
     for row in _stage_rows(summaries):
         table.add_row(*row)
-    console = Console(width=110)
+    console = Console(width=110, markup=False)  # brackets are units
     console.print(table)
     for stage, folder in folders.items():
         for path in (folder, *sorted((folder / "plots").iterdir())):
