@@ -12,6 +12,7 @@ shifted so that reference summaries score 0, and the model is saved as a stock o
 It does not train on absolute ratings.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -86,8 +87,14 @@ def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def accuracy_of(model, tokenizer, rows, config, title):
-    """Accuracy over all pairs with its interval, calibration, and the scores as lists."""
+    """Accuracy over all pairs with its interval, calibration, and the scores as lists.
+
+    Raises:
+        UserError: when a score is not finite, which has no order.
+    """
     found = score_groups(model, tokenizer, rows["prompt"], rows["completions"], config.eval_batch_size, title)
+    if not all(math.isfinite(score) for group in found for score in group):
+        raise UserError(f"{title}: a score is not finite (NaN or infinite): lower learning_rate; the last checkpoint is intact")
     accuracy, low, high = bootstrap_interval(*pair_accuracy(found, rows["pairs"]), config.seed)
     gaps = np.array([group[b] - group[w] for group, pairs in zip(found, rows["pairs"], strict=True) for b, w in pairs])
     right = 1 / (1 + np.exp(-np.abs(gaps)))

@@ -189,6 +189,14 @@ def test_a_mistake_leaves_no_run_folder_behind(message, finished, folder):
     assert not (folder / "mistaken").exists()
 
 
+@pytest.mark.parametrize("script", [train_sft, train_reward])
+def test_a_loss_that_is_not_finite_stops_the_stage(script, finished, folder):
+    """At a step that is logged, or in an evaluation before the next of them."""
+    with pytest.raises(UserError, match="(sft/loss|sft/grad_norm|validation: a score) is not finite .*: lower learning_rate"):
+        script.main(config_of(script, folder, "broken", "--learning_rate 1e30"))
+    assert not (folder / "broken" / NAMES[script] / "final").exists()
+
+
 def test_an_updates_figures_are_logged_before_a_collapse_stops_the_run(finished, folder):
     with pytest.raises(UserError, match="^the KL to the reference is .* above kl_limit 0.0: .*; the last checkpoint is intact"):
         train_ppo.main(config_of(train_ppo, folder, "collapsed", "--kl_limit 0 --learning_rate 0.01"))

@@ -13,8 +13,8 @@ import train_reward
 import train_sft
 from utils.config import UserError
 from utils.models import without_dropout
-from utils.prompt_groups import pack
-from utils.trainer import GroupLossMixin, newest_checkpoint
+from utils.prompt_groups import PromptGroups, pack
+from utils.trainer import GroupLossMixin, newest_checkpoint, training_arguments
 
 PROMPTS, COMPLETIONS = random_groups([5, 1, 8, 3], [[2], [7], [4], [1]])
 ROWS = [{"prompt": p, "completion": c[0]} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
@@ -98,6 +98,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_after_it_is_logged(tmp_path):
         trained(tmp_path, 4, 1, steps=9, learning_rate=1e30)
 
 
+def test_a_loss_that_is_not_finite_is_not_hidden(tmp_path, monkeypatch):
+    """By default `Trainer` logs the mean of the losses before it in its place."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    arguments = training_arguments(train_reward.RewardStageConfig(report_to=["none"]), Run(tmp_path), TrainingArguments)
+    assert not arguments.logging_nan_inf_filter
+
+
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     """A killed run leaves folders without trainer_state.json, which is written last."""
     run = SimpleNamespace(folder=tmp_path)
@@ -134,8 +141,8 @@ def test_pairwise_loss_is_the_sum_over_pairs():
     rows = [{"prompt": prompts[0], "completions": completions[0], "pairs": [(0, 1), (0, 2), (1, 2)]},
             {"prompt": prompts[1], "completions": completions[1], "pairs": [(1, 0)]}]
     batch = train_reward.collate(rows, PAD)
-    assert batch.pop("items") == 4
-    groups = pack(prompts, completions, PAD)
+    assert batch["items"] == 4
+    groups = PromptGroups(**{name: batch[name] for name in PromptGroups._fields})
     expected = 0.0
     for row in rows:
         scores = [model(input_ids=torch.tensor([row["prompt"] + c])).logits.item() for c in row["completions"]]
