@@ -57,7 +57,8 @@ def test_tokens_and_positions_do_not_share_dimensions():
 
 
 def test_only_opt_of_the_usual_kind_is_arranged(tmp_path):
-    config = OPTConfig(vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2)
+    config = OPTConfig(vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2,
+                       num_attention_heads=2)
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="initial_weights"):
         load_policy(str(tmp_path), initial_weights="induction")

@@ -263,13 +263,14 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize(("made", "load"), [(scalar_model, load_scalar_model), (policy, load_policy)], ids=["scalar", "policy"])
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_model_folder_is_one_line(how, tmp_path):
-    scalar_model("opt").save_pretrained(tmp_path)
-    load_scalar_model(str(tmp_path), "reward_model")
+def test_a_broken_model_folder_is_one_line(how, made, load, tmp_path):
+    made("opt").save_pretrained(tmp_path)
+    load(str(tmp_path), "some_key")
     BROKEN[how](tmp_path)
-    with pytest.raises(UserError, match="^reward_model: '.*' cannot be loaded: .") as caught:
-        load_scalar_model(str(tmp_path), "reward_model")
+    with pytest.raises(UserError, match="^some_key: '.*' cannot be loaded: .") as caught:
+        load(str(tmp_path), "some_key")
     assert "\n" not in str(caught.value)
 
 

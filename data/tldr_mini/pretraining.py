@@ -9,8 +9,8 @@ wording of a TL;DR: to summarise is what SFT teaches.
 import random
 import re
 from collections.abc import Iterator
-from itertools import islice
 from dataclasses import dataclass
+from itertools import islice
 
 import phrases
 from posts import (

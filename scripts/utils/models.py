@@ -87,9 +87,9 @@ def load_policy(name: str, field: str = "model", initial_weights: str = "pretrai
         initial_weights: "pretrained", those in the checkpoint; "random", fresh ones for its architecture; "induction",
             fresh ones of an OPT arranged so that copying is learnt at once (`utils/initial_weights.py`).
     """
-    path = model_path(name, field)
     if initial_weights == "pretrained":
-        return _loading(field, name, lambda: AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **_LOAD))
+        return _pretrained(AutoModelForCausalLM, field, name)
+    path = model_path(name, field)
     config = _loading(field, name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     model = without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD))
     if initial_weights == "induction":
