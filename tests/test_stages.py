@@ -102,6 +102,7 @@ def test_final_models_are_stock_checkpoints(finished):
     policy = AutoModelForCausalLM.from_pretrained(finished / "ppo" / "final")
     reward = AutoModelForSequenceClassification.from_pretrained(finished / "reward" / "final")
     assert reward.config.num_labels == 1 and policy.config.dropout == 0
+    assert policy.config.use_cache and policy.generation_config.use_cache
     stage = json.loads((finished / "ppo" / "final" / "stage.json").read_text())
     assert stage["stage"] == "ppo" and set(stage["parents"]) == {"model", "reward_model"}
 

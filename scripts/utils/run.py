@@ -103,6 +103,9 @@ class Run:
             return
         temporary = self.folder / "final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
+        model.config.use_cache = True  # trl's trainer switches it off; whoever generates with final/ wants it
+        if model.can_generate():
+            model.generation_config.use_cache = True
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         stage = {"stage": self.stage, "parents": {k: _identity(v) for k, v in parents.items()},
