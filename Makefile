@@ -14,7 +14,7 @@ PY = .venv/bin/python
 demo: .venv/ready
 	@stage() { name=$$1; shift; \
 	  if [ -e "$(OUT)/$$name/final" ]; then echo "$$name is already in $(OUT)/$$name ('make demo OUT=outputs/second' starts over)"; \
-	  elif [ -e "$(OUT)/$$name" ]; then $(PY) scripts/train_$$name.py --output_dir "$(OUT)/$$name" "$$@" $(ARGS) --resume; \
+	  elif find "$(OUT)/$$name/checkpoints" -maxdepth 1 \( -name 'checkpoint-*' -o -name 'update-*' \) 2>/dev/null | grep -q .; then $(PY) scripts/train_$$name.py --output_dir "$(OUT)/$$name" "$$@" $(ARGS) --resume; \
 	  else $(PY) scripts/train_$$name.py --output_dir "$(OUT)/$$name" "$$@" $(ARGS); fi; }; \
 	stage sft && \
 	stage reward --model "$(OUT)/sft/final" && \
