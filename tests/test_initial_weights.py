@@ -56,9 +56,13 @@ def test_tokens_and_positions_do_not_share_dimensions():
     assert model.lm_head.weight is decoder.embed_tokens.weight
 
 
-def test_only_opt_of_the_usual_kind_is_arranged(tmp_path):
-    config = OPTConfig(vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2,
-                       num_attention_heads=2)
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="initial_weights"):
-        load_policy(str(tmp_path), initial_weights="induction")
+@pytest.mark.parametrize("odd", [{"word_embed_proj_dim": 16}, {"num_attention_heads": 1}, {"num_hidden_layers": 1},
+                                 {"do_layer_norm_before": False}])
+def test_only_opt_of_the_usual_kind_is_arranged(odd, tmp_path):
+    usual = {"vocab_size": 50, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 2}
+    OPTConfig(**usual).save_pretrained(tmp_path / "usual")
+    load_policy(str(tmp_path / "usual"), initial_weights="induction")
+    OPTConfig(**usual | odd).save_pretrained(tmp_path / "odd")
+    with pytest.raises(UserError, match="^initial_weights: 'induction' is for OPT"):
+        load_policy(str(tmp_path / "odd"), initial_weights="induction")

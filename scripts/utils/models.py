@@ -93,9 +93,10 @@ def load_policy(name: str, field: str = "model", initial_weights: str = "pretrai
     config = _loading(field, name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     model = without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD))
     if initial_weights == "induction":
-        if config.model_type != "opt" or not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
-            raise UserError(f"initial_weights: 'induction' is for OPT with norms before its layers and no projection, not for "
-                            f"'{name}'; take 'random'")
+        usual = config.model_type == "opt" and config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
+        if not usual or config.num_attention_heads < 2 or config.num_hidden_layers < 2:
+            raise UserError("initial_weights: 'induction' is for OPT with norms before its layers, no projection, two heads and "
+                            f"two layers or more, not for '{name}'; take 'random'")
         sketch_induction_heads(model)
     return model
 
