@@ -7,59 +7,38 @@
 
 One update: sample K responses for each prompt, score them, take the log-probs of the reference policy and the
 values, turn score and KL into rewards, advantages by GAE, then `ppo_epochs` passes of the clipped objective. A
-prompt is computed once for its K responses in every one of these passes.
+prompt is computed once for its K responses in every one of these passes. `advantage: rloo` or `grpo` compares the K
+responses with each other instead, and needs no value model.
 
 Every `eval_steps` updates held-out posts are summarised; the policy with the highest score within `kl_budget`
-is the one in final/. It does not train on human ratings directly, and has no GRPO or RLOO.
+is the one in final/. It does not train on human ratings directly.
 """
 
 import math
 import random
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
-from transformers import get_linear_schedule_with_warmup, set_seed
+from transformers import set_seed
 
 from utils.checkpoints import Keeper
 from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import load_examples, refuse_overlap, split_off
 from utils.distributed import build_accelerator, world
-from utils.evaluation import print_stages, refuse_too_long, tokenise
-from utils.generation import sample
+from utils.evaluation import Tokenised, print_stages, tokenise
 from utils.judging import Judge, load_rules, refuse_missing_facts
 from utils.metrics import win_rate
-from utils.models import (
-    PolicyAndValue,
-    load_policy,
-    load_scalar_model,
-    load_tokenizer,
-    response_logprobs,
-    response_values,
-    scores,
-    without_dropout,
-)
+from utils.models import load_tokenizer
 from utils.plots import plot_ppo
-from utils.ppo import (
-    Rollout,
-    explained_variance,
-    gae,
-    kl_k3,
-    kl_penalty,
-    masked_moments,
-    mean_var,
-    missing_eos_penalty,
-    policy_loss,
-    policy_statistics,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+from utils.ppo import adapted_kl_coef, policy_loss, policy_statistics, value_loss
+from utils.ppo_models import Models, load_models, prepare
 from utils.prompt_groups import PromptGroups, pack
+from utils.rollout import Carried, MicroBatch, collect_rollout, rollout_metrics
 from utils.run import Run, check_task, refuse_impossible, stage_folders
 
 
@@ -84,12 +63,32 @@ class PPOStageConfig(StageConfig):
                                source="N+ detail 31", low=1)
     max_new_tokens: int = key(53, "Longest response.", unit="tokens", source="N+ detail 3", low=1)
     temperature: float = key(0.7, "Divides the logits in every log-probability.", source="N+ detail 25", low=1e-3)
-    kl_coef: float = key(0.05, "Weight of the KL penalty.", unit="score a nat", source="N+ detail 23", low=0.0)
+    kl_coef: float = key(0.05, "Weight of the KL penalty; with kl_target its first value.", unit="score a nat",
+                         source="N+ detail 23", low=0.0)
+    kl_estimator: str = key("k1", "Estimator of the KL that is penalised.", source="N+ detail 24", choices=["k1", "k2", "k3"])
+    kl_target: float | None = key(None, "kl_coef adapts so that the KL gets here (LMHP: 6); none: kl_coef is fixed.",
+                                  unit="nats a summary", source="LMHP detail 23", low=1e-6)
+    kl_horizon: int = key(10_000, "How slowly kl_coef adapts.", unit="episodes", source="LMHP detail 23", low=1)
+    score_clip: float | None = key(None, "Scores are clipped to plus or minus this (DSC: 5); none: not clipped.", unit="score",
+                                   source="DSC", low=0.0)
+    scale_scores: bool = key(False, "Divide scores by the standard deviation of all scores so far.")
+    whiten_rewards: bool = key(False, "Scale rewards to variance 1, their mean kept; harmful in N+.", source="N+ detail 30")
+    advantage: str = key("gae", "GAE of a value model; or a response against the others of its prompt (no value model).",
+                         source="N+ detail 29; RLOO; GRPO", choices=["gae", "rloo", "grpo"])
+    value_model: str = key("separate", "A model of its own, from the reward model; or a head on the policy's trunk, at half the "
+                           "cost.", source="N+ detail 22", choices=["separate", "shared"])
     gamma: float = key(1.0, "Discount.", source="N+ detail 29", low=0.0, high=1.0)
     lam: float = key(0.95, "Lambda of GAE.", source="N+ detail 29", low=0.0, high=1.0)
     cliprange: float = key(0.2, "Clip of the probability ratio.", source="N+ detail 31", low=0.0)
     cliprange_value: float = key(0.2, "Clip of the value.", unit="score", source="N+ detail 31", low=0.0)
     vf_coef: float = key(0.1, "Weight of the value loss.", source="N+ detail 31", low=0.0)
+    target_kl: float | None = key(None, "No further pass in an update after one whose approx_kl is above this; none: all passes.",
+                                  unit="nats a token", low=0.0)
+    ptx_coef: float = key(0.0, "Weight of the SFT loss on actor_training_data, added in each step; 0: off.",
+                          source="IG detail 34", low=0.0)
+    actor_training_data: str | None = key(None, "SFT examples for ptx_coef: .jsonl(.gz) file or hub name.")
+    ema_decay: float = key(0.0, "Judge and keep an exponential average of the policy (IG: .992 a step); 0: the policy itself.",
+                           source="IG detail 35", low=0.0, high=0.999999)
     missing_eos_score: float = key(-1.0, "Score of a response without EOS.", unit="score", source="N+ detail 26")
     save_steps: int = key(20, "A checkpoint is saved every so many updates.", unit="updates", low=1)
     eval_steps: int = key(10, "Summarise the validation prompts every so many updates.", unit="updates", low=1)
@@ -105,150 +104,91 @@ class PPOStageConfig(StageConfig):
         return math.ceil(self.total_episodes / (self.prompts_per_update * self.responses_per_prompt))
 
 
-class Models(NamedTuple):
-    """The four models: trained together (one engine, one optimizer), and frozen."""
-
-    trained: torch.nn.Module  # PolicyAndValue, as the accelerator wrapped it
-    policy: torch.nn.Module
-    value_model: torch.nn.Module
-    ref_policy: torch.nn.Module
-    reward_model: torch.nn.Module
-
-
-class MicroBatch(NamedTuple):
-    """Prompt groups of one forward pass with what is known of their responses."""
-
-    groups: PromptGroups
-    rollout: Rollout
-    ended: torch.Tensor  # (N,)
-
-
 # ---------------------------------------------------------------------------------------------- the algorithm
 
 
-def collect_rollout(models: Models, tokenizer, prompts, config, update: int, accelerator) -> list[MicroBatch]:
-    """Sample K responses for each prompt and judge them: scores, reference log-probs, values, rewards, advantages."""
-    k, size = config.responses_per_prompt, config.per_device_batch_size
-    first = (update * config.prompts_per_update + accelerator.process_index * len(prompts)) * k
-    samples = sample(
-        models.policy, prompts, k=k, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        seeds=[config.seed * 1_000_003 + first + i for i in range(len(prompts) * k)],
-        eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, batch_size=config.eval_batch_size,
-    )
-    total = [len(p) + sum(map(len, samples.responses[i * k : (i + 1) * k])) for i, p in enumerate(prompts)]
-    order = sorted(range(len(prompts)), key=lambda i: total[i])
-    batches = []
-    for begin in range(0, len(order), size):
-        part = order[begin : begin + size]
-        members = [i * k + j for i in part for j in range(k)]
-        groups = pack([prompts[i] for i in part], [samples.responses[i * k : (i + 1) * k] for i in part], tokenizer.pad_token_id)
-        logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(samples.logprobs[n]) for n in members], batch_first=True)
-        ended = torch.tensor([samples.ended[n] for n in members])
-        batches.append(rewarded(models, groups.to(accelerator.device), logprobs.to(accelerator.device),
-                                ended.to(accelerator.device), config))
-    return whiten_advantages(batches, accelerator)
+def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerator, shuffle: random.Random,
+               examples: Iterator[PromptGroups] | None = None) -> dict:
+    """Up to `ppo_epochs` passes of the clipped objective; metrics are means over all tokens of all passes.
 
-
-@torch.no_grad()
-def rewarded(models: Models, groups: PromptGroups, logprobs, ended, config) -> MicroBatch:
-    """Scores, reference log-probs and values of one batch of responses; then rewards and advantages."""
-    ref_logprobs = response_logprobs(models.ref_policy, groups, config.temperature)
-    values = response_values(models.value_model, groups)
-    score = missing_eos_penalty(scores(models.reward_model, groups), ended, config.missing_eos_score)
-    kl = kl_penalty(logprobs, ref_logprobs)
-    rewards = token_rewards(score, kl, groups.response_mask, config.kl_coef)
-    advantages, returns = gae(rewards, values, groups.response_mask, config.gamma, config.lam)
-    rollout = Rollout(groups.response_mask, logprobs, ref_logprobs, values, score, advantages, returns)
-    return MicroBatch(groups, rollout, ended)
-
-
-def whiten_advantages(batches: list[MicroBatch], accelerator) -> list[MicroBatch]:
-    """Whiten over the whole update and all ranks, never one micro-batch at a time (detail 30)."""
-    moments = sum(masked_moments(b.rollout.advantages, b.rollout.response_mask) for b in batches)
-    mean, var = mean_var(accelerator.reduce(moments, "sum"))
-    return [
-        b._replace(rollout=b.rollout._replace(advantages=whiten(b.rollout.advantages, b.rollout.response_mask, mean, var)))
-        for b in batches
-    ]
-
-
-def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerator, shuffle: random.Random) -> dict:
-    """`ppo_epochs` passes of the clipped objective; metrics are means over all tokens of all passes."""
-    sums, ratio_max = {}, torch.zeros(())
+    Args:
+        examples: supervised micro-batches for `ptx_coef`, without an end.
+    """
+    passes, ratio_max = [], torch.zeros(())
     count = min(config.num_minibatches, len(batches))
-    for _ in range(config.ppo_epochs):
+    for epoch in range(1, config.ppo_epochs + 1):
+        sums = {}
         order = shuffle.sample(batches, len(batches))
         for first in range(count):
             minibatch = order[first::count]
+            part = [next(examples) if examples else None for _ in minibatch]
             tokens = accelerator.reduce(sum(b.rollout.response_mask.sum() for b in minibatch), "sum")
-            for number, batch in enumerate(minibatch, start=1):
+            ptx_tokens = accelerator.reduce(sum(e.response_mask.sum() for e in part), "sum") if examples else None
+            for number, (batch, example) in enumerate(zip(minibatch, part, strict=True), start=1):
                 last = number == len(minibatch)
                 with nullcontext() if last else accelerator.no_sync(models.trained):
-                    loss, figures = batch_loss(models.trained, batch, tokens, config)
+                    loss, figures = batch_loss(models.trained, batch, tokens, config, example, ptx_tokens)
                     # every rank's gradient is averaged over the ranks afterwards
                     accelerator.backward(loss * accelerator.num_processes)
                 ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max").cpu())
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
-            # 0 is no clipping, as in transformers' Trainer
-            norm = accelerator.clip_grad_norm_(models.trained.parameters(), config.max_grad_norm or math.inf)
-            # fp16 finds its loss scale by steps whose gradient overflows, and leaves those steps out
-            if not torch.isfinite(norm) and config.mixed_precision != "fp16":
-                raise UserError("the gradient is not finite (NaN or infinite): lower learning_rate, or look at the reward "
-                                "model's scores in metrics.jsonl; the last checkpoint is intact")
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-    sums = {name: accelerator.reduce(value, "sum").item() for name, value in sums.items()}
-    tokens = sums.pop("tokens")
-    return {name: value / tokens for name, value in sums.items()} | {"policy/ratio_max": ratio_max.item(),
-                                                                    "policy/grad_norm": float(norm)}
+            norm = optimizer_step(models, optimizer, scheduler, config, accelerator)
+        passes.append({name: accelerator.reduce(value, "sum").item() for name, value in sums.items()})
+        if config.target_kl is not None and passes[-1]["policy/approx_kl"] / passes[-1]["tokens"] > config.target_kl:
+            for _ in range(count * (config.ppo_epochs - epoch)):
+                scheduler.step()  # the learning rate follows the updates, also past those that were cut short
+            break
+    sums = {name: sum(p[name] for p in passes) for name in passes[0]}
+    tokens, ptx_tokens = sums.pop("tokens"), sums.pop("ptx_tokens", None)
+    ptx = {"loss/ptx": sums.pop("loss/ptx") / ptx_tokens} if examples else {}
+    return {name: value / tokens for name, value in sums.items()} | ptx | {
+        "policy/ratio_max": ratio_max.item(), "policy/grad_norm": float(norm), "policy/epochs": len(passes)
+    }
 
 
-def batch_loss(trained, batch: MicroBatch, tokens: torch.Tensor, config) -> tuple[torch.Tensor, dict]:
+def optimizer_step(models: Models, optimizer, scheduler, config, accelerator) -> torch.Tensor:
+    """One step on the gradients gathered so far; returns their norm before clipping."""
+    # 0 is no clipping, as in transformers' Trainer
+    norm = accelerator.clip_grad_norm_(models.trained.parameters(), config.max_grad_norm or math.inf)
+    # fp16 finds its loss scale by steps whose gradient overflows, and leaves those steps out
+    if not torch.isfinite(norm) and config.mixed_precision != "fp16":
+        raise UserError("the gradient is not finite (NaN or infinite): lower learning_rate, or look at the reward "
+                        "model's scores in metrics.jsonl; the last checkpoint is intact")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    if models.average is not None:
+        models.average.update_parameters(models.policy)
+    return norm
+
+
+def batch_loss(trained, batch: MicroBatch, tokens: torch.Tensor, config, examples: PromptGroups | None = None,
+               ptx_tokens: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
     """PPO's objective on one micro-batch, divided by the tokens of the whole optimizer step; and sums for metrics."""
     data, mask = batch.rollout, batch.rollout.response_mask
-    new_logprobs, entropy, new_values = trained(batch.groups, config.temperature)
+    new_logprobs, entropy, new_values, ptx_logprobs = trained(batch.groups, config.temperature, examples)
     policy_losses, clipped = policy_loss(new_logprobs, data.logprobs, data.advantages, config.cliprange)
-    value_losses, value_clipped = value_loss(new_values, data.values, data.returns, config.cliprange_value)
-    policy_sum, value_sum = policy_losses[mask].sum(), value_losses[mask].sum()
+    policy_sum = policy_losses[mask].sum()
+    loss = policy_sum / tokens
     figures = policy_statistics(new_logprobs.detach(), data.logprobs, entropy, clipped, mask)
-    return (policy_sum + config.vf_coef * value_sum) / tokens, {
+    sums = {
         "tokens": figures.pop("tokens"),
         "ratio_max": figures.pop("ratio_max"),
         "objective/entropy": figures.pop("entropy"),
         **{f"policy/{name}": value for name, value in figures.items()},
-        "value/clipfrac": value_clipped[mask].float().sum(),
         "loss/policy": policy_sum.detach(),
-        "loss/value": value_sum.detach(),
     }
-
-
-def rollout_metrics(batches: list[MicroBatch], config, accelerator) -> dict:
-    """What the episodes of an update say: means over all episodes of all ranks (detail 32)."""
-    def total(value):
-        return accelerator.reduce(sum(value(b) for b in batches).double(), "sum").item()
-
-    def masked(x, b):
-        return torch.where(b.rollout.response_mask, x, 0.0).sum()
-
-    episodes = total(lambda b: torch.tensor(len(b.ended)))
-    kl = total(lambda b: masked(kl_penalty(b.rollout.logprobs, b.rollout.ref_logprobs), b)) / episodes
-    score = total(lambda b: b.rollout.scores.sum()) / episodes
-    def moments(x):
-        return accelerator.reduce(sum(masked_moments(x(b.rollout), b.rollout.response_mask) for b in batches), "sum")
-
-    return {
-        "objective/kl": kl,
-        "objective/kl_k3": total(lambda b: masked(kl_k3(b.rollout.logprobs, b.rollout.ref_logprobs), b)) / episodes,
-        "objective/score": score,
-        "objective/rlhf_reward": score - config.kl_coef * kl,
-        "objective/length": total(lambda b: b.rollout.response_mask.sum()) / episodes,
-        "objective/ended": total(lambda b: b.ended.sum()) / episodes,
-        "value/explained_variance": explained_variance(
-            moments(lambda r: r.returns - r.values), moments(lambda r: r.returns)
-        ).item(),
-    }
+    if new_values is not None:
+        value_losses, value_clipped = value_loss(new_values, data.values, data.returns, config.cliprange_value)
+        value_sum = value_losses[mask].sum()
+        loss = loss + config.vf_coef * value_sum / tokens
+        sums |= {"value/clipfrac": value_clipped[mask].float().sum(), "loss/value": value_sum.detach()}
+    if ptx_logprobs is not None:
+        ptx_sum = -ptx_logprobs[examples.response_mask].sum()
+        loss = loss + config.ptx_coef * ptx_sum / ptx_tokens
+        sums |= {"loss/ptx": ptx_sum.detach(), "ptx_tokens": examples.response_mask.sum()}
+    return loss, sums
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -270,35 +210,12 @@ def load_splits(config, tokenizer, gold_rules: dict | None):
     return [tokenise(tokenizer, part, config) for part in (train, *held.values())]
 
 
-def load_models(config) -> Models:
-    """Policy and value model in one module, reference and reward model frozen."""
-    policy, ref_policy = (without_dropout(load_policy(config.model)) for _ in range(2))
-    value_model, reward_model = (
-        load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size) for _ in range(2)
-    )
-    if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-        value_model.gradient_checkpointing_enable()
-    refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
-    for frozen in (ref_policy, reward_model):
-        frozen.requires_grad_(False).eval()
-    # transformers recomputes activations in training mode only; no dropout is left that the mode could switch on
-    trained = PolicyAndValue(policy, value_model).train()
-    return Models(trained, policy, value_model, ref_policy, reward_model)
-
-
-def prepare(models: Models, config, accelerator) -> tuple[Models, torch.optim.Optimizer, object]:
-    """One optimizer and one engine for what is trained; the frozen models on the device."""
-    optimizer = torch.optim.AdamW(models.trained.parameters(), lr=config.learning_rate, eps=config.adam_eps,
-                                  betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
-    batches = math.ceil(config.prompts_per_update / accelerator.num_processes / config.per_device_batch_size)
-    steps = config.updates * config.ppo_epochs * min(config.num_minibatches, batches)
-    # the scheduler is stepped by hand and on every rank alike, so the accelerator must not wrap it
-    scheduler = get_linear_schedule_with_warmup(optimizer, config.warmup_steps, steps)
-    trained, optimizer = accelerator.prepare(models.trained, optimizer)
-    for frozen in (models.ref_policy, models.reward_model):
-        frozen.to(accelerator.device)
-    return models._replace(trained=trained), optimizer, scheduler
+def load_supervised(config, tokenizer, notes: list[str]) -> Tokenised | None:
+    """The examples of `ptx_coef`; None when it is 0."""
+    if not config.ptx_coef:
+        return None
+    examples = load_examples(config.actor_training_data, "actor_training_data")
+    return tokenise(tokenizer, examples, config, config.max_new_tokens, notes.append)
 
 
 def prompts_of(update: int, prompts: list, config, accelerator) -> list:
@@ -311,44 +228,62 @@ def prompts_of(update: int, prompts: list, config, accelerator) -> list:
     return [prompts[orders[epoch][place]] for epoch, place in places]
 
 
-def train(models, tokenizer, prompts, judge, validation, config, run, keeper, optimizer, scheduler, accelerator) -> int:
+def supervised_batches(examples: Tokenised, pad_id: int, update: int, config, accelerator) -> Iterator[PromptGroups]:
+    """Micro-batches of SFT examples without an end, drawn anew for each update and rank (detail 34)."""
+    draw = random.Random(f"{config.seed}-supervised-{update}-{accelerator.process_index}")
+    while True:
+        rows = draw.choices(range(len(examples.prompts)), k=config.per_device_batch_size)
+        groups = pack([examples.prompts[i] for i in rows], [[examples.completions[i]] for i in rows], pad_id)
+        yield groups.to(accelerator.device)
+
+
+def train(models, tokenizer, prompts, judge, validation, supervised, config, run, keeper, optimizer, scheduler,
+          accelerator) -> int:
     """The PPO loop. Returns the number of updates made, without those before a `--resume`.
 
     Sampling and scoring call the models inside the accelerator's wrapper, so they need its autocast (detail 27). Its
     blocks must be short: autocast keeps the weights it has cast until its end, and they are old after a step.
     """
-    done = keeper.load() if config.resume else 0
+    done, carried = 0, Carried(config.kl_coef)
+    if config.resume:
+        done, saved = keeper.load()
+        carried = Carried(**saved)
+    episodes = config.prompts_per_update * config.responses_per_prompt
     bar = tqdm(total=config.updates, initial=done, desc="ppo", unit="update", disable=not accelerator.is_main_process)
     for update in range(done, config.updates):
         began = time.time()
         chosen = prompts_of(update, prompts, config, accelerator)
         with accelerator.autocast():
-            batches = collect_rollout(models, tokenizer, chosen, config, update, accelerator)
+            batches = collect_rollout(models, tokenizer, chosen, config, update, accelerator, carried)
         sampled = time.time()
-        figures = rollout_metrics(batches, config, accelerator)
+        figures = rollout_metrics(batches, accelerator) | {"objective/kl_coef": carried.kl_coef}
         if reason := collapse(figures, config):
             run.metrics(update + 1, figures)
             raise UserError(f"{reason}; the last checkpoint is intact")
         if update % config.eval_steps == 0:
             with accelerator.autocast():
-                evaluate(models.policy, judge, validation, config, run, keeper, update)
+                evaluate(models.outcome, judge, validation, config, run, keeper, update)
         evaluated = time.time()
         shuffle = random.Random(f"{config.seed}-{update}")
-        figures |= ppo_update(models, batches, optimizer, scheduler, config, accelerator, shuffle)
+        examples = supervised and supervised_batches(supervised, tokenizer.pad_token_id, update, config, accelerator)
+        figures |= ppo_update(models, batches, optimizer, scheduler, config, accelerator, shuffle, examples)
+        if config.kl_target is not None:
+            carried.kl_coef = adapted_kl_coef(carried.kl_coef, figures["objective/kl"], config.kl_target, episodes,
+                                              config.kl_horizon)
         figures |= {"time/rollout": sampled - began, "time/update": time.time() - evaluated,
                     "policy/learning_rate": scheduler.get_last_lr()[0],
-                    "objective/episodes": (update + 1) * config.prompts_per_update * config.responses_per_prompt}
+                    "objective/episodes": (update + 1) * episodes}
         run.metrics(update + 1, figures)
         bar.update(1)
         bar.set_postfix(score=f"{figures['objective/score']:.2f}", kl=f"{figures['objective/kl']:.2f}")
         if (update + 1) % config.save_steps == 0 or run.stop_signal is not None:
-            keeper.save(update + 1)
+            keeper.save(update + 1, asdict(carried))
         if run.stop_signal is not None:
             bar.close()
             run.stopped()
     bar.close()
     with accelerator.autocast():
-        evaluate(models.policy, judge, validation, config, run, keeper, config.updates)
+        evaluate(models.outcome, judge, validation, config, run, keeper, config.updates)
     return config.updates - done
 
 
@@ -370,12 +305,15 @@ def evaluate(policy, judge: Judge, validation, config, run, keeper, update: int)
     """
     greedy = judge.summaries(policy, validation, config.eval_temperature, "validation")
     sampled = judge.summaries(policy, validation, config.temperature, "validation, sampled")
+    score, score_sampled = judge.scores(validation, [greedy, sampled], "validation, scores")
     columns = {
         "tokens": list(map(len, greedy.tokens)),
         "ended": greedy.ended,
-        "score": judge.scores(validation, greedy, "validation, scores"),
+        "score": score,
+        "score_sampled": score_sampled,
         "kl": judge.kls(validation, sampled, "validation, KL"),
         "gold": judge.gold(validation, greedy),
+        "gold_sampled": judge.gold(validation, sampled),
     }
     means = {name: fmean(values) for name, values in columns.items() if values is not None}
     if (rouge := judge.rouge(validation, greedy)) is not None:
@@ -390,11 +328,12 @@ def finish(run, config, models, judge: Judge, tokenizer, test, updates_per_secon
     episodes = config.prompts_per_update * config.responses_per_prompt
     found = {
         (name, kind): judge.summaries(policy, test, temperature, f"test, {name}, {kind}")
-        for name, policy in (("before", models.ref_policy), ("after", models.policy))
+        for name, policy in (("before", models.ref_policy), ("after", models.outcome))
         for kind, temperature in (("sampled", config.temperature), ("greedy", config.eval_temperature))
     }
     after = found["after", "sampled"]
-    score = {name: fmean(judge.scores(test, found[name, "sampled"], f"test, {name}, scores")) for name in ("before", "after")}
+    scored = judge.scores(test, [found["before", "sampled"], after], "test, scores")
+    score = dict(zip(("before", "after"), map(fmean, scored), strict=True))
     kl = fmean(judge.kls(test, after, "test, KL"))
     length = {name: fmean(map(len, found[name, "sampled"].tokens)) for name in ("before", "after")}
     run.say(f"test: share with EOS {fmean(after.ended):.3f}, length {length['before']:.1f} -> {length['after']:.1f} tokens")
@@ -409,7 +348,7 @@ def finish(run, config, models, judge: Judge, tokenizer, test, updates_per_secon
                 "seconds": time.time() - run.started, "episodes_per_second": updates_per_second * episodes})
     if run.is_main:
         plot_ppo(run)
-    run.save_final(models.policy, tokenizer, {"model": config.model, "reward_model": config.reward_model},
+    run.save_final(models.outcome, tokenizer, {"model": config.model, "reward_model": config.reward_model},
                    {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                     "score": score["after"], "kl": kl})
     print_stages(stage_folders(run, [config.model, config.reward_model]))
@@ -425,28 +364,40 @@ def gold_figures(gold: dict, seed: int) -> dict:
             **dict(zip(names, won["sampled"], strict=True)), "gold_win_rate_greedy": won["greedy"][0]}
 
 
-def main(config: PPOStageConfig) -> None:
-    refuse_impossible(config)
-    set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    check_task(tokenizer, {"model": config.model, "reward_model": config.reward_model})
+def refuse_contradictions(config: PPOStageConfig) -> None:
+    """Raise UserError for keys that make no sense together."""
     processes = world().num_processes
     if config.prompts_per_update % processes:
         raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out over {processes} "
                         "processes; take a multiple")
+    if config.advantage != "gae" and config.responses_per_prompt < 2:
+        raise UserError(f"responses_per_prompt: advantage '{config.advantage}' compares the responses to a prompt with each "
+                        "other, so there must be 2 or more; or take advantage 'gae'")
+    if config.ptx_coef and not config.actor_training_data:
+        raise UserError("actor_training_data: ptx_coef needs SFT examples; name those that train_sft.py learnt from")
+
+
+def main(config: PPOStageConfig) -> None:
+    refuse_impossible(config)
+    refuse_contradictions(config)
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    check_task(tokenizer, {"model": config.model, "reward_model": config.reward_model})
     gold_rules = load_rules(config.gold_rules) if config.gold_rules else None
     prompts, validation, test = load_splits(config, tokenizer, gold_rules)
+    notes = []
+    supervised = load_supervised(config, tokenizer, notes)
     models = load_models(config)
-    run = Run(config, "ppo", [])
+    run = Run(config, "ppo", notes)
     accelerator = build_accelerator(config, run.folder)
     run.use_tracker(accelerator)
     run.catch_signals()
     models, optimizer, scheduler = prepare(models, config, accelerator)
-    accelerator.register_for_checkpointing(scheduler)
-    keeper = Keeper(run, config, accelerator, models.policy)
+    keeper = Keeper(run, config, accelerator, models.outcome)
     judge = Judge(models.ref_policy, models.reward_model, tokenizer, gold_rules, config)
     began = time.time()
-    made = train(models, tokenizer, prompts.prompts, judge, validation, config, run, keeper, optimizer, scheduler, accelerator)
+    made = train(models, tokenizer, prompts.prompts, judge, validation, supervised, config, run, keeper, optimizer, scheduler,
+                 accelerator)
     speed = made / (time.time() - began)
     keeper.restore_best()
     with accelerator.autocast():

@@ -47,6 +47,10 @@ class RewardStageConfig(TrainerStageConfig):
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
                                source="IG: K = 4 to 9", low=2)
     max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens", source="N+", low=2)
+    margin: float = key(0.0, "The better score must be above the worse by this.", unit="score",
+                        source="Llama 2, 2307.09288", low=0.0)
+    centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of each post around 0.",
+                               source="Eisenstein 2023, 2312.09244", low=0.0)
     num_train_epochs: float = key(1.0, "Passes over the data; it overfits in the second.", unit="epochs",
                                   source="IG detail 10", low=0.0)
     save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1)
@@ -60,7 +64,8 @@ class RewardStageTrainer(GroupLossMixin, Trainer):
     """`Trainer` with the pairwise loss over prompt groups, and pair accuracy as its evaluation."""
 
     def __init__(self, *args, config, validation, **kwargs):
-        super().__init__(*args, loss_sum=pairwise_loss_sum, **kwargs)
+        loss_sum = partial(pairwise_loss_sum, margin=config.margin, centring_coef=config.centring_coef)
+        super().__init__(*args, loss_sum=loss_sum, **kwargs)
         self.config, self.validation = config, validation
 
     def figures(self):
@@ -68,14 +73,17 @@ class RewardStageTrainer(GroupLossMixin, Trainer):
         return {name: found[name] for name in ("accuracy", "ece")}
 
 
-def pairwise_loss_sum(model, groups, better, worse):
-    """Sum over pairs of -log sigmoid(r_better - r_worse) in float32, a scalar (ST; IG eq. 1; detail 17).
+def pairwise_loss_sum(model, groups, better, worse, margin=0.0, centring_coef=0.0):
+    """Sum over pairs of -log sigmoid(r_better - r_worse - margin) + centring_coef (r_better + r_worse)^2, a scalar.
+
+    In float32 (ST; IG eq. 1; detail 17). The margin is that of Llama 2 (2307.09288, eq. 2), one for all pairs.
 
     Args:
         better, worse: (P,) indices into the batch's N completions.
     """
     score = scores(model, groups)
-    return -logsigmoid(score[better] - score[worse]).sum()
+    better, worse = score[better], score[worse]
+    return (-logsigmoid(better - worse - margin) + centring_coef * (better + worse).square()).sum()
 
 
 def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:

@@ -70,7 +70,7 @@ def test_the_best_outlives_later_checkpoints(tmp_path):
     ours = keeper(tmp_path)
     for update in range(6):
         offer(ours, update, score=float(update) if update < 3 else 0.0)
-        ours.save(update + 1)
+        ours.save(update + 1, {})
     assert kept(tmp_path) == ["best-2", "update-5", "update-6"]
     ours.restore_best()
     assert ours.policy.weight.item() == 2
@@ -80,17 +80,17 @@ def test_a_kept_checkpoints_best_is_kept_too(tmp_path):
     ours = keeper(tmp_path)
     for update in range(4):
         offer(ours, update, score=float(update))
-        ours.save(update + 1)
+        ours.save(update + 1, {})
     assert kept(tmp_path) == ["best-2", "best-3", "update-3", "update-4"]
 
 
 def test_a_killed_runs_later_best_is_dropped_and_replaced(tmp_path):
     first = keeper(tmp_path)
     offer(first, 0, 1.0)
-    first.save(1)
+    first.save(1, {"kl_coef": 0.25})
     offer(first, 1, 5.0)  # and killed before its checkpoint
     again = keeper(tmp_path)
-    assert again.load() == 1
+    assert again.load() == (1, {"kl_coef": 0.25})
     assert again.best == {"update": 0, "score": 1.0, "kl": 0.0}
     assert kept(tmp_path) == ["best-0", "update-1"]
     again.policy.become(7.0)
@@ -112,9 +112,9 @@ def test_an_old_folder_of_the_same_name_is_replaced(tmp_path):
 def test_progress_names_the_best(tmp_path):
     ours = keeper(tmp_path)
     offer(ours, 4, 1.5, 0.25)
-    ours.save(5)
+    ours.save(5, {"kl_coef": 0.5})
     progress = json.loads((tmp_path / "checkpoints" / "update-5" / "progress.json").read_text())
-    assert progress == {"update": 5, "best": {"update": 4, "score": 1.5, "kl": 0.25}}
+    assert progress == {"update": 5, "best": {"update": 4, "score": 1.5, "kl": 0.25}, "carried": {"kl_coef": 0.5}}
 
 
 def test_nothing_to_resume_is_said(tmp_path):

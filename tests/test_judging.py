@@ -48,16 +48,19 @@ def test_kl_is_the_difference_of_two_stock_forward_passes():
 
 
 @torch.no_grad()
-def test_a_summary_without_eos_gets_the_fixed_score():
+def test_each_policys_summaries_are_scored_and_one_without_eos_gets_the_fixed_score():
     ours = judge()
-    found = ours.summaries(policy("opt", 2), POSTS, 2.0, "")
-    for prompt, response, ended, score in zip(PROMPTS, found.tokens, found.ended, ours.scores(POSTS, found, ""), strict=True):
-        stock = ours.reward_model(input_ids=torch.tensor([prompt + response])).logits.item()
-        assert score == pytest.approx(stock if ended else -1.0, abs=1e-4)
+    found = [ours.summaries(policy("opt", seed), POSTS, 2.0, "") for seed in (2, 3)]
+    assert found[0].tokens != found[1].tokens
+    for summaries, scores in zip(found, ours.scores(POSTS, found, ""), strict=True):
+        for prompt, response, ended, score in zip(PROMPTS, summaries.tokens, summaries.ended, scores, strict=True):
+            stock = ours.reward_model(input_ids=torch.tensor([prompt + response])).logits.item()
+            assert score == pytest.approx(stock if ended else -1.0, abs=1e-4)
+    assert any(not ended for summaries in found for ended in summaries.ended)
 
 
 def test_an_evaluation_samples_twice_and_asks_each_judge_once(monkeypatch):
-    """Greedy and sampled summaries; scores of the one, KL of the other."""
+    """Greedy and sampled summaries; the scores of both in one pass, the KL of the sampled ones."""
     ours, trained, asked = judge(), policy("opt", 2), []
     for model, name in ((trained, "policy"), (ours.ref_policy, "reference"), (ours.reward_model, "reward")):
         model.base_model.register_forward_hook(lambda *_, name=name: asked.append(name))
@@ -69,7 +72,7 @@ def test_an_evaluation_samples_twice_and_asks_each_judge_once(monkeypatch):
     train_ppo.evaluate(trained, ours, POSTS, CONFIG, run, keeper, 3)
     assert drawn == [0.01, 0.7]
     assert asked.count("reference") == asked.count("reward") == 3, "five rows in batches of two"
-    assert list(figures) == ["eval/tokens", "eval/ended", "eval/score", "eval/kl", "eval/rouge_avg"]
+    assert list(figures) == ["eval/tokens", "eval/ended", "eval/score", "eval/score_sampled", "eval/kl", "eval/rouge_avg"]
     assert offered == [(3, figures["eval/score"], figures["eval/kl"])]
 
 

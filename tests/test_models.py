@@ -19,9 +19,11 @@ from utils.models import (
     load_policy,
     load_scalar_model,
     load_tokenizer,
+    logprobs_and_entropy,
     model_path,
+    new_value_head,
+    response_logits,
     response_logprobs,
-    response_logprobs_and_entropy,
     response_values,
     scores,
     without_dropout,
@@ -83,7 +85,7 @@ def test_logprobs_entropy_and_gradients(family):
     model = policy(family)
     prompts, completions = random_groups(*SIZES)
     groups = pack(prompts, completions, PAD)
-    logprobs, entropy = response_logprobs_and_entropy(model, groups, TEMPERATURE)
+    logprobs, entropy = logprobs_and_entropy(response_logits(model, groups), groups, TEMPERATURE)
     stock = [stock_logprobs(model, *row) for row in each_row(prompts, completions)]
     expected = padded([row[0] for row in stock])
     close(logprobs, expected)
@@ -135,9 +137,39 @@ def test_temperature_divides_the_logits():
 def test_policy_and_value_side_by_side():
     model, value_model = policy("opt"), scalar_model("opt", seed=1)
     groups = pack(*random_groups(*SIZES), PAD)
-    logprobs, entropy, values = PolicyAndValue(model, value_model)(groups, TEMPERATURE)
+    both = PolicyAndValue(model, value_model)
+    logprobs, entropy, values, _ = both(groups, TEMPERATURE)
     assert torch.equal(logprobs, response_logprobs(model, groups, TEMPERATURE))
     assert entropy.shape == logprobs.shape and torch.equal(values, response_values(value_model, groups))
+    assert torch.equal(values, both.values(groups))
+
+
+@every_family
+@torch.no_grad()
+def test_a_value_head_on_the_policys_trunk(family):
+    """Against the stock model's own last hidden states, a plain row each."""
+    model = policy(family)
+    prompts, completions = random_groups(*SIZES)
+    groups = pack(prompts, completions, PAD)
+    head = new_value_head(model)
+    assert not PolicyAndValue(model, head).values(groups).any()  # it starts at 0
+    head.weight.normal_()
+    head.bias.fill_(0.5)
+    expected = padded([
+        head(model.base_model(torch.tensor([p + c])).last_hidden_state[0, len(p) - 1 : -1])[:, 0]
+        for p, c in each_row(prompts, completions)
+    ])
+    close(PolicyAndValue(model, head).values(groups), expected)
+    close(PolicyAndValue(model, head)(groups, TEMPERATURE)[2], expected)
+
+
+@torch.no_grad()
+def test_supervised_examples_go_through_the_same_forward():
+    model, groups, examples = policy("opt"), pack(*random_groups(*SIZES), PAD), pack(*random_groups([5, 2], [[3], [6]], 3), PAD)
+    logprobs, _, values, supervised = PolicyAndValue(model, None)(groups, TEMPERATURE, examples)
+    assert values is None
+    close(supervised, response_logprobs(model, examples, 1.0))  # they were not sampled: no temperature
+    close(logprobs, response_logprobs(model, groups, TEMPERATURE))
 
 
 @every_family

@@ -5,6 +5,7 @@ The oracles loop over one episode at a time and never see padding; what the func
 
 import ast
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -117,15 +118,16 @@ def test_whiten_of_equal_numbers_is_0_and_half_the_statistics_are_refused():
 
 def test_kl_estimators_by_hand():
     logprobs, ref_logprobs = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -3.0])
-    close(ppo.kl_penalty(logprobs, ref_logprobs), [0.5, -1.0, 0.0])
-    close(ppo.kl_k3(logprobs, ref_logprobs), [math.exp(-0.5) - 0.5, math.e - 2, 0.0])
+    close(ppo.kl_estimate(logprobs, ref_logprobs), [0.5, -1.0, 0.0])
+    close(ppo.kl_estimate(logprobs, ref_logprobs, "k2"), [0.125, 0.5, 0.0])
+    close(ppo.kl_estimate(logprobs, ref_logprobs, "k3"), [math.exp(-0.5) - 0.5, math.e - 2, 0.0])
 
 
 def test_kl_k3_is_never_negative_nor_rounded_away():
     d = torch.linspace(-4, 4, 2001)
-    assert (ppo.kl_k3(d, torch.zeros_like(d)) >= 0).all()
+    assert (ppo.kl_estimate(d, torch.zeros_like(d), "k3") >= 0).all()
     tiny = torch.tensor([2e-4])
-    close(ppo.kl_k3(tiny, torch.zeros(1)) / (tiny**2 / 2), [1.0], tol=1e-2)  # k3 = d^2 / 2 + O(d^3)
+    close(ppo.kl_estimate(tiny, torch.zeros(1), "k3") / (tiny**2 / 2), [1.0], tol=1e-2)  # k3 = d^2 / 2 + O(d^3)
 
 
 def test_both_kl_estimators_are_unbiased():
@@ -133,8 +135,86 @@ def test_both_kl_estimators_are_unbiased():
     policy, reference = logits.log_softmax(-1)
     exact = sum(math.exp(p) * (p - q) for p, q in zip(policy.tolist(), reference.tolist(), strict=True))
     assert exact > 0.1
-    for estimator in (ppo.kl_penalty, ppo.kl_k3):
-        close((policy.exp() * estimator(policy, reference)).sum(), exact)
+    for estimator in ("k1", "k3"):
+        close((policy.exp() * ppo.kl_estimate(policy, reference, estimator)).sum(), exact)
+
+
+def test_an_unknown_kl_estimator_is_refused():
+    with pytest.raises(ValueError, match="k1, k2 and k3"):
+        ppo.kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+@pytest.mark.parametrize(("kl", "expected"), [
+    (6.0, 0.1),  # at the target
+    (6.6, 0.1 * (1 + 0.1 * 512 / 10_000)),  # 10 % above
+    (4.8, 0.1 * (1 - 0.2 * 512 / 10_000)),  # 20 % below
+    (60.0, 0.1 * (1 + 0.2 * 512 / 10_000)),  # the error is clipped at 20 %
+    (-3.0, 0.1 * (1 - 0.2 * 512 / 10_000)),
+])
+def test_adaptive_kl_coefficient_table(kl, expected):
+    assert ppo.adapted_kl_coef(0.1, kl, target=6.0, episodes=512, horizon=10_000) == pytest.approx(expected)
+
+
+def test_adaptive_kl_coefficient_brings_the_kl_to_its_target():
+    """On a plant whose KL is inversely proportional to the coefficient."""
+    kl_coef = 0.5
+    for _ in range(2000):
+        kl_coef = ppo.adapted_kl_coef(kl_coef, 1.2 / kl_coef, target=6.0, episodes=512, horizon=10_000)
+    assert kl_coef == pytest.approx(0.2, rel=1e-3)
+
+
+def test_scores_are_scaled_then_clipped():
+    scores = torch.tensor([3.0, -5.0, 0.5])
+    assert ppo.shape_scores(scores, 1.0, None) is scores or torch.equal(ppo.shape_scores(scores, 1.0, None), scores)
+    close(ppo.shape_scores(scores, 2.0, None), [1.5, -2.5, 0.25])
+    close(ppo.shape_scores(scores, 1.0, 1.0), [1.0, -1.0, 0.5])
+    close(ppo.shape_scores(scores, 2.0, 1.0), [1.0, -1.0, 0.25])
+
+
+# -------------------------------------------------------------------------- advantages from the responses to a prompt
+
+GROUPS = [[1.0, 2.0, 6.0], [-1.0, -1.0, -1.0], [0.5, -3.0, 4.0]]  # K = 3
+
+
+def test_rloo_by_hand_and_by_definition():
+    found = ppo.rloo_advantages(torch.tensor(GROUPS).flatten(), 3)
+    close(found[:3], [1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5])
+    expected = [r - sum(others) / len(others) for group in GROUPS
+                for i, r in enumerate(group) for others in [group[:i] + group[i + 1 :]]]
+    close(found, expected)
+
+
+def test_grpo_by_definition():
+    expected = [(r - statistics.mean(group)) / (statistics.stdev(group) + 1e-4) for group in GROUPS for r in group]
+    close(ppo.grpo_advantages(torch.tensor(GROUPS).flatten(), 3), expected)
+    close(ppo.grpo_advantages(torch.tensor([7.0, 7.0]), 2), [0.0, 0.0])
+
+
+@pytest.mark.parametrize("compare", [ppo.rloo_advantages, ppo.grpo_advantages])
+def test_a_prompts_own_level_does_not_count(compare):
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(14))
+    levels = torch.tensor([3.0, -8.0, 0.1]).repeat_interleave(4)
+    close(compare(rewards + levels, 4), compare(rewards, 4))
+    close(compare(rewards, 4).view(3, 4).sum(1), torch.zeros(3))
+    with pytest.raises(ValueError, match="no others"):
+        compare(rewards, 1)
+
+
+def test_rloo_is_an_unbiased_gradient():
+    """The exact expectation over both samples of a two-armed bandit is the gradient of the expected reward."""
+    reward = torch.tensor([1.0, 3.0, -2.0])
+    logits = torch.tensor([0.2, -0.4, 0.9], requires_grad=True)
+    (logits.softmax(0) * reward).sum().backward()
+    expected, logits.grad = logits.grad, None
+    logprobs = logits.log_softmax(0)
+    total = 0
+    for a in range(3):
+        for b in range(3):
+            first, second = ppo.rloo_advantages(torch.stack([reward[a], reward[b]]), 2)
+            chance = (logprobs[a] + logprobs[b]).exp().detach()
+            total = total + chance * (first * logprobs[a] + second * logprobs[b]) / 2
+    total.backward()
+    close(logits.grad, expected)
 
 
 # --------------------------------------------------------------------------------------------------------- rewards

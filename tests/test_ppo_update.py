@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from families import EOS, PAD, policy, random_groups, scalar_model
 
 import train_ppo
+from utils.rollout import Carried
 
 TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
 PROMPTS = random_groups([5, 1, 8, 3, 6, 4, 7], [[1]] * 7)[0]
@@ -38,7 +39,7 @@ def made(config):
 
 def rollout(models, config, accelerator, update=0):
     with accelerator.autocast():
-        return train_ppo.collect_rollout(models, TOKENIZER, PROMPTS, config, update, accelerator)
+        return train_ppo.collect_rollout(models, TOKENIZER, PROMPTS, config, update, accelerator, Carried(config.kl_coef))
 
 
 def updated(config):
@@ -91,7 +92,7 @@ def test_gradient_checkpointing_recomputes_in_the_update(config, monkeypatch):
     config = replace(config, gradient_checkpointing=True)
     models, optimizer, scheduler, accelerator = made(config)
     calls = []
-    for model in (models.policy, models.value_model):
+    for model in (models.policy, models.inside.value_model):
         for layer in model.base_model.decoder.layers:
             inner = layer._gradient_checkpointing_func
             monkeypatch.setattr(layer, "_gradient_checkpointing_func",
@@ -108,6 +109,6 @@ def test_bf16_sampling_sees_the_weights_after_a_step(config, monkeypatch):
     models, optimizer, scheduler, accelerator = made(config)
     said = []
     run = SimpleNamespace(metrics=lambda step, figures: said.append(figures), stop_signal=None)
-    train_ppo.train(models, TOKENIZER, PROMPTS, None, None, config, run, None, optimizer, scheduler, accelerator)
+    train_ppo.train(models, TOKENIZER, PROMPTS, None, None, None, config, run, None, optimizer, scheduler, accelerator)
     before, after = (abs(figures["objective/kl"]) for figures in said)
     assert before < 0.01 and after > 0.5, "the second update's samples come from the policy after a step"

@@ -140,6 +140,38 @@ def test_stop_and_resume_end_like_an_undisturbed_run(script, finished, folder, m
     assert furthest(final, whole) < 1e-6
 
 
+CARRIED = ("--kl_target 0.01 --kl_horizon 20 --scale_scores true --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
+           "--actor_training_data data/tldr_mini/actor_train.jsonl.gz")
+
+
+def test_all_that_an_update_hands_on_outlives_a_stop(finished, folder, monkeypatch):
+    """The adapted KL coefficient, the scale of the scores, the averaged policy, the supervised examples."""
+    train_ppo.main(config_of(train_ppo, folder, "carried", CARRIED))
+    run_class = train_ppo.Run
+
+    class Interrupted(run_class):
+        def metrics(self, step, values):
+            super().metrics(step, values)
+            if step == 2 and not self.config.resume:
+                self.stop_signal = signal.SIGTERM
+
+    monkeypatch.setattr(train_ppo, "Run", Interrupted)
+    with pytest.raises(SystemExit):
+        train_ppo.main(config_of(train_ppo, folder, "carried-stopped", CARRIED))
+    train_ppo.main(config_of(train_ppo, folder, "carried-stopped", CARRIED + " --resume"))
+    names = ("objective/kl_coef", "objective/rlhf_reward", "loss/ptx", "loss/value", "eval/score")
+    whole, resumed = (values_of(folder / out / "ppo", names) for out in ("carried", "carried-stopped"))
+    assert resumed == pytest.approx(whole, abs=1e-5)
+    assert len({value for (name, _), value in whole.items() if name == "objective/kl_coef"}) > 2
+    finals = [load_file(folder / out / "ppo" / "final" / "model.safetensors") for out in ("carried", "carried-stopped")]
+    assert furthest(*finals) < 1e-6
+
+
+def values_of(run, names):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(name, row["step"]): row[name] for row in rows for name in names if name in row}
+
+
 def checkpoints(run):
     """Weights in the checkpoints to go on from, oldest first."""
     found = [path for path in run.glob("checkpoints/*/model.safetensors") if not path.parent.name.startswith("best-")]

@@ -25,12 +25,16 @@ class Keeper:
         self.best = {"update": update, "score": score, "kl": kl}
         self._write(f"best-{update}", lambda folder: self.policy.save_pretrained(folder))
 
-    def save(self, update: int) -> None:
-        """Everything needed to go on after `update` updates; the newest `save_total_limit` are kept."""
+    def save(self, update: int, carried: dict) -> None:
+        """Everything needed to go on after `update` updates; the newest `save_total_limit` are kept.
+
+        Args:
+            carried: what the loop itself goes on with, for JSON.
+        """
         def write(folder):
             self.accelerator.save_state(str(folder))
             if self.accelerator.is_main_process:
-                (folder / "progress.json").write_text(json.dumps({"update": update, "best": self.best}))
+                (folder / "progress.json").write_text(json.dumps({"update": update, "best": self.best, "carried": carried}))
 
         self._write(f"update-{update}", write)
         if self.accelerator.is_main_process:
@@ -38,8 +42,8 @@ class Keeper:
                 shutil.rmtree(old)
             self._drop_forgotten()
 
-    def load(self) -> int:
-        """Go back to the newest checkpoint; returns the number of updates done.
+    def load(self) -> tuple[int, dict]:
+        """Go back to the newest checkpoint; returns the number of updates done and what `save` was given.
 
         Best policies that were found after it are dropped: the run is going to find them again, or others.
 
@@ -55,7 +59,7 @@ class Keeper:
         self.best = progress["best"]
         if self.accelerator.is_main_process:
             self._drop_forgotten()
-        return progress["update"]
+        return progress["update"], progress["carried"]
 
     def restore_best(self) -> None:
         """Put the best policy's weights into the policy."""

@@ -21,11 +21,15 @@ class Judge:
         """One summary of each post; the same seeds for every policy."""
         return summarise(policy, self.tokenizer, posts.prompts, self.config, temperature, self.config.seed, title)
 
-    def scores(self, posts: Tokenised, found: Summaries, title: str) -> list[float]:
-        """The reward model's scores; `missing_eos_score` for a summary without EOS, as in training."""
-        size, completions = self.config.eval_batch_size, [[tokens] for tokens in found.tokens]
-        raw = score_groups(self.reward_model, self.tokenizer, posts.prompts, completions, size, title)
-        return [s if ended else self.config.missing_eos_score for [s], ended in zip(raw, found.ended, strict=True)]
+    def scores(self, posts: Tokenised, found: list[Summaries], title: str) -> list[list[float]]:
+        """The reward model's scores, a list for each policy's summaries: those of one post are one prompt group.
+
+        A summary without EOS scores `missing_eos_score`, as in training.
+        """
+        completions = [list(group) for group in zip(*(summaries.tokens for summaries in found), strict=True)]
+        raw = score_groups(self.reward_model, self.tokenizer, posts.prompts, completions, self.config.eval_batch_size, title)
+        return [[score if ended else self.config.missing_eos_score for score, ended in zip(column, summaries.ended, strict=True)]
+                for column, summaries in zip(zip(*raw, strict=True), found, strict=True)]
 
     def kls(self, posts: Tokenised, found: Summaries, title: str) -> list[float]:
         """log p - log p_ref in nats, of summaries sampled at the training temperature: their own log-probs are log p."""

@@ -151,7 +151,7 @@ def hidden_states(model, groups: PromptGroups) -> torch.Tensor:
     """The trunk's last hidden states (B, T, D), each completion seeing its prompt and itself only."""
     return model.base_model(
         input_ids=groups.input_ids,
-        attention_mask=attention_mask(groups.segments),
+        attention_mask=attention_mask(groups),
         position_ids=groups.position_ids,
         use_cache=False,
     ).last_hidden_state
@@ -159,7 +159,11 @@ def hidden_states(model, groups: PromptGroups) -> torch.Tensor:
 
 def response_logits(policy, groups: PromptGroups) -> torch.Tensor:
     """Logits that predict the real response tokens, float32 (M, V), M = number of True in `response_mask`."""
-    return policy.get_output_embeddings()(response_states(hidden_states(policy, groups), groups)).float()
+    return _logits(policy, response_states(hidden_states(policy, groups), groups))
+
+
+def _logits(policy, states):
+    return policy.get_output_embeddings()(states).float()
 
 
 def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch.Tensor:
@@ -167,23 +171,18 @@ def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch
 
     The temperature divides the logits, as it does in sampling (detail 25).
     """
-    return _of_responses(_next_logprobs(policy, groups, temperature), groups)
+    return _of_responses((response_logits(policy, groups) / temperature).log_softmax(-1), groups)
 
 
-def response_logprobs_and_entropy(policy, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`response_logprobs`, and the entropy of each token's distribution without a gradient, both (N, R).
+def logprobs_and_entropy(logits, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`response_logprobs` from the logits (M, V), and each token's entropy without a gradient, both (N, R).
 
     Apart from it, because the entropy takes two more passes over (M, V), which the frozen models need not pay for.
     """
-    next_logprobs = _next_logprobs(policy, groups, temperature)
+    next_logprobs = (logits / temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(next_logprobs.exp() * next_logprobs).sum(-1)
     return _of_responses(next_logprobs, groups), spread(entropy, groups.response_mask)
-
-
-def _next_logprobs(policy, groups, temperature):
-    """Log-probs of all tokens at each real response token, (M, V)."""
-    return (response_logits(policy, groups) / temperature).log_softmax(-1)
 
 
 def _of_responses(next_logprobs, groups):
@@ -224,14 +223,44 @@ def centre_scores(reward_model, mean: float) -> None:
 
 
 class PolicyAndValue(nn.Module):
-    """Policy and value model side by side: one module, so that there is one engine and one optimizer."""
+    """What PPO trains, as one module, so that there is one engine and one optimizer.
 
-    def __init__(self, policy, value_model):
+    `value_model` is a scalar model of its own; or a linear layer (D, 1) on the policy's last hidden states, which
+    share the trunk; or None, for advantages that need no values.
+    """
+
+    def __init__(self, policy, value_model: nn.Module | None):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
 
-    def forward(self, groups: PromptGroups, temperature: float):
-        """New log-probs, entropy and values of a batch, each (N, R)."""
-        logprobs, entropy = response_logprobs_and_entropy(self.policy, groups, temperature)
-        return logprobs, entropy, response_values(self.value_model, groups)
+    def forward(self, groups: PromptGroups, temperature: float, examples: PromptGroups | None = None):
+        """New log-probs, entropy and values of a batch, each (N, R), the values None without a value model.
+
+        And the log-probs of `examples` (supervised ones, at temperature 1), None without. They are here because an
+        engine wants one forward pass for each backward pass.
+        """
+        states = response_states(hidden_states(self.policy, groups), groups)
+        logprobs, entropy = logprobs_and_entropy(_logits(self.policy, states), groups, temperature)
+        values = self._values(groups, states)
+        return logprobs, entropy, values, None if examples is None else response_logprobs(self.policy, examples, 1.0)
+
+    def values(self, groups: PromptGroups) -> torch.Tensor | None:
+        """Value of the state before each response token, float32 (N, R); None without a value model."""
+        shares = isinstance(self.value_model, nn.Linear)
+        return self._values(groups, response_states(hidden_states(self.policy, groups), groups) if shares else None)
+
+    def _values(self, groups, states):
+        if self.value_model is None:
+            return None
+        if isinstance(self.value_model, nn.Linear):
+            return spread(self.value_model(states)[:, 0].float(), groups.response_mask)
+        return response_values(self.value_model, groups)
+
+
+def new_value_head(policy) -> nn.Linear:
+    """A value head for the policy's own trunk; it starts at 0, which is what reference summaries score."""
+    head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

@@ -8,7 +8,8 @@ response token t is emitted, and the score is paid for emitting the last real to
 serves tokens and states. (Detail 28 keeps two because N+ places the score one position later.)
 
 Sources: "N+" is arXiv 2403.17031 with its detail numbers as in our notes; "PPO" is arXiv 1707.06347; "GAE" is
-arXiv 1506.02438; k1 and k3 are the estimators of http://joschu.net/blog/kl-approx.html.
+arXiv 1506.02438; "LMHP" is arXiv 1909.08593; "RLOO" is arXiv 2402.14740; "GRPO" is arXiv 2402.03300; k1, k2 and k3
+are the estimators of http://joschu.net/blog/kl-approx.html.
 """
 
 from typing import NamedTuple
@@ -23,21 +24,43 @@ class Rollout(NamedTuple):
     response_mask: Tensor  # bool; the EOS is its last real token
     logprobs: Tensor  # behaviour policy, at the sampling temperature (detail 25)
     ref_logprobs: Tensor
-    values: Tensor  # of the state before each token
+    values: Tensor | None  # of the state before each token; None without a value model
     scores: Tensor  # (N,) from the reward model, after the penalty for a missing EOS
-    advantages: Tensor
-    returns: Tensor
+    # the last three are known when all responses of the update are
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None  # what the values are trained on; None without a value model
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """KL(policy || reference) per token, estimator k1 = d = logprobs - ref_logprobs; any shape (detail 24)."""
-    return logprobs - ref_logprobs
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
+    """KL(policy || reference) per token, of tokens that the policy sampled; any shape (detail 24).
 
-
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """KL(policy || reference) per token, estimator k3 = exp(-d) - 1 + d >= 0; any shape (detail 24)."""
+    With d = logprobs - ref_logprobs: k1 = d, unbiased; k2 = d^2 / 2, biased, never negative; k3 = exp(-d) - 1 + d,
+    unbiased and never negative. Raises ValueError for another estimator.
+    """
     d = logprobs - ref_logprobs
-    return torch.expm1(-d) + d  # expm1: exp(-d) - 1 loses all its digits where the two policies nearly agree
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-d) + d  # expm1: exp(-d) - 1 loses all its digits where the two policies nearly agree
+    raise ValueError(f"no KL estimator {estimator!r}; there are k1, k2 and k3")
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """The KL coefficient after an update of `episodes` responses whose KL was `kl` nats each (LMHP section 2.2; detail 23).
+
+    Proportional control: kl_coef * (1 + error * episodes / horizon), error = kl / target - 1 clipped to +-.2.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+def shape_scores(scores: Tensor, scale: float, clip: float | None) -> Tensor:
+    """Scores (N,) divided by `scale`, then clipped to +-`clip` (None: not clipped), as they enter the rewards."""
+    scaled = scores / scale
+    return scaled if clip is None else scaled.clamp(-clip, clip)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
@@ -69,6 +92,32 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
         advantages[:, t] = advantage
         next_value = values[:, t]
     return advantages, advantages + values
+
+
+def rloo_advantages(episode_rewards: Tensor, k: int) -> Tensor:
+    """Reward of an episode minus the mean of its prompt's other K - 1 episodes, (N,) (RLOO eq. 8).
+
+    Takes (N,) rewards, the K episodes of a prompt one after the other. Raises ValueError for K = 1, which has no others.
+    """
+    rewards = _by_prompt(episode_rewards, k)
+    others = (rewards.sum(1, keepdim=True) - rewards) / (k - 1)
+    return (rewards - others).flatten()
+
+
+def grpo_advantages(episode_rewards: Tensor, k: int) -> Tensor:
+    """(reward - mean) / (standard deviation + 1e-4) over the K episodes of a prompt, (N,) (GRPO section 4.1.2).
+
+    Takes what `rloo_advantages` takes. The deviation is the sample's, as in trl; 1e-4 keeps equal rewards at 0.
+    """
+    rewards = _by_prompt(episode_rewards, k)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def _by_prompt(episode_rewards, k):
+    if k < 2:
+        raise ValueError("a prompt with one response has no others to be compared with")
+    return episode_rewards.view(-1, k)
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
@@ -143,7 +192,7 @@ def policy_statistics(
     ratio = torch.exp(new_logprobs - logprobs)
     per_token = {
         "ratio": ratio,
-        "approx_kl": kl_k3(logprobs, new_logprobs),  # (ratio - 1) - logratio: the samples are the behaviour policy's
+        "approx_kl": kl_estimate(logprobs, new_logprobs, "k3"),  # (ratio - 1) - logratio: the samples are the behaviour policy's
         "clipfrac": clipped.float(),
         "entropy": entropy,
         "tokens": torch.ones_like(ratio),

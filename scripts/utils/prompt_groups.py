@@ -7,7 +7,10 @@ A prompt with K completions is one row
 in which a completion sees the prompt and itself only, and its position ids restart at the prompt's end, so
 that every number equals that of K separate rows. K = 1 is an ordinary row; there is no other code path.
 
-Shapes: B rows, T tokens in the longest row, N completions in all rows, R tokens in the longest completion.
+Short groups share a row where they fit into the width of the longest one: that computes less padding. They do not
+see each other.
+
+Shapes: B rows, T tokens in the longest group, N completions in all rows, R tokens in the longest completion.
 """
 
 from collections.abc import Sequence
@@ -17,11 +20,12 @@ import torch
 
 
 class PromptGroups(NamedTuple):
-    """A batch of prompt groups. Completions stand in order: all of row 0, then all of row 1, ..."""
+    """A batch of prompt groups. Completions stand in order: all of group 0, then all of group 1, ..."""
 
     input_ids: torch.Tensor  # (B, T)
     position_ids: torch.Tensor  # (B, T)
-    segments: torch.Tensor  # (B, T) 0 = prompt, k = k-th completion, -1 = padding
+    owners: torch.Tensor  # (B, T) the group that a token belongs to, -1 = padding
+    segments: torch.Tensor  # (B, T) 0 = prompt, k = k-th completion of the group, -1 = padding
     rows: torch.Tensor  # (N,) the row in which a completion stands
     states: torch.Tensor  # (N, R) column of the token *before* each response token: the prompt's last for the first
     responses: torch.Tensor  # (N, R) the response tokens
@@ -33,28 +37,31 @@ class PromptGroups(NamedTuple):
 
 
 def pack(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]], pad_id: int) -> PromptGroups:
-    """Lay out prompts and their completions, both as token ids, as one row per prompt.
+    """Lay out prompts and their completions, both as token ids: a group after the other, rows as wide as the widest.
 
     Raises:
         ValueError: for an empty prompt or completion, which have no state to predict from or nothing to predict.
     """
     if not all(prompts) or not all(all(group) and group for group in completions):
         raise ValueError("a prompt group needs a prompt and completions of at least one token each")
-    width = max(len(p) + sum(map(len, group)) for p, group in zip(prompts, completions, strict=True))
+    sizes = [len(p) + sum(map(len, group)) for p, group in zip(prompts, completions, strict=True)]
+    places, height, width = share_rows(sizes)
     longest = max(len(completion) for group in completions for completion in group)
     count = sum(map(len, completions))
-    input_ids = torch.full((len(prompts), width), pad_id)
-    position_ids = torch.zeros((len(prompts), width), dtype=torch.long)
-    segments = torch.full((len(prompts), width), -1)
+    input_ids = torch.full((height, width), pad_id)
+    position_ids = torch.zeros((height, width), dtype=torch.long)
+    owners = torch.full((height, width), -1)
+    segments = torch.full((height, width), -1)
     states = torch.zeros((count, longest), dtype=torch.long)
     responses = torch.full((count, longest), pad_id)
     response_mask = torch.zeros((count, longest), dtype=torch.bool)
     rows, ends = [], []
-    for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        column = len(prompt)
-        input_ids[row, :column] = torch.tensor(prompt)
-        position_ids[row, :column] = torch.arange(column)
-        segments[row, :column] = 0
+    for owner, (prompt, group, (row, first)) in enumerate(zip(prompts, completions, places, strict=True)):
+        column = first + len(prompt)
+        input_ids[row, first:column] = torch.tensor(prompt)
+        position_ids[row, first:column] = torch.arange(len(prompt))
+        segments[row, first:column] = 0
+        owners[row, first : first + sizes[owner]] = owner
         for k, completion in enumerate(group, start=1):
             n, size = len(rows), len(completion)
             tokens = torch.tensor(completion)
@@ -62,32 +69,44 @@ def pack(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]
             position_ids[row, column : column + size] = torch.arange(len(prompt), len(prompt) + size)
             segments[row, column : column + size] = k
             states[n, :size] = torch.arange(column - 1, column - 1 + size)
-            states[n, 0] = len(prompt) - 1
+            states[n, 0] = first + len(prompt) - 1
             responses[n, :size] = tokens
             response_mask[n, :size] = True
             rows.append(row)
             ends.append(column + size - 1)
             column += size
-    return PromptGroups(
-        input_ids, position_ids, segments, torch.tensor(rows), states, responses, response_mask, torch.tensor(ends)
-    )
+    return PromptGroups(input_ids, position_ids, owners, segments, torch.tensor(rows), states, responses, response_mask,
+                        torch.tensor(ends))
 
 
-def attention_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: earlier tokens of the prompt and of the own completion.
+def share_rows(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
+    """Where each group goes, (row, first column); the number of rows; and their width, that of the largest group.
 
-    Args:
-        segments: (B, T) as in `PromptGroups`.
+    First-fit decreasing: the largest groups first, each into the first row that has room for it.
+    """
+    width, used, places = max(sizes), [], {}
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((r for r, filled in enumerate(used) if filled + sizes[index] <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        places[index] = (row, used[row])
+        used[row] += sizes[index]
+    return [places[index] for index in range(len(sizes))], len(used), width
+
+
+def attention_mask(groups: PromptGroups) -> torch.Tensor:
+    """Who sees whom: earlier tokens of the own group's prompt and of the own completion.
 
     Returns:
-        (B, 1, T, T) boolean, True = sees. A padding token sees itself, since a row of the softmax without any
-        entry is not a number.
+        (B, 1, T, T) boolean, True = sees. A padding token sees padding before it and itself, since a row of the
+        softmax without any entry is not a number.
     """
-    query, key = segments[:, :, None], segments[:, None, :]
-    width = segments.shape[1]
-    earlier = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
-    seen = earlier & (((key == 0) & (query >= 0)) | (key == query))
-    return seen[:, None]
+    owner, segment = groups.owners, groups.segments
+    width = segment.shape[1]
+    earlier = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
+    same_group = owner[:, :, None] == owner[:, None, :]
+    readable = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    return (earlier & same_group & readable)[:, None]
 
 
 def response_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:

@@ -1,0 +1,72 @@
+"""The models of PPO: which are trained, which are frozen, and the optimizer."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from utils.evaluation import refuse_too_long
+from utils.models import PolicyAndValue, load_policy, load_scalar_model, new_value_head, without_dropout
+
+
+class Models(NamedTuple):
+    """What is trained together (one engine, one optimizer), and what is frozen."""
+
+    trained: torch.nn.Module  # PolicyAndValue, as the accelerator wrapped it
+    inside: PolicyAndValue  # the same without the wrapper: policy and value model
+    ref_policy: torch.nn.Module
+    reward_model: torch.nn.Module
+    average: AveragedModel | None = None  # of the policy, over the optimizer steps
+
+    @property
+    def policy(self) -> torch.nn.Module:
+        return self.inside.policy
+
+    @property
+    def outcome(self) -> torch.nn.Module:
+        """The policy that is judged and kept: the average where there is one."""
+        return self.policy if self.average is None else self.average.module
+
+
+def load_models(config) -> Models:
+    """Policy and value model in one module, reference and reward model frozen."""
+    policy, ref_policy = (without_dropout(load_policy(config.model)) for _ in range(2))
+
+    def load_scalar():
+        return load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size)
+
+    reward_model, value_model = load_scalar(), None
+    if config.advantage == "gae":
+        value_model = load_scalar() if config.value_model == "separate" else new_value_head(policy)
+    if config.gradient_checkpointing:
+        for model in (policy, value_model):
+            if isinstance(model, PreTrainedModel):
+                model.gradient_checkpointing_enable()
+    refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
+    for frozen in (ref_policy, reward_model):
+        frozen.requires_grad_(False).eval()
+    # transformers recomputes activations in training mode only; no dropout is left that the mode could switch on
+    trained = PolicyAndValue(policy, value_model).train()
+    return Models(trained, trained, ref_policy, reward_model)
+
+
+def prepare(models: Models, config, accelerator) -> tuple[Models, torch.optim.Optimizer, object]:
+    """One optimizer and one engine for what is trained; the frozen models on the device."""
+    optimizer = torch.optim.AdamW(models.trained.parameters(), lr=config.learning_rate, eps=config.adam_eps,
+                                  betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
+    batches = math.ceil(config.prompts_per_update / accelerator.num_processes / config.per_device_batch_size)
+    steps = config.updates * config.ppo_epochs * min(config.num_minibatches, batches)
+    # the scheduler is stepped by hand and on every rank alike, so the accelerator must not wrap it
+    scheduler = get_linear_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+    trained, optimizer = accelerator.prepare(models.trained, optimizer)
+    for frozen in (models.ref_policy, models.reward_model):
+        frozen.to(accelerator.device)
+    accelerator.register_for_checkpointing(scheduler)
+    average = None
+    if config.ema_decay:
+        average = AveragedModel(models.policy, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
+        average.update_parameters(models.policy)  # the first time copies: the average starts at the SFT model
+        accelerator.register_for_checkpointing(average)
+    return models._replace(trained=trained, average=average), optimizer, scheduler
