@@ -87,6 +87,7 @@ class PPOStageConfig(StageConfig):
     ptx_coef: float = key(0.0, "Weight of the SFT loss on actor_training_data, added in each step; 0: off.",
                           source="IG detail 34", low=0.0)
     actor_training_data: str | None = key(None, "SFT examples for ptx_coef: .jsonl(.gz) file or hub name.")
+    max_completion_tokens: int = key(64, "SFT examples with longer completions are dropped.", unit="tokens", low=2)
     ema_decay: float = key(0.0, "Judge and keep an exponential average of the policy (IG: .992 a step); 0: the policy itself.",
                            source="IG detail 35", low=0.0, high=0.999999)
     missing_eos_score: float = key(-1.0, "Score of a response without EOS.", unit="score", source="N+ detail 26")
@@ -215,7 +216,7 @@ def load_supervised(config, tokenizer, notes: list[str]) -> Tokenised | None:
     if not config.ptx_coef:
         return None
     examples = load_examples(config.actor_training_data, "actor_training_data")
-    return tokenise(tokenizer, examples, config, config.max_new_tokens, notes.append)
+    return tokenise(tokenizer, examples, config, config.max_completion_tokens, notes.append)
 
 
 def prompts_of(update: int, prompts: list, config, accelerator) -> list:

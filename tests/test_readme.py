@@ -1,5 +1,6 @@
 """The READMEs are true: their commands run, their files exist, both say the same."""
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -72,3 +73,22 @@ def test_both_languages_hold_the_same_commands_numbers_and_keys():
         assert blocks(ours, language) == blocks(theirs, language)
     for pattern in (r"`[a-z]+/[a-zA-Z0-9_]+`", r"\d+\.\d\d+"):
         assert sorted(set(re.findall(pattern, ours))) == sorted(set(re.findall(pattern, theirs)))
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_the_options_are_keys_and_their_defaults_are_those_of_the_code(readme):
+    lines = readme.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| `kl_estimator`"))
+    table = lines[first : lines.index("", first)]
+    defaults = {}
+    for script, kind in SCRIPTS.values():
+        config_class = getattr(importlib.import_module(f"train_{script}"), kind)
+        defaults |= {field.name: field.default for field in dataclasses.fields(config_class)}
+    seen = set()
+    for row in table:
+        names, values = (cell.replace("`", "") for cell in row.split("|")[1:3])
+        values = re.split("[;；]", values)
+        for name, value in zip(re.split("[,、]", names), values * 2, strict=False):
+            assert str(defaults[name.strip()]).lower().removesuffix(".0") == value.split()[0], name
+            seen.add(name.strip())
+    assert len(seen) == 16
