@@ -26,6 +26,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from utils.config import PROJECT, UserError, key, start
 from utils.data import completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
 from utils.evaluation import print_stages, refuse_too_long, score_groups, tokenise
+from utils.lora import add_adapter
 from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy
 from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
 from utils.plots import plot_reward
@@ -176,6 +177,8 @@ def main(config: RewardStageConfig) -> None:
                               config.max_completion_tokens, notes.append)
     model = load_scalar_model(config.model, "model", new_head_seed=config.seed)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if config.lora_rank:
+        add_adapter(model, config)
     refuse_too_long(model, config.max_prompt_tokens + config.max_completion_tokens, "max_prompt_tokens + max_completion_tokens")
     run = Run(config, "reward", notes)
     run.catch_signals()

@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from utils.config import PROJECT, key, start
 from utils.data import load_examples, refuse_overlap, split_off
 from utils.evaluation import print_stages, refuse_too_long, summarise, tokenise
+from utils.lora import add_adapter
 from utils.metrics import SummaryRouge
 from utils.models import load_policy, load_tokenizer, response_logits
 from utils.plots import plot_sft
@@ -120,6 +121,8 @@ def main(config: SFTStageConfig) -> None:
     notes = []
     train, validation, test = load_splits(config, tokenizer, notes.append)
     model = load_policy(config.model, initial_weights=config.initial_weights)
+    if config.lora_rank:
+        add_adapter(model, config)
     longest = max(len(p) + len(c) for p, c in zip(train.prompts, train.completions, strict=True))
     refuse_too_long(model, max(longest, max(map(len, test.prompts)) + config.max_new_tokens), "actor_training_data")
     run = Run(config, "sft", notes)

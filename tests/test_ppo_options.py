@@ -16,6 +16,7 @@ from test_ppo_update import PROMPTS, TOKENIZER, made, rollout, updated
 import train_ppo
 from utils.config import UserError
 from utils.evaluation import Tokenised
+from utils.models import response_logprobs, response_values, scores
 from utils.prompt_groups import pack
 from utils.rollout import Carried, collect_rollout
 
@@ -175,7 +176,8 @@ def test_scores_that_do_not_differ_are_not_scaled(config, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- the update
 
 KINDS = {"separate value model": {}, "shared trunk": {"value_model": "shared"}, "rloo": {"advantage": "rloo"},
-         "grpo": {"advantage": "grpo"}}
+         "grpo": {"advantage": "grpo"}, "LoRA": {"lora_rank": 2},
+         "LoRA, shared trunk, recomputed": {"lora_rank": 2, "value_model": "shared", "gradient_checkpointing": True}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,6 +191,25 @@ def test_in_the_first_inner_step_nothing_has_moved(family, kind, parents):
     assert figures["policy/clipfrac"] == 0
     assert figures["policy/grad_norm"] > 0
     assert ("loss/value" in figures) == ("advantage" not in KINDS[kind])
+
+
+def test_with_lora_the_reference_is_the_policy_without_its_adapter(config):
+    """One update moves policy and value model; what is frozen shares their weights, and stays."""
+    config = replace(config, lora_rank=2)
+    models, optimizer, scheduler, accelerator = made(config)
+    batches = rollout(models, config, accelerator)
+    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, train_ppo.random.Random(0))
+    after = rollout(models, config, accelerator, update=0)
+    sft, reward_model = policy("opt"), scalar_model("opt", seed=1)  # as they were saved
+    for batch in after:
+        with torch.no_grad():
+            ref_logprobs = response_logprobs(sft, batch.groups, config.temperature)
+            values = response_values(reward_model, batch.groups)
+            score = torch.where(batch.ended, scores(reward_model, batch.groups), config.missing_eos_score)
+        torch.testing.assert_close(batch.rollout.ref_logprobs, ref_logprobs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(batch.rollout.scores, score, rtol=1e-4, atol=1e-5)
+        assert (batch.rollout.values - values).abs().max() > 1e-3, "the value model has moved"
+        assert (batch.rollout.logprobs - ref_logprobs).abs().max() > 1e-3, "the policy has moved"
 
 
 def test_a_shared_trunk_learns_from_the_value_loss(config):

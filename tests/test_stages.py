@@ -140,6 +140,24 @@ def test_stop_and_resume_end_like_an_undisturbed_run(script, finished, folder, m
     assert furthest(final, whole) < 1e-6
 
 
+def test_adapters_are_trained_and_merged_into_stock_checkpoints(folder):
+    """All three stages with LoRA, each on the one before; and a resumed one."""
+    out, extra = "lora", "--lora_rank 2 --learning_rate 0.01 --gradient_checkpointing true"
+    parents = (f"--model {folder}/lora/sft/final", f"--model {folder}/lora/sft/final --reward_model {folder}/lora/reward/final")
+    for script, parent in zip((train_sft, train_reward, train_ppo), ("", *parents), strict=True):
+        script.main(config_of(script, folder, out, f"{parent} {extra}"))
+    base, sft, ppo = (load_file(path / "model.safetensors")
+                      for path in (folder / "base", folder / out / "sft/final", folder / out / "ppo/final"))
+    assert base.keys() == sft.keys() == ppo.keys()
+    changed = {name for name in base if not torch.equal(base[name], sft[name])}
+    assert changed and all(re.search(r"(proj|fc\d)\.weight$", name) for name in changed), "adapted layers and no other"
+    last = load_file(checkpoints(folder / out / "ppo")[-1])  # the best policy, in final/, may be the SFT model
+    assert all(last[name].any() for name in last if "lora_B" in name)
+    assert all(torch.equal(last[f"policy.{name}".replace(".weight", ".base_layer.weight")], sft[name]) for name in changed)
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / out / "reward" / "final")
+    assert reward.config.num_labels == 1
+
+
 CARRIED = ("--kl_target 0.01 --kl_horizon 20 --scale_scores true --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
            "--actor_training_data data/tldr_mini/actor_train.jsonl.gz")
 

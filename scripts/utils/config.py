@@ -301,6 +301,9 @@ class StageConfig:
     weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0.0)
     warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", unit="steps", low=0)
     max_grad_norm: float = key(1.0, "Gradient norm is clipped to this; 0: no clipping.", low=0.0)
+    lora_rank: int = key(0, "Train adapters of this rank in place of the weights; 0: train the weights.",
+                         source="LoRA, 2106.09685", low=0)
+    lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", source="LoRA, 2106.09685", low=1)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str = key("no", "Arithmetic of the forward pass; weights stay float32.", choices=["no", "bf16", "fp16"])
     save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints", low=1)

@@ -1,5 +1,6 @@
 """The models of PPO: which are trained, which are frozen, and the optimizer."""
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from utils.evaluation import refuse_too_long
+from utils.lora import add_adapter, twin
 from utils.models import PolicyAndValue, load_policy, load_scalar_model, new_value_head, without_dropout
 
 
@@ -31,20 +33,23 @@ class Models(NamedTuple):
 
 
 def load_models(config) -> Models:
-    """Policy and value model in one module, reference and reward model frozen."""
-    policy, ref_policy = (without_dropout(load_policy(config.model)) for _ in range(2))
+    """Policy and value model in one module, reference and reward model frozen.
 
-    def load_scalar():
-        return load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size)
-
-    reward_model, value_model = load_scalar(), None
-    if config.advantage == "gae":
-        value_model = load_scalar() if config.value_model == "separate" else new_value_head(policy)
-    if config.gradient_checkpointing:
-        for model in (policy, value_model):
-            if isinstance(model, PreTrainedModel):
-                model.gradient_checkpointing_enable()
+    With LoRA the frozen ones share the weights of those that are trained, without their adapters.
+    """
+    policy = without_dropout(load_policy(config.model))
+    reward_model = load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size)
     refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
+    second = twin if config.lora_rank else copy.deepcopy
+    ref_policy, value_model = second(policy), None
+    if config.advantage == "gae":
+        value_model = second(reward_model) if config.value_model == "separate" else new_value_head(policy)
+    for model in (policy, value_model):
+        if isinstance(model, PreTrainedModel):
+            if config.lora_rank:
+                add_adapter(model, config)
+            if config.gradient_checkpointing:
+                model.gradient_checkpointing_enable()
     for frozen in (ref_policy, reward_model):
         frozen.requires_grad_(False).eval()
     # transformers recomputes activations in training mode only; no dropout is left that the mode could switch on
@@ -54,7 +59,8 @@ def load_models(config) -> Models:
 
 def prepare(models: Models, config, accelerator) -> tuple[Models, torch.optim.Optimizer, object]:
     """One optimizer and one engine for what is trained; the frozen models on the device."""
-    optimizer = torch.optim.AdamW(models.trained.parameters(), lr=config.learning_rate, eps=config.adam_eps,
+    weights = [weight for weight in models.trained.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, eps=config.adam_eps,
                                   betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
     batches = math.ceil(config.prompts_per_update / accelerator.num_processes / config.per_device_batch_size)
     steps = config.updates * config.ppo_epochs * min(config.num_minibatches, batches)

@@ -22,6 +22,7 @@ from transformers.integrations import get_available_reporting_integrations
 from utils.config import PROJECT, UserError, find_local, read_yaml, save_config
 from utils.data import TLDR_TEMPLATE
 from utils.distributed import world
+from utils.lora import merge_adapter
 from utils.models import load_tokenizer
 
 
@@ -103,6 +104,7 @@ class Run:
             return
         temporary = self.folder / "final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
+        merge_adapter(model)
         model.config.use_cache = True  # trl's trainer switches it off; whoever generates with final/ wants it
         if model.can_generate():
             model.generation_config.use_cache = True

@@ -1,0 +1,46 @@
+"""LoRA (Hu et al., 2106.09685): small trainable matrices beside frozen weights, with peft's layers.
+
+The layers are put into the stock model, whose class and forward stay, and are merged into its weights at the end:
+every checkpoint in final/ is a stock one.
+"""
+
+import copy
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+def add_adapter(model, config):
+    """Freeze `model`, and give every linear layer but its heads a trainable adapter of rank `config.lora_rank`, in place.
+
+    The fresh adapter changes nothing: one of its two matrices is 0. A scalar head is trained whole.
+    """
+    heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None)) if head is not None}
+    targets = [name for name, module in model.named_modules() if _is_linear(module) and id(module) not in heads]
+    model.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets), model)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+    return model
+
+
+def _is_linear(module) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")  # Conv1D is GPT-2's spelling
+
+
+def twin(model):
+    """A second model on the same weights: what is frozen needs no second copy. A scalar head is its own."""
+    second = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    if hasattr(model, "score"):
+        second.score = copy.deepcopy(model.score)
+    return second
+
+
+def merge_adapter(model):
+    """Add the adapters to the weights and take their layers out, in place: a stock model. Without adapters nothing happens."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in layers:
+        module.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
+    return model
