@@ -65,6 +65,17 @@ def finished(folder):
     return folder / "run"
 
 
+CARRIED = ("--kl_target 0.01 --kl_horizon 20 --scale_scores true --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
+           "--actor_training_data data/tldr_mini/actor_train.jsonl.gz")
+
+
+@pytest.fixture(scope="module")
+def carried(finished, folder):
+    """A PPO run with every option that hands something on from update to update."""
+    train_ppo.main(config_of(train_ppo, folder, "carried", CARRIED))
+    return folder / "carried"
+
+
 @pytest.mark.parametrize(("stage", "keys", "plots"), [
     ("sft", SFT_KEYS, {"sft.png"}),
     ("reward", REWARD_KEYS, {"reward.png", "score_histogram.png"}),
@@ -91,11 +102,13 @@ def test_metrics_hold_a_line_for_every_update(finished):
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_every_metric_is_in_the_glossary(finished, readme):
-    logged = {name for stage in ("sft", "reward", "ppo")
-              for line in (finished / stage / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
-    explained = set(re.findall(r"`([a-zA-Z0-9_/]+)`", (PROJECT / readme).read_text()))
-    assert logged - {"step"} <= explained
+def test_the_glossary_explains_what_is_logged_and_nothing_else(finished, carried, readme):
+    logged = {name for run in (finished / "sft", finished / "reward", finished / "ppo", carried / "ppo")
+              for line in (run / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    table = re.findall(r"^\|([^|]*)\|", (PROJECT / readme).read_text(), re.MULTILINE)
+    kinds = "eval|loss|objective|policy|reward|sft|test|time|value"
+    explained = {name for cell in table for name in re.findall(rf"`((?:{kinds})/[a-zA-Z0-9_]+)`", cell)}
+    assert logged - {"step"} == explained
 
 
 def test_final_models_are_stock_checkpoints(finished):
@@ -158,13 +171,8 @@ def test_adapters_are_trained_and_merged_into_stock_checkpoints(folder):
     assert reward.config.num_labels == 1
 
 
-CARRIED = ("--kl_target 0.01 --kl_horizon 20 --scale_scores true --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
-           "--actor_training_data data/tldr_mini/actor_train.jsonl.gz")
-
-
-def test_all_that_an_update_hands_on_outlives_a_stop(finished, folder, monkeypatch):
+def test_all_that_an_update_hands_on_outlives_a_stop(carried, folder, monkeypatch):
     """The adapted KL coefficient, the scale of the scores, the averaged policy, the supervised examples."""
-    train_ppo.main(config_of(train_ppo, folder, "carried", CARRIED))
     run_class = train_ppo.Run
 
     class Interrupted(run_class):
@@ -178,10 +186,10 @@ def test_all_that_an_update_hands_on_outlives_a_stop(finished, folder, monkeypat
         train_ppo.main(config_of(train_ppo, folder, "carried-stopped", CARRIED))
     train_ppo.main(config_of(train_ppo, folder, "carried-stopped", CARRIED + " --resume"))
     names = ("objective/kl_coef", "objective/rlhf_reward", "loss/ptx", "loss/value", "eval/score")
-    whole, resumed = (values_of(folder / out / "ppo", names) for out in ("carried", "carried-stopped"))
+    whole, resumed = (values_of(out / "ppo", names) for out in (carried, folder / "carried-stopped"))
     assert resumed == pytest.approx(whole, abs=1e-5)
     assert len({value for (name, _), value in whole.items() if name == "objective/kl_coef"}) > 2
-    finals = [load_file(folder / out / "ppo" / "final" / "model.safetensors") for out in ("carried", "carried-stopped")]
+    finals = [load_file(out / "ppo" / "final" / "model.safetensors") for out in (carried, folder / "carried-stopped")]
     assert furthest(*finals) < 1e-6
 
 
