@@ -13,11 +13,11 @@ gold win rate over SFT below .5 (sampled), or a gold score lower than before, or
 without a gold score is judged by EOS alone. A figure that is not a number counts as collapsed too.
 """
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -56,8 +56,7 @@ COLUMNS = [
     Column("with EOS", ("ppo/ended",)),
     Column("reward score, SFT → PPO", ("ppo/score_before", "ppo/score_after")),
 ]
-SPREAD = {"mean": statistics.mean, "sd": lambda values: statistics.stdev(values) if len(values) > 1 else None,
-          "min": min, "max": max}
+SPREAD = {"mean": np.mean, "sd": lambda values: np.std(values, ddof=1) if len(values) > 1 else None, "min": np.min, "max": np.max}
 # title -> (stage, metric, what its step is)
 CURVES = {
     "SFT loss [nats a token]": ("sft", "sft/loss", "step"),
