@@ -1,4 +1,6 @@
 # make demo   the three stages on the embedded data, into $(OUT)
+# make seeds  the demo with five seeds, into outputs/seed0 to seed4, and what they have in common
+# make over_optimisation   three longer PPO runs from the demo's models, and the gold score against the KL
 # make test   the tests
 # make lint   ruff
 # make data   write data/tldr_mini again (the same bytes)
@@ -8,17 +10,33 @@ OUT ?= outputs/tldr_mini
 ARGS ?=            # for all three stages of the demo, such as ARGS="--seed 1"
 PY = .venv/bin/python
 
-.PHONY: demo test lint data base
+.PHONY: demo seeds over_optimisation test lint data base
 
-# A finished stage is not run again, an interrupted one goes on.
+# stage NAME FOLDER OPTIONS: a finished stage is not run again, an interrupted one goes on.
+STAGE = stage() { name=$$1; out=$$2; shift 2; \
+	  if [ -e "$$out/final" ]; then echo "$$name is already in $$out ('make demo OUT=outputs/second' starts over)"; \
+	  elif find "$$out/checkpoints" -maxdepth 1 \( -name 'checkpoint-*' -o -name 'update-*' \) 2>/dev/null | grep -q .; then $(PY) scripts/train_$$name.py --output_dir "$$out" "$$@" $(ARGS) --resume; \
+	  else $(PY) scripts/train_$$name.py --output_dir "$$out" "$$@" $(ARGS); fi; }
+
 demo: .venv/ready
-	@stage() { name=$$1; shift; \
-	  if [ -e "$(OUT)/$$name/final" ]; then echo "$$name is already in $(OUT)/$$name ('make demo OUT=outputs/second' starts over)"; \
-	  elif find "$(OUT)/$$name/checkpoints" -maxdepth 1 \( -name 'checkpoint-*' -o -name 'update-*' \) 2>/dev/null | grep -q .; then $(PY) scripts/train_$$name.py --output_dir "$(OUT)/$$name" "$$@" $(ARGS) --resume; \
-	  else $(PY) scripts/train_$$name.py --output_dir "$(OUT)/$$name" "$$@" $(ARGS); fi; }; \
-	stage sft && \
-	stage reward --model "$(OUT)/sft/final" && \
-	stage ppo --model "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final"
+	@$(STAGE); \
+	stage sft "$(OUT)/sft" && \
+	stage reward "$(OUT)/reward" --model "$(OUT)/sft/final" && \
+	stage ppo "$(OUT)/ppo" --model "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final"
+
+SEEDS = 0 1 2 3 4
+seeds:
+	@for seed in $(SEEDS); do $(MAKE) demo OUT=outputs/seed$$seed ARGS="--seed $$seed" || exit; done
+	$(PY) scripts/compare_seeds.py --runs $(SEEDS:%=outputs/seed%) --output outputs/seeds.png --markdown
+
+KL_COEFS = 0.0 0.04 0.12
+over_optimisation: demo
+	@$(STAGE); \
+	for coef in $(KL_COEFS); do \
+	  stage ppo "outputs/over/kl$$coef" --model "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" --kl_coef $$coef \
+	    --total_episodes 12288 --eval_steps 3 --eval_rows 200 || exit; done
+	$(PY) scripts/over_optimisation.py --sft "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" \
+	  --runs $(KL_COEFS:%=outputs/over/kl%) --rows 200 --output outputs/over.png
 
 test: .venv/ready-dev
 	$(PY) -m pytest

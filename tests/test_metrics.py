@@ -1,5 +1,6 @@
 """Metrics against hand-worked examples, definitions written out in plain Python, and simulations."""
 
+import itertools
 import math
 import os
 import random
@@ -240,3 +241,50 @@ def test_calibration_error_tells_a_calibrated_model_from_an_overconfident_one():
     outcomes = rng.random(20_000) < probabilities
     assert metrics.expected_calibration_error(probabilities, outcomes) < 0.02
     assert metrics.expected_calibration_error(np.sqrt(probabilities), outcomes) > 0.05
+
+# -------------------------------------------------------------------------------------------------------- best of n
+
+
+@pytest.mark.parametrize("scores", [
+    [0.3, -1.0, 2.0, 0.5, 1.5],
+    [0.3, 2.0, 0.3, 0.3, 2.0, -1.0],  # ties below, and for the best
+    [-1.0] * 4,  # nothing but ties: no sample ended, say
+    [7.0],
+])
+def test_best_of_n_is_the_mean_over_all_subsets(scores):
+    """Every subset of size n by itself; where several of it share the highest score, their mean is what it is worth."""
+    values = random.Random(len(scores)).choices(range(-3, 9), k=len(scores))
+    for n in range(1, len(scores) + 1):
+        best = [max(subset) for subset in itertools.combinations(scores, n)]
+        assert metrics.best_of_n(scores, scores, n) == pytest.approx(sum(best) / len(best))
+        worth = []
+        for subset in itertools.combinations(range(len(scores)), n):
+            highest = max(scores[i] for i in subset)
+            tied = [values[i] for i in subset if scores[i] == highest]
+            worth.append(sum(tied) / len(tied))
+        assert metrics.best_of_n(scores, values, n) == pytest.approx(sum(worth) / len(worth))
+
+
+def test_best_of_n_does_not_depend_on_the_order_of_the_samples():
+    draw = random.Random(0)
+    samples = [(draw.choice([-1.0, 0.2, 0.9, draw.random()]), draw.random()) for _ in range(64)]
+    for n in (1, 2, 8, 64):
+        expected = metrics.best_of_n(*zip(*samples, strict=True), n)
+        for _ in range(3):
+            draw.shuffle(samples)
+            assert metrics.best_of_n(*zip(*samples, strict=True), n) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_best_of_more_samples_than_there_are_is_refused(n):
+    with pytest.raises(ValueError, match=f"best of {n} samples from 3"):
+        metrics.best_of_n([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 64])
+def test_best_of_n_kl_is_the_integral_of_its_density(n):
+    """With u the share of samples that score lower, best-of-n has density n u^(n-1) where the policy has density 1."""
+    u = (np.arange(1_000_000) + 0.5) / 1_000_000
+    density = n * u ** (n - 1)
+    integral = np.mean(np.where(density > 0, density * np.log(np.maximum(density, 1e-300)), 0.0))
+    assert metrics.best_of_n_kl(n) == pytest.approx(integral, abs=1e-5)

@@ -26,30 +26,37 @@ def commands() -> list[str]:
     return sorted({line for line in lines if line})
 
 
-SCRIPTS = {"scripts/train_sft.py": ("sft", "SFTStageConfig"), "scripts/train_reward.py": ("reward", "RewardStageConfig"),
-           "scripts/train_ppo.py": ("ppo", "PPOStageConfig")}
-TRAINING = [c for c in commands() if c.startswith("python scripts/")]
+DEFAULTS = ROOT / "configs" / "tldr_mini"
+# module, configuration, default file
+SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "sft.yaml"),
+           "scripts/train_reward.py": ("train_reward", "RewardStageConfig", DEFAULTS / "reward.yaml"),
+           "scripts/train_ppo.py": ("train_ppo", "PPOStageConfig", DEFAULTS / "ppo.yaml"),
+           "scripts/compare_seeds.py": ("compare_seeds", "CompareConfig", None),
+           "scripts/over_optimisation.py": ("over_optimisation", "OverOptimisationConfig", None)}
+PYTHON = [c for c in commands() if c.startswith("python scripts/")]
 
 
 def parsed(command: str):
-    """The configuration that a command of the README trains with."""
+    """The configuration that a command of the README runs with."""
     script, *words = shlex.split(command)[1:]
-    stage, kind = SCRIPTS[script]
-    config_class = getattr(importlib.import_module(f"train_{stage}"), kind)
-    return parse_config(config_class, ROOT / "configs" / "tldr_mini" / f"{stage}.yaml", [w for w in words if w != "--help"])
+    module, kind, default_file = SCRIPTS[script]
+    config_class = getattr(importlib.import_module(module), kind)
+    return parse_config(config_class, default_file, [w for w in words if w != "--help"])
 
 
-@pytest.mark.parametrize("command", TRAINING)
+@pytest.mark.parametrize("command", PYTHON)
 def test_python_commands_are_understood(command, monkeypatch):
     """Each parses as a user types it, from the project's folder; the stages themselves are run by test_stages."""
     monkeypatch.chdir(ROOT)
-    assert parsed(command).output_dir.startswith("outputs/")
+    config = parsed(command)
+    paths = [config.output_dir] if "train_" in command else [config.output, *config.runs]
+    assert all(path.startswith("outputs/") for path in paths)
 
 
 @pytest.mark.parametrize("words", ["--nonsense 1", "nonsense", "--config configs/none.yaml", "--help --nonsense"])
 def test_a_command_that_would_not_run_is_noticed(words):
     with pytest.raises(UserError):
-        parsed(f"{TRAINING[0]} {words}")
+        parsed(f"{PYTHON[0]} {words}")
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 
+import compare_seeds
+import over_optimisation
 import train_ppo
 import train_reward
 import train_sft
@@ -118,6 +121,23 @@ def test_final_models_are_stock_checkpoints(finished):
     assert policy.config.use_cache and policy.generation_config.use_cache
     stage = json.loads((finished / "ppo" / "final" / "stage.json").read_text())
     assert stage["stage"] == "ppo" and set(stage["parents"]) == {"model", "reward_model"}
+
+
+def test_the_evidence_scripts_read_what_the_stages_write(finished, tmp_path, capsys):
+    words = ["--runs", str(finished), "--output", str(tmp_path / "seeds.png")]
+    compare_seeds.main(parse_config(compare_seeds.CompareConfig, None, words))
+    ppo = shutil.copytree(finished / "ppo", tmp_path / "ppo")
+    rows = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
+    sampled = {"eval/score_sampled": 0.1, "eval/gold_sampled": 0.2}
+    rows = [{**(sampled if "eval/score" in row else {}), **row} for row in rows]
+    (ppo / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    over_optimisation.main(parse_config(over_optimisation.OverOptimisationConfig, None, [
+        "--sft", str(finished / "sft/final"), "--reward_model", str(finished / "reward/final"), "--runs", str(ppo),
+        "--rows", "4", "--best_of", "2", "--output", str(tmp_path / "over.png"),
+    ]))
+    printed = capsys.readouterr().out
+    assert "collapsed: " in printed and " of 4 " in printed and "note:" not in printed
+    assert {path.name for path in tmp_path.glob("*.png")} == {"seeds.png", "over.png"}
 
 
 def test_a_used_folder_is_refused(finished, folder):

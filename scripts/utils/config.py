@@ -90,12 +90,12 @@ class _Parser(TrlParser):
         return config
 
 
-def parse_config(config_class, default_file: Path, argv: list[str], description: str = ""):
+def parse_config(config_class, default_file: Path | None, argv: list[str], description: str = ""):
     """The resolved configuration of a script.
 
     Args:
         config_class: dataclass whose fields are made by `key`.
-        default_file: YAML file that is used when `--config` is not given.
+        default_file: YAML file that is used when `--config` is not given; None: only the dataclass's defaults are.
         argv: the command line without the program's name.
         description: what `--help` says first.
 
@@ -104,7 +104,7 @@ def parse_config(config_class, default_file: Path, argv: list[str], description:
     """
     parser = _Parser(config_class, description)
     path, argv = _config_path(argv, default_file)
-    values, lines = read_yaml(path)
+    values, lines = ({}, {}) if path is None else read_yaml(path)
     for name in values:
         if name not in parser.names():
             raise UserError(f"{path}:{lines[name]}: unknown key '{name}'{_closest(name, parser.names())}")
@@ -255,7 +255,7 @@ def _quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
 
 
-def start(main, config_class, default_file: Path, description: str) -> None:
+def start(main, config_class, default_file: Path | None, description: str) -> None:
     """Parse the command line, run `main(config)`, and turn a user's mistake into one line and exit status 2."""
     _quiet()
     try:

@@ -3,6 +3,7 @@
 Everything runs on the gathered texts or scores, on one process. Nothing here needs a network.
 """
 
+import math
 import tempfile
 from collections.abc import Sequence
 
@@ -113,3 +114,35 @@ def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequenc
     places = np.minimum((probabilities * bins).astype(int), bins - 1)
     gaps = np.bincount(places, weights=probabilities - outcomes)  # summed over the bin, so already times its count
     return float(np.abs(gaps).sum() / len(probabilities))
+
+
+def best_of_n(scores: Sequence[float], values: Sequence[float], n: int) -> float:
+    """Expected value of the best of n samples by score, unbiased: the mean over all subsets of size n of the N samples.
+
+    Sorted by score, sample i of N is the best of C(i - 1, n - 1) of the C(N, n) subsets (Nakano et al., 2112.09332,
+    appendix I). Among equal scores any is the best one as often as another.
+
+    Args:
+        scores: (N,), what the best one is chosen by.
+        values: (N,), what it is worth; `scores` again for the expected score.
+        n: 1 to N.
+
+    Raises:
+        ValueError: when there are fewer than n samples.
+    """
+    scores, values = np.asarray(scores, dtype=float), np.asarray(values, dtype=float)
+    total = len(scores)
+    if not 1 <= n <= total:
+        raise ValueError(f"the best of {n} samples from {total}")
+    weights = np.array([math.comb(i, n - 1) / math.comb(total, n) for i in range(total)])
+    _, ties = np.unique(scores, return_inverse=True)  # (N,), in the order of the scores
+    means = np.bincount(ties, weights=values) / np.bincount(ties)
+    return float(weights @ means[np.sort(ties)])
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n to the policy it samples from, in nats: log n - (n - 1) / n (ST, appendix G).
+
+    Exact where no two samples are equal, else an upper bound (Beirami et al., 2401.01879).
+    """
+    return math.log(n) - (n - 1) / n

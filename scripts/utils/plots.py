@@ -1,6 +1,7 @@
 """The pictures in plots/, drawn from metrics.jsonl after training."""
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first: there may be no screen)
@@ -71,3 +72,70 @@ def plot_ppo(run) -> None:
         "length [tokens]": {"rollouts": series(rows, "objective/length"), "validation": series(rows, "eval/tokens")},
         "gold score": {"validation": series(rows, "eval/gold")},
     }, "update")
+
+
+def plot_seeds(path, panels: dict[str, tuple[str, list[tuple[list, list]]]]) -> None:
+    """Curves over seeds: a faint line for each seed, and their mean where all of them have a value.
+
+    Args:
+        panels: {title: (x label, [(x, y) of each seed])}; those without a point are left out.
+    """
+    panels = {title: panel for title, panel in panels.items() if any(x for x, _ in panel[1])}
+    if not panels:
+        return
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.7 * columns, 3.1 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, (xlabel, lines)) in zip(axes.flat, panels.items(), strict=False):
+        for x, y in lines:
+            axis.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1)
+        at = [dict(zip(x, y, strict=True)) for x, y in lines]
+        common = [step for step in at[0] if all(step in values for values in at)]
+        axis.plot(common, [sum(values[step] for values in at) / len(at) for step in common], color="tab:blue", linewidth=2.2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(xlabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_over_optimisation(path, runs: list[dict], best_of_n: list[dict], caption: str) -> None:
+    """Reward-model score and gold score against the KL to the SFT policy, after Gao et al., 2210.10760, figure 1.
+
+    The axis is KL on a square-root scale: Gao et al. plot against its root, in which the curves are nearly parabolas.
+
+    Args:
+        runs: {"label": ..., "points": [{"kl", "score", "gold"}], "picked": one of the points} of each PPO run.
+        best_of_n: [{"n", "kl", "score", "gold"}].
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.3), sharex=True)
+    for axis, name, title in zip(axes, ("score", "gold"), ("reward model's score", "gold score"), strict=True):
+        for number, run in enumerate(runs):
+            axis.plot(*_columns(run["points"], name), color=f"C{number}", marker="o", markersize=3, linewidth=1.2,
+                      label=run["label"])
+            axis.plot(*_columns([run["picked"]], name), color=f"C{number}", marker="*", markersize=15, markeredgecolor="black",
+                      linestyle="none", zorder=3)
+        axis.plot(*_columns(best_of_n, name), color="black", linestyle="--", marker="s", markersize=4, label="best of n")
+        for point in best_of_n:
+            axis.annotate(point["n"], (max(point["kl"], 0), point[name]), xytext=(3, -11), textcoords="offset points", fontsize=7)
+        # estimates of a KL of 0 fall on both sides of it
+        axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axis.set_xlim(left=0)
+        axis.set_title(title)
+        axis.set_xlabel("KL to the SFT policy [nats a summary], square-root scale")
+        axis.grid(alpha=0.3)
+    axes[1].plot([], [], color="white", marker="*", markersize=12, markeredgecolor="black", linestyle="none",
+                 label="best-checkpoint rule")
+    axes[1].legend(fontsize=8)
+    figure.text(0.5, 0.005, caption, ha="center", va="bottom", fontsize=8)
+    figure.tight_layout(rect=(0, 0.05 + 0.035 * caption.count("\n"), 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _columns(points, name):
+    return [max(point["kl"], 0) for point in points], [point[name] for point in points]

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import LoggerType
 from transformers.integrations import get_available_reporting_integrations
 
-from utils.config import PROJECT, UserError, find_local, read_yaml, save_config
+from utils.config import PROJECT, UserError, find_input, find_local, read_yaml, save_config
 from utils.data import TLDR_TEMPLATE
 from utils.distributed import world
 from utils.lora import merge_adapter
@@ -86,7 +86,7 @@ class Run:
             _append(self.folder / "samples.jsonl", rows)
 
     def read_metrics(self) -> list[dict]:
-        return _read_whole_rows(self.folder / "metrics.jsonl")
+        return read_whole_rows(self.folder / "metrics.jsonl")
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: flat, the stage's final figures."""
@@ -110,7 +110,7 @@ class Run:
             model.generation_config.use_cache = True
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        stage = {"stage": self.stage, "parents": {k: _identity(v) for k, v in parents.items()},
+        stage = {"stage": self.stage, "parents": {k: identity(v) for k, v in parents.items()},
                  **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}
         _write_json(temporary / "stage.json", stage)
         temporary.rename(self.folder / "final")
@@ -173,7 +173,7 @@ def _nothing_trained(folder: Path) -> bool:
     if "config.yaml" not in names or not names <= ours:
         return False
     checkpoints = [path for path in folder.glob("checkpoints/*") if not path.name.startswith("best-")]
-    return not checkpoints and not any(row["step"] for row in _read_whole_rows(folder / "metrics.jsonl"))
+    return not checkpoints and not any(row["step"] for row in read_whole_rows(folder / "metrics.jsonl"))
 
 
 # what may differ between a run and its continuation: it changes what is written down, not what is learnt
@@ -261,7 +261,7 @@ def stage_folders(run: Run, parents: list[str]) -> dict[str, Path]:
     return {stage: folders[stage] for stage in ("sft", "reward", "ppo") if stage in folders}
 
 
-def _identity(name: str) -> dict:
+def identity(name: str) -> dict:
     """Which weights a parent had: its path and the checksum of its safetensors; a hub model its name."""
     folder = find_local(name)
     if folder is None:
@@ -272,6 +272,36 @@ def _identity(name: str) -> dict:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finished_run(name: str, stage: str, field: str) -> tuple[Path, dict]:
+    """The folder of one stage's finished run, looked up as all inputs are, and its summary.json.
+
+    Args:
+        name: the run's folder, or with `stage` the folder that it lies in under the stage's name.
+        stage: "sft", "reward", "ppo", or "" when `name` is the run's own folder.
+
+    Raises:
+        UserError: naming the key `field`, when it is not there or not finished.
+    """
+    folder = find_input(name, field) / stage
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{field}: no finished run in '{folder}' (it has no summary.json); train it to its end first") from None
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        raise UserError(f"{field}: '{folder / 'summary.json'}' is no JSON object; train that stage again")
+    return folder, summary
+
+
+def output_file(name: str, field: str, suffix: str) -> Path:
+    """Where a result goes. Raises UserError when its folder is not there or its name ends otherwise than in `suffix`."""
+    path = Path(name)
+    if path.suffix != suffix or not path.parent.is_dir():
+        raise UserError(f"{field}: '{name}' must be a {suffix} file in a folder that exists")
+    return path
 
 
 def _commit() -> str:
@@ -287,7 +317,7 @@ def _append(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _read_whole_rows(path: Path) -> list[dict]:
+def read_whole_rows(path: Path) -> list[dict]:
     """Rows of a .jsonl file; a line that a killed run left half-written is none."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
