@@ -28,7 +28,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from utils.checkpoints import Keeper
 from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import load_examples, refuse_overlap, split_off
-from utils.distributed import build_accelerator, world
+from utils.distributed import agreed, build_accelerator, world
 from utils.evaluation import print_stages, refuse_too_long, tokenise
 from utils.generation import sample
 from utils.judging import Judge, load_rules, refuse_missing_facts
@@ -174,7 +174,7 @@ def whiten_advantages(batches: list[MicroBatch], accelerator) -> list[MicroBatch
 
 def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerator, shuffle: random.Random) -> dict:
     """`ppo_epochs` passes of the clipped objective; metrics are means over all tokens of all passes."""
-    sums, ratio_max = {}, torch.zeros(())
+    sums, ratio_max = {}, torch.zeros((), device=accelerator.device)
     count = min(config.num_minibatches, len(batches))
     for _ in range(config.ppo_epochs):
         order = shuffle.sample(batches, len(batches))
@@ -187,7 +187,7 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
                     loss, figures = batch_loss(models.trained, batch, tokens, config)
                     # every rank's gradient is averaged over the ranks afterwards
                     accelerator.backward(loss * accelerator.num_processes)
-                ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max").cpu())
+                ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max"))
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
             # 0 is no clipping, as in transformers' Trainer
@@ -201,8 +201,8 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
             optimizer.zero_grad()
     sums = {name: accelerator.reduce(value, "sum").item() for name, value in sums.items()}
     tokens = sums.pop("tokens")
-    return {name: value / tokens for name, value in sums.items()} | {"policy/ratio_max": ratio_max.item(),
-                                                                    "policy/grad_norm": float(norm)}
+    return {name: value / tokens for name, value in sums.items()} | {
+        "policy/ratio_max": accelerator.reduce(ratio_max, "max").item(), "policy/grad_norm": float(norm)}
 
 
 def batch_loss(trained, batch: MicroBatch, tokens: torch.Tensor, config) -> tuple[torch.Tensor, dict]:
@@ -232,7 +232,7 @@ def rollout_metrics(batches: list[MicroBatch], config, accelerator) -> dict:
     def masked(x, b):
         return torch.where(b.rollout.response_mask, x, 0.0).sum()
 
-    episodes = total(lambda b: torch.tensor(len(b.ended)))
+    episodes = total(lambda b: torch.ones_like(b.ended).sum())
     kl = total(lambda b: masked(kl_penalty(b.rollout.logprobs, b.rollout.ref_logprobs), b)) / episodes
     score = total(lambda b: b.rollout.scores.sum()) / episodes
     def moments(x):
@@ -341,6 +341,7 @@ def train(models, tokenizer, prompts, judge, validation, config, run, keeper, op
         run.metrics(update + 1, figures)
         bar.update(1)
         bar.set_postfix(score=f"{figures['objective/score']:.2f}", kl=f"{figures['objective/kl']:.2f}")
+        run.stop_signal = agreed(run.stop_signal)
         if (update + 1) % config.save_steps == 0 or run.stop_signal is not None:
             keeper.save(update + 1)
         if run.stop_signal is not None:
