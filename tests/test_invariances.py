@@ -7,18 +7,36 @@ log-probs against the update's forward pass (test_generation); micro-batches of 
 tokens (test_trainer); micro-batches of PPO (test_ppo_update).
 """
 
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
-from families import FAMILIES, PAD, VOCAB, policy, random_groups, scalar_model
+import yaml
+from families import FAMILIES, PAD, VOCAB, _random, policy, random_groups, scalar_model
+from safetensors.torch import load_file
 from test_generation import draw
 from test_models import TEMPERATURE, each_row, stock_logprobs, stock_scores
+from test_stages import checkpoints
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, modeling_utils
 
 import train_ppo
+import train_reward
+import train_sft
 from train_reward import pairwise_loss_sum
 from train_sft import completion_loss_sum
+from utils.config import PROJECT, UserError, parse_config
+from utils.distributed import world
 from utils.models import PolicyAndValue, response_logprobs_and_entropy, response_values, scores, without_dropout
 from utils.ppo import Rollout
 from utils.prompt_groups import PromptGroups, pack
+from utils.trainer import GroupLossMixin
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PPO = train_ppo.PPOStageConfig(temperature=TEMPERATURE, vf_coef=0.5)
@@ -210,3 +228,190 @@ def test_gradient_checkpointing_changes_nothing(family, numbers):
     before = len(calls)
     same_losses(recomputing, again, plain, models)
     assert len(calls) - before == 4, "one policy in SFT, one reward model, policy and value model in PPO: each once more"
+
+
+# -------------------------------------------------------------------- the real main() of each stage, split differently
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny OPT and a reward model of it, data whose lengths differ a lot, and a configuration for each stage."""
+    folder = tmp_path_factory.mktemp("invariances")
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
+    for name, kind in (("base", AutoModelForCausalLM), ("reward_model", AutoModelForSequenceClassification)):
+        config = OPTConfig(vocab_size=len(tokenizer), hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=96, dropout=0.0, num_labels=1)
+        model = _random(kind.from_config(config), seed=len(name))
+        with torch.no_grad():  # so that responses end, and differ in length
+            eos = model.base_model.get_input_embeddings().weight[tokenizer.eos_token_id]
+            model.base_model.decoder.final_layer_norm.bias.copy_(6 * eos / eos.square().sum())
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_data(folder)
+    for stage, more in STAGES.items():
+        shared = {"adam_eps": 1.0, "learning_rate": 0.3, "per_device_batch_size": 8, "eval_rows": 5, "test_rows": 5, "seed": 3,
+                  "max_prompt_tokens": 32, "report_to": ["none"], "output_dir": str(folder / "alone" / stage)}
+        named = {key: str(folder / value) if key.endswith("_data") or "model" in key else value for key, value in more.items()}
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump({**shared, **named}))
+    return folder
+
+
+# Adam's first steps are the gradient's sign, which rounding may turn: with an eps of 1 they are the gradient
+STAGES = {
+    "sft": {"model": "base", "actor_training_data": "train.jsonl", "actor_validation_data": "validation.jsonl",
+            "actor_test_data": "test.jsonl", "max_new_tokens": 8, "max_steps": 8, "eval_steps": 4, "logging_steps": 1,
+            "eval_temperature": 1.0},
+    "reward": {"model": "base", "reward_training_data": "rankings.jsonl", "reward_validation_data": "rankings_validation.jsonl",
+               "reward_test_data": "rankings_test.jsonl", "centring_data": "validation.jsonl", "max_completion_tokens": 32,
+               "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 1},
+    "ppo": {"model": "base", "reward_model": "reward_model", "rlhf_training_data": "train.jsonl",
+            "rlhf_validation_data": "validation.jsonl", "rlhf_test_data": "test.jsonl", "max_new_tokens": 8,
+            "prompts_per_update": 8, "responses_per_prompt": 3, "total_episodes": 72, "ppo_epochs": 2, "eval_steps": 1,
+            "save_steps": 3, "eval_temperature": 1.0},
+}
+KINDS = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig, "ppo": train_ppo.PPOStageConfig}
+SCRIPTS = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
+
+
+def write_data(folder):
+    """Prompts of 2 to 20 words with completions of 1 to 24, and rankings of 2 to 5 such completions."""
+    drawn = random.Random(0)
+    words = "the my a dog house friend work told me wants to go new old time day with what should i do about".split()
+
+    def text(low, high):
+        return " ".join(drawn.choices(words, k=drawn.randint(low, high)))
+
+    for name, count in (("train", 48), ("validation", 5), ("test", 5)):
+        rows = [{"prompt": f"{name} {i} {text(2, 20)}", "completion": text(1, 24)} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"prompt": row["prompt"], "completions": [f"{text(1, 12)} {j}" for j in range(drawn.randint(2, 5))]}
+                for row in rows]
+        file = "rankings.jsonl" if name == "train" else f"rankings_{name}.jsonl"
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_main(folder, stage, out, *words):
+    """A stage in this process; its run directory."""
+    run = folder / out / stage
+    argv = ["--output_dir", str(run), *map(str, words)]
+    SCRIPTS[stage].main(parse_config(KINDS[stage], folder / f"{stage}.yaml", argv))
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The run directory of a stage in one process, with micro-batches of 8 and one of them a step."""
+    return cache(lambda stage: run_main(folder, stage, "alone"))
+
+
+def metrics(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def weights(run):
+    """final/ and the last checkpoint, which holds the value model of PPO too."""
+    final, checkpoint = run / "final" / "model.safetensors", checkpoints(run)[-1]
+    return {f"{path.parent.name}: {name}": tensor for path in (final, checkpoint) for name, tensor in load_file(path).items()}
+
+
+def same_runs(ours, theirs):
+    """Every figure that was logged, and every weight."""
+    assert len(metrics(ours)) == len(metrics(theirs)) > 3
+    for found, expected in zip(metrics(ours), metrics(theirs), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    found, expected = weights(ours), weights(theirs)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        close(found[name], weight)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_micro_batches_of_the_trainer_change_nothing(stage, alone, folder, monkeypatch):
+    """Detail 12, with the stages' own samplers and collators; the mean of micro-batch means is another number."""
+    split = "--per_device_batch_size", 2, "--gradient_accumulation_steps", 4
+    same_runs(run_main(folder, stage, "split", *split), alone(stage))
+
+    def mean_of_means(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        items = inputs.pop("items")
+        return model(**inputs) / items / 4
+
+    monkeypatch.setattr(GroupLossMixin, "compute_loss", mean_of_means)
+    wrong, right = (next(row for row in metrics(run) if f"{stage}/loss" in row)
+                    for run in (run_main(folder, stage, "wrong", *split), alone(stage)))
+    assert wrong["step"] == right["step"] == 1
+    for name in ("loss", "grad_norm"):
+        assert abs(wrong[f"{stage}/{name}"] / right[f"{stage}/{name}"] - 1) > 1e-3, "the test would not see a wrong mean"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_gradient_checkpointing_in_a_run_changes_nothing(stage, alone, folder, monkeypatch):
+    calls, checkpoint = [], modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *args, **more: (calls.append(1), checkpoint(*args, **more))[1])
+    same_runs(run_main(folder, stage, "recomputed", "--gradient_checkpointing", "true"), alone(stage))
+    assert len(calls) >= 6 * 2, "six steps or more of two layers"
+
+
+def test_training_moves_the_weights_that_are_compared(alone, folder):
+    start = load_file(folder / "base" / "model.safetensors")["model.decoder.layers.0.fc1.weight"]
+    for stage in STAGES:
+        found = load_file(checkpoints(alone(stage))[-1])
+        after = found["policy.model.decoder.layers.0.fc1.weight" if stage == "ppo" else "model.decoder.layers.0.fc1.weight"]
+        assert (after - start).abs().max() > 1e-3, stage
+
+
+# ----------------------------------------------------------------------------------------------- one or two processes
+
+
+def torchrun(file, *words):
+    """Two processes on this machine's CPU; a hang ends in an error."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, str(file), *map(str, words)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    try:
+        output, _ = started.communicate(timeout=300)
+    finally:
+        if started.poll() is None:  # torchrun ends its processes when it is asked to end
+            started.terminate()
+            started.wait(60)
+    return started.returncode, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "split"), [
+    ("sft", ("--per_device_batch_size", 4)),
+    ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2)),
+    ("ppo", ("--per_device_batch_size", 2)),  # two micro-batches on each
+])
+def test_two_processes_make_the_run_of_one(stage, split, alone, folder):
+    run = folder / "two" / stage
+    status, output = torchrun(PROJECT / "scripts" / f"train_{stage}.py", "--config", folder / f"{stage}.yaml",
+                              "--output_dir", run, *split)
+    assert status == 0, output[-3000:]
+    same_runs(run, alone(stage))
+    found, expected = ({name: value for name, value in json.loads((path / "summary.json").read_text()).items()
+                        if value is not None and "second" not in name and "memory" not in name} for path in (run, alone(stage)))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5) and len(found) > 4
+    assert output.count("RLHF in three stages") == 1, "one process speaks"
+
+
+@pytest.mark.slow
+def test_two_processes_share_out_every_epoch_and_stop_together(folder):
+    """Dropout draws other numbers on each rank, and a signal comes to one of them: see two_processes.py."""
+    status, output = torchrun(Path(__file__).parent / "two_processes.py", folder, folder / "dropout")
+    assert status != 0
+    seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for epoch in range(2):  # 24 of the 48 rows are each rank's
+        rows = [row for rank in seen for row in rank["rows"][24 * epoch : 24 * epoch + 24]]
+        assert len(set(rows)) == len(rows) == 48, "a row twice and another never"
+    assert [rank["stopped"] for rank in seen] == [128 + signal.SIGTERM] * 2, output[-3000:]
+    assert [path.parent.name for path in checkpoints(folder / "dropout")] == ["checkpoint-13"], "both stop at one step"
+
+
+def test_processes_that_form_no_group_are_refused(monkeypatch):
+    """Else each of them would train the same thing."""
+    assert world().num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="^WORLD_SIZE: 2 processes were started, but .* group of 1 and accelerate one of 1; "):
+        world()
