@@ -29,7 +29,7 @@ from transformers import set_seed
 from utils.checkpoints import Keeper
 from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import load_examples, refuse_overlap, split_off
-from utils.distributed import build_accelerator, world
+from utils.distributed import agreed, build_accelerator, world
 from utils.evaluation import Tokenised, print_stages, tokenise
 from utils.judging import Judge, load_rules, refuse_missing_facts
 from utils.metrics import win_rate
@@ -115,7 +115,7 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
     Args:
         examples: supervised micro-batches for `ptx_coef`, without an end.
     """
-    passes, ratio_max = [], torch.zeros(())
+    passes, ratio_max = [], torch.zeros((), device=accelerator.device)
     count = min(config.num_minibatches, len(batches))
     for epoch in range(1, config.ppo_epochs + 1):
         sums = {}
@@ -131,7 +131,7 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
                     loss, figures = batch_loss(models.trained, batch, tokens, config, example, ptx_tokens)
                     # every rank's gradient is averaged over the ranks afterwards
                     accelerator.backward(loss * accelerator.num_processes)
-                ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max").cpu())
+                ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max"))
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
             norm = optimizer_step(models, optimizer, scheduler, config, accelerator)
@@ -144,7 +144,8 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
     tokens, ptx_tokens = sums.pop("tokens"), sums.pop("ptx_tokens", None)
     ptx = {"loss/ptx": sums.pop("loss/ptx") / ptx_tokens} if examples else {}
     return {name: value / tokens for name, value in sums.items()} | ptx | {
-        "policy/ratio_max": ratio_max.item(), "policy/grad_norm": float(norm), "policy/epochs": len(passes)
+        "policy/ratio_max": accelerator.reduce(ratio_max, "max").item(), "policy/grad_norm": float(norm),
+        "policy/epochs": len(passes),
     }
 
 
@@ -277,6 +278,7 @@ def train(models, tokenizer, prompts, judge, validation, supervised, config, run
         run.metrics(update + 1, figures)
         bar.update(1)
         bar.set_postfix(score=f"{figures['objective/score']:.2f}", kl=f"{figures['objective/kl']:.2f}")
+        run.stop_signal = agreed(run.stop_signal)
         if (update + 1) % config.save_steps == 0 or run.stop_signal is not None:
             keeper.save(update + 1, asdict(carried))
         if run.stop_signal is not None:
