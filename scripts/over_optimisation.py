@@ -164,7 +164,7 @@ def print_rules(runs: list[PPORun], rules: list[dict]) -> None:
     """The table of the rule's picks."""
     table = Table(title="What the best-checkpoint rule keeps of the gold peak", title_justify="left")
     for column in ("run", "kl_coef", "picked update", "KL", "gold", "gold peak", "at update", "ratio", "ratio, nearly greedy"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # a folder's name is worth nothing without its end
     for run, rule in zip(runs, rules, strict=True):
         gold = rule["gold"]
         ratios = ["-" if ratio is None else f"{ratio:.3f}" for ratio in (gold["ratio"], rule["greedy_gold"]["ratio"])]
