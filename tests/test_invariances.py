@@ -418,5 +418,8 @@ def test_processes_that_form_no_group_are_refused(monkeypatch):
     """Else each of them would train the same thing."""
     assert world().num_processes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="^WORLD_SIZE: it is 2 here, but LOCAL_RANK is not set; start with torchrun"):
+        world()
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="^WORLD_SIZE: 2 processes were started, but .* group of 1 and accelerate one of 1; "):
         world()

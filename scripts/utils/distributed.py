@@ -15,9 +15,11 @@ def world() -> PartialState:
     Raises:
         UserError: when the group is not of as many processes as were started: each would train the same thing alone.
     """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE: it is {started} here, but LOCAL_RANK is not set; start with torchrun, or unset WORLD_SIZE")
     # without CUDA accelerate forms no group unless it is asked for the CPU
     state = PartialState(cpu=not torch.cuda.is_available())
-    started = int(os.environ.get("WORLD_SIZE", 1))
     formed = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if not started == formed == state.num_processes:
         raise UserError(f"WORLD_SIZE: {started} processes were started, but torch.distributed has a group of {formed} and "
