@@ -32,7 +32,7 @@ from utils.data import load_examples, refuse_overlap, split_off
 from utils.distributed import agreed, build_accelerator, world
 from utils.evaluation import Tokenised, print_stages, tokenise
 from utils.judging import Judge, load_rules, refuse_missing_facts
-from utils.metrics import win_rate
+from utils.metrics import length_controlled_win_rate, win_rate
 from utils.models import load_tokenizer
 from utils.plots import plot_ppo
 from utils.ppo import adapted_kl_coef, policy_loss, policy_statistics, value_loss
@@ -345,7 +345,13 @@ def finish(run, config, models, judge: Judge, tokenizer, test, updates_per_secon
         for example, sft, ppo in zip(test.examples[:20], found["before", "greedy"].texts, found["after", "greedy"].texts,
                                      strict=False)
     ])
-    gold = gold_figures({key: judge.gold(test, summaries) for key, summaries in found.items()}, config.seed)
+    golds = {key: judge.gold(test, summaries) for key, summaries in found.items()}
+    gold = gold_figures(golds, config.seed)
+    if golds["after", "sampled"] is not None:
+        lengths = [list(map(len, found[name, "sampled"].tokens)) for name in ("after", "before")]
+        controlled = length_controlled_win_rate(golds["after", "sampled"], golds["before", "sampled"], *lengths)
+        run.metrics(config.updates, {"test/gold_win_rate_length_controlled": controlled})
+        run.say(f"test: gold win rate {gold['gold_win_rate']:.3f}, {controlled:.3f} at equal length")
     run.finish({"score_before": score["before"], "score_after": score["after"], **gold, "kl": kl,
                 "rouge_avg": judge.rouge(test, found["after", "greedy"]), "episodes": config.updates * episodes,
                 "seconds": time.time() - run.started, "episodes_per_second": updates_per_second * episodes})

@@ -266,6 +266,13 @@ def test_the_rule_takes_the_first_of_equal_scores_and_the_last_policy_where_none
     assert over_optimisation.picked(beyond)["update"] == 9
 
 
+def test_the_rule_can_be_judged_with_another_budget(models, written_run, tmp_path):
+    output, report = str(tmp_path / "o.png"), str(tmp_path / "o.json")
+    drawn(models, [written_run("one")], "--output", output, "--json", report, "--kl_budget", "3")
+    [run] = json.loads((tmp_path / "o.json").read_text())["runs"]
+    assert run["rule"]["update"] == 3 and run["rule"]["gold"]["ratio"] == 1
+
+
 def test_an_evaluation_that_is_not_a_number_is_left_out(written_run):
     run = over_optimisation.load_run(written_run("null", [*POINTS, (1.0, None, 0.5, 0.5, 0.5)]))
     assert [point["update"] for point in run.points] == [0, 3, 6, 9]
