@@ -383,20 +383,28 @@ def torchrun(file, *words):
     return started.returncode, output
 
 
+# what the processes must agree on from update to update
+OPTIONS = ("--scale_scores true --whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0.5 --lora_rank 2 "
+           "--value_model shared --target_kl 0.02")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "split"), [
-    ("sft", ("--per_device_batch_size", 4)),
-    ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2)),
-    ("ppo", ("--per_device_batch_size", 2)),  # two micro-batches on each
+@pytest.mark.parametrize(("stage", "split", "options"), [
+    ("sft", ("--per_device_batch_size", 4), ""),
+    ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2), ""),
+    ("ppo", ("--per_device_batch_size", 2), ""),  # two micro-batches on each
+    ("ppo", ("--per_device_batch_size", 2), OPTIONS),
 ])
-def test_two_processes_make_the_run_of_one(stage, split, alone, folder):
-    run = folder / "two" / stage
+def test_two_processes_make_the_run_of_one(stage, split, options, alone, folder):
+    run, one = folder / f"two{bool(options)}" / stage, alone(stage)
+    if options:
+        one = run_main(folder, stage, "options", *options.split())
     status, output = torchrun(PROJECT / "scripts" / f"train_{stage}.py", "--config", folder / f"{stage}.yaml",
-                              "--output_dir", run, *split)
+                              "--output_dir", run, *split, *options.split())
     assert status == 0, output[-3000:]
-    same_runs(run, alone(stage))
+    same_runs(run, one)
     found, expected = ({name: value for name, value in json.loads((path / "summary.json").read_text()).items()
-                        if value is not None and "second" not in name and "memory" not in name} for path in (run, alone(stage)))
+                        if value is not None and "second" not in name and "memory" not in name} for path in (run, one))
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5) and len(found) > 4
     assert output.count("RLHF in three stages") == 1, "one process speaks"
 
