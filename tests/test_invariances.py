@@ -145,6 +145,28 @@ def test_padding_on_the_right_changes_nothing_in_training_and_scoring(family, nu
 
 
 @every_family
+def test_groups_in_a_row_or_apart_are_the_same(family):
+    """Three short groups stand beside each other in the second row of the batch; apart each is a batch of its own."""
+    models = models_of(family)
+    prompts, completions = random_groups([9, 2, 3, 1], [[6, 4], [3], [2, 2], [4]], seed=7)
+    shared = pack(prompts, completions, PAD)
+    assert shared.input_ids.shape == (2, 19)
+    apart = [pack([prompt], [group], PAD) for prompt, group in zip(prompts, completions, strict=True)]
+    measures = (lambda g: scores(models[1], g), lambda g: response_values(models[1], g)[g.response_mask],
+                lambda g: of_tokens(models[0], g)[0][g.response_mask], lambda g: of_tokens(models[0], g)[1][g.response_mask])
+    for measure in measures:
+        close(measure(shared), torch.cat([measure(groups) for groups in apart]))
+    # squares, so that every number has a weight of its own in the gradient
+    loss = sum((measure(shared) ** 2).sum() for measure in measures)
+    single = sum((measure(groups) ** 2).sum() for measure in measures for groups in apart)
+    found, expected = gradients(models, loss), gradients(models, single)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert found.keys() == expected.keys() and largest > 1e-3
+    for weight, gradient in expected.items():
+        close(found[weight], gradient, largest)
+
+
+@every_family
 def test_padding_on_the_left_and_the_batch_change_no_sample(family):
     """A long prompt in the batch pads the others on the left; a batch of their own pads them less, or not at all."""
     model = policy(family)
