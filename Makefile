@@ -34,7 +34,7 @@ over_optimisation: demo
 	@$(STAGE); \
 	for coef in $(KL_COEFS); do \
 	  stage ppo "outputs/over/kl$$coef" --model "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" --kl_coef $$coef \
-	    --total_episodes 12288 --eval_steps 3 --eval_rows 200 || exit; done
+	    --total_episodes 8192 --eval_steps 2 --eval_rows 200 || exit; done
 	$(PY) scripts/over_optimisation.py --sft "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" \
 	  --runs $(KL_COEFS:%=outputs/over/kl%) --rows 200 --output outputs/over.png
 
