@@ -89,12 +89,13 @@ def load_seed(name: str) -> Seed:
         figures |= {f"{stage}/{measure}": value for measure, value in summary.items()}
         metrics[stage] = read_whole_rows(folder / "metrics.jsonl")
     figures["ppo/ended"] = (series(metrics["ppo"], "objective/ended")[1] or [None])[-1]
-    ceiling = figures.get("reward/label_ceiling")
-    figures["reward/of_ceiling"] = figures.get("reward/accuracy") / ceiling if ceiling else None
+    figures["reward/of_ceiling"] = None  # known further down
     for measure in ("ppo/seed", *(measure for column in COLUMNS for measure in column.names + column.interval)):
         if measure not in figures:
             stage, key_name = measure.split("/")
             raise UserError(f"runs: '{Path(name, stage, 'summary.json')}' has no '{key_name}'; train that stage again")
+    if ceiling := figures.get("reward/label_ceiling"):
+        figures["reward/of_ceiling"] = figures["reward/accuracy"] / ceiling
     return Seed(figures["ppo/seed"], figures, metrics)
 
 

@@ -70,7 +70,7 @@ class PPOStageConfig(StageConfig):
                                   unit="nats a summary", source="LMHP detail 23", low=1e-6)
     kl_horizon: int = key(10_000, "How slowly kl_coef adapts.", unit="episodes", source="LMHP detail 23", low=1)
     score_clip: float | None = key(None, "Scores are clipped to plus or minus this (DSC: 5); none: not clipped.", unit="score",
-                                   source="DSC", low=0.0)
+                                   source="DSC", low=1e-6)
     scale_scores: bool = key(False, "Divide scores by the standard deviation of all scores so far.")
     whiten_rewards: bool = key(False, "Scale rewards to variance 1, their mean kept; harmful in N+.", source="N+ detail 30")
     advantage: str = key("gae", "GAE of a value model; or a response against the others of its prompt (no value model).",
@@ -212,12 +212,20 @@ def load_splits(config, tokenizer, gold_rules: dict | None):
     return [tokenise(tokenizer, part, config) for part in (train, *held.values())]
 
 
-def load_supervised(config, tokenizer, notes: list[str]) -> Tokenised | None:
-    """The examples of `ptx_coef`; None when it is 0."""
+def load_supervised(config, tokenizer, held_out: list[Tokenised], notes: list[str]) -> Tokenised | None:
+    """The examples of `ptx_coef` without the posts that the policy is judged on; None when it is 0."""
     if not config.ptx_coef:
         return None
     examples = load_examples(config.actor_training_data, "actor_training_data")
-    return tokenise(tokenizer, examples, config, config.max_completion_tokens, notes.append)
+    judged = {example.prompt for split in held_out for example in split.examples}
+    kept = [example for example in examples if example.prompt not in judged]
+    if len(kept) < len(examples):
+        notes.append(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} examples, whose prompts "
+                     "are held out for validation or test")
+    if not kept:
+        raise UserError(f"actor_training_data: every prompt in '{config.actor_training_data}' is held out for validation or "
+                        "test; name the data that train_sft.py learnt from")
+    return tokenise(tokenizer, kept, config, config.max_completion_tokens, notes.append)
 
 
 def prompts_of(update: int, prompts: list, config, accelerator) -> list:
@@ -249,7 +257,7 @@ def train(models, tokenizer, prompts, judge, validation, supervised, config, run
     done, carried = 0, Carried(config.kl_coef)
     if config.resume:
         done, saved = keeper.load()
-        carried = Carried(**saved)
+        carried = Carried(**{**asdict(carried), **saved})
     episodes = config.prompts_per_update * config.responses_per_prompt
     bar = tqdm(total=config.updates, initial=done, desc="ppo", unit="update", disable=not accelerator.is_main_process)
     for update in range(done, config.updates):
@@ -382,8 +390,19 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
     if config.advantage != "gae" and config.responses_per_prompt < 2:
         raise UserError(f"responses_per_prompt: advantage '{config.advantage}' compares the responses to a prompt with each "
                         "other, so there must be 2 or more; or take advantage 'gae'")
-    if config.ptx_coef and not config.actor_training_data:
-        raise UserError("actor_training_data: ptx_coef needs SFT examples; name those that train_sft.py learnt from")
+    if bool(config.ptx_coef) != bool(config.actor_training_data):
+        raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that train_sft.py learnt from)")
+    if config.advantage != "gae" and config.value_model != "separate":
+        raise UserError(f"value_model: advantage '{config.advantage}' has none; leave it out, or take advantage 'gae'")
+    if config.target_kl is not None and config.ppo_epochs == 1:
+        raise UserError("target_kl: it leaves out later passes, but ppo_epochs is 1; raise that, or leave target_kl out")
+    if config.kl_target is not None:
+        episodes = config.prompts_per_update * config.responses_per_prompt
+        if not config.kl_coef:
+            raise UserError("kl_coef: 0 never adapts to kl_target; give a first value above 0")
+        if episodes >= 5 * config.kl_horizon:  # the factor 1 - .2 episodes / horizon
+            raise UserError(f"kl_horizon: with {episodes} episodes an update it must be above {episodes / 5:g}, or one update "
+                            "would turn kl_coef to 0 and below")
 
 
 def main(config: PPOStageConfig) -> None:
@@ -395,7 +414,7 @@ def main(config: PPOStageConfig) -> None:
     gold_rules = load_rules(config.gold_rules) if config.gold_rules else None
     prompts, validation, test = load_splits(config, tokenizer, gold_rules)
     notes = []
-    supervised = load_supervised(config, tokenizer, notes)
+    supervised = load_supervised(config, tokenizer, [validation, test], notes)
     models = load_models(config)
     run = Run(config, "ppo", notes)
     accelerator = build_accelerator(config, run.folder)

@@ -64,7 +64,7 @@ class Keeper:
         self.best = progress["best"]
         if self.accelerator.is_main_process:
             self._drop_forgotten()
-        return progress["update"], progress["carried"]
+        return progress["update"], progress.get("carried", {})  # a run of an earlier version has none
 
     def restore_best(self) -> None:
         """Put the best policy's weights into the policy."""

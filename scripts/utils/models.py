@@ -194,14 +194,20 @@ def _of_responses(next_logprobs, groups):
 def scores(reward_model, groups: PromptGroups) -> torch.Tensor:
     """The reward model's score of each completion, read at its last token, float32 (N,) (detail 16)."""
     states = end_states(hidden_states(reward_model, groups), groups)
-    return reward_model.score(states)[:, 0].float() - getattr(reward_model.config, "score_shift", 0.0)
+    return _scalars(reward_model.score, states) - getattr(reward_model.config, "score_shift", 0.0)
 
 
 def response_values(value_model, groups: PromptGroups) -> torch.Tensor:
     """Value of the state before each response token, float32 (N, R). Padding is 0."""
     states = response_states(hidden_states(value_model, groups), groups)
-    values = value_model.score(states)[:, 0].float() - getattr(value_model.config, "score_shift", 0.0)
+    values = _scalars(value_model.score, states) - getattr(value_model.config, "score_shift", 0.0)
     return spread(values, groups.response_mask)
+
+
+def _scalars(head, states) -> torch.Tensor:
+    """What a head of one output says of states (M, D), float32 (M,): bfloat16 would round a score of 1 to steps of .008."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.float())[:, 0]
 
 
 def centre_scores(reward_model, mean: float) -> None:
@@ -254,7 +260,7 @@ class PolicyAndValue(nn.Module):
         if self.value_model is None:
             return None
         if isinstance(self.value_model, nn.Linear):
-            return spread(self.value_model(states)[:, 0].float(), groups.response_mask)
+            return spread(_scalars(self.value_model, states), groups.response_mask)
         return response_values(self.value_model, groups)
 
 

@@ -35,11 +35,14 @@ class Models(NamedTuple):
 def load_models(config) -> Models:
     """Policy and value model in one module, reference and reward model frozen.
 
-    With LoRA the frozen ones share the weights of those that are trained, without their adapters.
+    With LoRA the reference policy shares the policy's weights and the reward model those of a separate value model,
+    without their adapters.
     """
     policy = without_dropout(load_policy(config.model))
     reward_model = load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size)
     refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
+    if config.ptx_coef:
+        refuse_too_long(policy, config.max_prompt_tokens + config.max_completion_tokens, "max_prompt_tokens + max_completion_tokens")
     second = twin if config.lora_rank else copy.deepcopy
     ref_policy, value_model = second(policy), None
     if config.advantage == "gae":

@@ -107,7 +107,9 @@ def score_scale(rollouts: list[Rollout], accelerator, carried: Carried) -> float
     moments = sum(masked_moments(r.scores, torch.ones_like(r.scores, dtype=torch.bool)) for r in rollouts)
     moments = accelerator.reduce(moments, "sum") + torch.tensor(carried.score_moments, dtype=torch.float64, device=device)
     carried.score_moments = moments.tolist()
-    return mean_var(moments)[1].sqrt().item() or 1.0
+    mean, var = (moment.item() for moment in mean_var(moments))
+    # equal scores leave a variance of rounding alone, and dividing by that would blow them up
+    return var**0.5 if var > 1e-12 * max(1.0, mean**2) else 1.0
 
 
 def whitened(tensors: list[torch.Tensor], masks: list[torch.Tensor], accelerator, shift_mean: bool = True) -> list[torch.Tensor]:
