@@ -148,10 +148,10 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     """For people."""
     table = Table(title="The stages over the seeds", title_justify="left")
     for column, *cells in zip(header, *rows, strict=True):
-        table.add_column(column, min_width=max(map(len, cells)))  # headers may wrap, figures must not
+        table.add_column(column, width=max(map(len, [*cells, *column.split()])))  # headers may wrap, figures must not
     for number, row in enumerate(rows, start=1):
         table.add_row(*row, end_section=number == len(rows) - len(SPREAD))
-    Console(width=130, markup=False).print(table)
+    Console(width=200, markup=False).print(table)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -15,7 +15,8 @@ the curves must start together: update 0 and best-of-1 are both the SFT model. T
 The KL of best-of-n is analytic, log n - (n - 1) / n. It is an upper bound, as samples of a post may be equal.
 
 A star is the evaluation whose policy the best-checkpoint rule of train_ppo.py keeps: the highest nearly greedy score
-(`eval/score`) within the run's kl_budget. The table says how much of the run's gold peak that policy has.
+(`eval/score`) within the run's kl_budget, or within the one given here. The table says how much of the run's gold
+peak that policy has.
 """
 
 import json
@@ -55,6 +56,8 @@ class OverOptimisationConfig:
     runs: list[str] = key([], "Folders of finished PPO runs.")
     data: str = key("data/tldr_mini/rlhf_validation.jsonl.gz", "Posts with `facts` for best-of-n: .jsonl(.gz) file.")
     gold_rules: str = key("data/tldr_mini/gold.json", "Rules of the gold score.")
+    kl_budget: float | None = key(None, "Judge the rule with this budget in place of the runs' own.",
+                                  unit="nats a summary", low=0.0)
     rows: int = key(200, "Posts for best-of-n; all where there are fewer.", unit="posts", low=1)
     best_of: int = key(64, "Samples of each post, the largest n.", unit="responses", source="ST, Gao", low=1)
     seed: int = key(0, "Seed of the samples.", low=0, high=2**32 - 1)
@@ -107,6 +110,8 @@ def load_runs(config: OverOptimisationConfig) -> list[PPORun]:
             if run.settings[setting] != runs[0].settings[setting]:
                 raise UserError(f"runs: {setting} is {run.settings[setting]} in '{run.name}' but {runs[0].settings[setting]} in "
                                 f"'{runs[0].name}'; one figure needs runs that share it")
+    if config.kl_budget is not None:
+        runs = [run._replace(settings=run.settings | {"kl_budget": config.kl_budget}) for run in runs]
     return runs
 
 
@@ -164,7 +169,7 @@ def print_rules(runs: list[PPORun], rules: list[dict]) -> None:
     """The table of the rule's picks."""
     table = Table(title="What the best-checkpoint rule keeps of the gold peak", title_justify="left")
     for column in ("run", "kl_coef", "picked update", "KL", "gold", "gold peak", "at update", "ratio", "ratio, nearly greedy"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # a folder's name is worth nothing without its end
     for run, rule in zip(runs, rules, strict=True):
         gold = rule["gold"]
         ratios = ["-" if ratio is None else f"{ratio:.3f}" for ratio in (gold["ratio"], rule["greedy_gold"]["ratio"])]

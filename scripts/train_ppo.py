@@ -29,10 +29,10 @@ from transformers import set_seed
 from utils.checkpoints import Keeper
 from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import load_examples, refuse_overlap, split_off
-from utils.distributed import build_accelerator, world
+from utils.distributed import agreed, build_accelerator, world
 from utils.evaluation import Tokenised, print_stages, tokenise
 from utils.judging import Judge, load_rules, refuse_missing_facts
-from utils.metrics import win_rate
+from utils.metrics import length_controlled_win_rate, win_rate
 from utils.models import load_tokenizer
 from utils.plots import plot_ppo
 from utils.ppo import adapted_kl_coef, policy_loss, policy_statistics, value_loss
@@ -115,7 +115,7 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
     Args:
         examples: supervised micro-batches for `ptx_coef`, without an end.
     """
-    passes, ratio_max = [], torch.zeros(())
+    passes, ratio_max = [], torch.zeros((), device=accelerator.device)
     count = min(config.num_minibatches, len(batches))
     for epoch in range(1, config.ppo_epochs + 1):
         sums = {}
@@ -131,7 +131,7 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
                     loss, figures = batch_loss(models.trained, batch, tokens, config, example, ptx_tokens)
                     # every rank's gradient is averaged over the ranks afterwards
                     accelerator.backward(loss * accelerator.num_processes)
-                ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max").cpu())
+                ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max"))
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
             norm = optimizer_step(models, optimizer, scheduler, config, accelerator)
@@ -144,7 +144,8 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
     tokens, ptx_tokens = sums.pop("tokens"), sums.pop("ptx_tokens", None)
     ptx = {"loss/ptx": sums.pop("loss/ptx") / ptx_tokens} if examples else {}
     return {name: value / tokens for name, value in sums.items()} | ptx | {
-        "policy/ratio_max": ratio_max.item(), "policy/grad_norm": float(norm), "policy/epochs": len(passes)
+        "policy/ratio_max": accelerator.reduce(ratio_max, "max").item(), "policy/grad_norm": float(norm),
+        "policy/epochs": len(passes),
     }
 
 
@@ -277,6 +278,7 @@ def train(models, tokenizer, prompts, judge, validation, supervised, config, run
         run.metrics(update + 1, figures)
         bar.update(1)
         bar.set_postfix(score=f"{figures['objective/score']:.2f}", kl=f"{figures['objective/kl']:.2f}")
+        run.stop_signal = agreed(run.stop_signal)
         if (update + 1) % config.save_steps == 0 or run.stop_signal is not None:
             keeper.save(update + 1, asdict(carried))
         if run.stop_signal is not None:
@@ -343,7 +345,13 @@ def finish(run, config, models, judge: Judge, tokenizer, test, updates_per_secon
         for example, sft, ppo in zip(test.examples[:20], found["before", "greedy"].texts, found["after", "greedy"].texts,
                                      strict=False)
     ])
-    gold = gold_figures({key: judge.gold(test, summaries) for key, summaries in found.items()}, config.seed)
+    golds = {key: judge.gold(test, summaries) for key, summaries in found.items()}
+    gold = gold_figures(golds, config.seed)
+    if golds["after", "sampled"] is not None:
+        lengths = [list(map(len, found[name, "sampled"].tokens)) for name in ("after", "before")]
+        controlled = length_controlled_win_rate(golds["after", "sampled"], golds["before", "sampled"], *lengths)
+        run.metrics(config.updates, {"test/gold_win_rate_length_controlled": controlled})
+        run.say(f"test: gold win rate {gold['gold_win_rate']:.3f}, {controlled:.3f} at equal length")
     run.finish({"score_before": score["before"], "score_after": score["after"], **gold, "kl": kl,
                 "rouge_avg": judge.rouge(test, found["after", "greedy"]), "episodes": config.updates * episodes,
                 "seconds": time.time() - run.started, "episodes_per_second": updates_per_second * episodes})

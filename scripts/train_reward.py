@@ -27,9 +27,9 @@ from utils.config import PROJECT, UserError, key, start
 from utils.data import completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
 from utils.evaluation import print_stages, refuse_too_long, score_groups, tokenise
 from utils.lora import add_adapter
-from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy
+from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy, reliability
 from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
-from utils.plots import plot_reward
+from utils.plots import plot_calibration, plot_reward
 from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_impossible, stage_folders
 from utils.trainer import GroupLossMixin, TrainerStageConfig, newest_checkpoint, training_arguments
@@ -105,10 +105,32 @@ def accuracy_of(model, tokenizer, rows, config, title):
     if not all(math.isfinite(score) for group in found for score in group):
         raise UserError(f"{title}: a score is not finite (NaN or infinite): lower learning_rate; the last checkpoint is intact")
     accuracy, low, high = bootstrap_interval(*pair_accuracy(found, rows["pairs"]), config.seed)
-    gaps = np.array([group[b] - group[w] for group, pairs in zip(found, rows["pairs"], strict=True) for b, w in pairs])
-    right = 1 / (1 + np.exp(-np.abs(gaps)))
+    gaps, right = gaps_of(found, rows["pairs"])
     return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "pairs": len(gaps),
-            "ece": expected_calibration_error(right, (gaps > 0) + 0.5 * (gaps == 0))}, found
+            "ece": expected_calibration_error(confidence(gaps), right)}, found
+
+
+def gaps_of(scores, pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Score of the better minus score of the worse completion of each pair, and whether that is right: (P,) both."""
+    gaps = np.array([group[b] - group[w] for group, order in zip(scores, pairs, strict=True) for b, w in order])
+    return gaps, (gaps > 0) + 0.5 * (gaps == 0)
+
+
+def confidence(gaps: np.ndarray) -> np.ndarray:
+    """How sure somebody is of an order who gives the two scores `gaps` apart, right or wrong: sigmoid(|gap|), 0.5 to 1."""
+    return 1 / (1 + np.exp(-np.abs(gaps)))
+
+
+def reliabilities(found, rows) -> dict[str, list[tuple[float, float, int]]]:
+    """Confidence against accuracy, in bins: the model's own confidence, and the labeller's where it is known (detail 20).
+
+    On the diagonal the model is calibrated; for the labeller's confidence the diagonal is what his noise allows.
+    """
+    gaps, right = gaps_of(found, rows["pairs"])
+    curves = {"reward model's confidence": reliability(confidence(gaps), right)}
+    if all(group is not None for group in rows["label_scores"]):
+        curves["labeller's confidence"] = reliability(confidence(gaps_of(rows["label_scores"], rows["pairs"])[0]), right)
+    return curves
 
 
 def baselines(rows) -> dict[str, float | None]:
@@ -214,7 +236,11 @@ def finish(run, config, trainer, tokenizer, test, seconds) -> None:
                                                               test["pairs"][:20], found[:20], strict=True)])
     run.metrics(trainer.state.global_step, {"test/accuracy": figures["accuracy"], "test/ece": figures.pop("ece")})
     run.finish({**figures, **baselines(test), "seconds": time.time() - run.started, "pairs_per_second": pairs / seconds})
+    curves = reliabilities(found, test)
+    for name, curve in curves.items():
+        run.say(f"test, accuracy by {name}: " + ", ".join(f"{sure:.2f}: {right:.3f} ({n} pairs)" for sure, right, n in curve))
     if run.is_main:
+        plot_calibration(run, curves)
         plot_reward(run, [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order])
     run.save_final(trainer.model, tokenizer, {"model": config.model},
                    {"max_prompt_tokens": config.max_prompt_tokens, "accuracy": figures["accuracy"],

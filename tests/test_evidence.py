@@ -59,7 +59,7 @@ def markdown_rows(printed):
 
 def test_table_over_seeds_by_hand(tmp_path, capsys):
     """Win rates .8, .6, .7: mean .7, sample standard deviation sqrt((.01 + .01 + 0) / 2) = .1."""
-    seeds = [written_seed(tmp_path / "a", 0),
+    seeds = [written_seed(tmp_path / "a", 0, score_before=-10.0, score_after=-11.0, kl=2.0),
              written_seed(tmp_path / "b", 1, gold_win_rate=0.6, kl=3.0, gold_after=0.9, ended=1.0),
              written_seed(tmp_path / "c", 7, gold_win_rate=0.7, kl=7.0, gold_after=0.8, ended=0.96)]
     compared("--runs", *seeds, "--markdown", "--output", str(tmp_path / "curves.png"))
@@ -71,6 +71,9 @@ def test_table_over_seeds_by_hand(tmp_path, capsys):
         "gold win rate, sampled (95 %)": "0.600 (0.750 - 0.850)", "greedy": "0.900", "gold score, SFT → PPO": "0.500 → 0.900",
         "KL": "3.00", "with EOS": "1.000", "reward score, SFT → PPO": "0.000 → 1.000",
     }
+    line = next(line for line in printed.splitlines() if line.startswith("│ 1 "))
+    assert line.endswith("│") and len(line) < 140
+    assert [cell.strip() for cell in line.strip("│").split("│")] == list(rows["1"].values())  # nothing is cut off or wrapped
     spread = {name: [rows[label][name] for label in ("mean", "sd", "min", "max")] for name in rows["1"]}
     assert spread["gold win rate, sampled (95 %)"] == ["0.700", "0.100", "0.600", "0.800"]
     assert spread["KL"] == ["4.00", "2.65", "2.00", "7.00"]  # sqrt((4 + 1 + 9) / 2)
@@ -261,6 +264,13 @@ def test_the_rule_takes_the_first_of_equal_scores_and_the_last_policy_where_none
     assert over_optimisation.picked(equal)["update"] == 3
     beyond = over_optimisation.load_run(written_run("beyond", kl_budget=-1.0))
     assert over_optimisation.picked(beyond)["update"] == 9
+
+
+def test_the_rule_can_be_judged_with_another_budget(models, written_run, tmp_path):
+    output, report = str(tmp_path / "o.png"), str(tmp_path / "o.json")
+    drawn(models, [written_run("one")], "--output", output, "--json", report, "--kl_budget", "3")
+    [run] = json.loads((tmp_path / "o.json").read_text())["runs"]
+    assert run["rule"]["update"] == 3 and run["rule"]["gold"]["ratio"] == 1
 
 
 def test_an_evaluation_that_is_not_a_number_is_left_out(written_run):

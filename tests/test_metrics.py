@@ -155,6 +155,15 @@ def test_bootstrap_interval_covers_the_truth():
     assert 0.92 <= covered / 400 <= 0.98  # resampling pairs would cover about .86
 
 
+def test_bootstrap_equals_plain_loops_over_the_same_draws():
+    numerators, denominators = [1.0, 9.0, 0.0, 2.0, 4.0], [1.0, 10.0, 2.0, 3.0, 4.0]
+    drawn = np.random.default_rng(5).integers(5, size=(41, 5)).tolist()
+    ratios = sorted(sum(numerators[g] for g in groups) / sum(denominators[g] for g in groups) for groups in drawn)
+    # 41 ratios: the 5 % and 95 % points are the third from either end, with nothing to interpolate
+    expected = (16 / 20, ratios[2], ratios[-3])
+    assert metrics.bootstrap_interval(numerators, denominators, seed=5, resamples=41, level=0.9) == pytest.approx(expected)
+
+
 def test_bootstrap_leaves_out_empty_groups():
     full = metrics.bootstrap_interval([1.0, 0.0, 2.0], [1.0, 1.0, 2.0], seed=3)
     assert metrics.bootstrap_interval([1.0, 0.0, 0.0, 2.0], [1.0, 0.0, 1.0, 2.0], seed=3) == full
@@ -195,6 +204,76 @@ def test_win_rate_counts_ties_as_one_half():
     assert metrics.win_rate([1.0] * 9, [1.0] * 9, seed=0) == (0.5, 0.5, 0.5)
 
 
+# -------------------------------------------------------------------------------------------- length-controlled win rate
+
+
+def duels(intercept, slope, count, seed, shift=0.5):
+    """Scores and lengths of `count` duels whose winner is drawn from the model that is fitted; ours are longer."""
+    rng = np.random.default_rng(seed)
+    our_lengths, their_lengths = np.exp(rng.normal(3 + shift, 0.5, count)), np.exp(rng.normal(3, 0.5, count))
+    chance = 1 / (1 + np.exp(-intercept - slope * np.log(our_lengths / their_lengths)))
+    return (rng.random(count) < chance).astype(float), np.full(count, 0.5), our_lengths, their_lengths
+
+
+@pytest.mark.parametrize("intercept", [-1.0, 0.0, 0.7])
+@pytest.mark.parametrize("slope", [0.0, 2.0, -1.5])
+def test_length_control_recovers_a_planted_intercept(intercept, slope):
+    """The standard error of the intercept is about 2.5 / sqrt(20,000) = .018, that of its sigmoid a quarter of it."""
+    planted = 1 / (1 + math.exp(-intercept))
+    assert metrics.length_controlled_win_rate(*duels(intercept, slope, 20_000, seed=4)) == pytest.approx(planted, abs=0.02)
+
+
+def test_length_control_when_length_alone_decides():
+    rng = np.random.default_rng(6)
+    our_lengths, their_lengths = rng.integers(20, 60, 500), rng.integers(10, 40, 500)
+    rate = metrics.length_controlled_win_rate(our_lengths, their_lengths, our_lengths, their_lengths)  # separable
+    assert rate == pytest.approx(0.5, abs=0.1)
+    assert metrics.win_rate(our_lengths, their_lengths, seed=0)[0] > 0.8
+    noisy = duels(0.0, 2.0, 5000, seed=7, shift=1.0)
+    assert metrics.length_controlled_win_rate(*noisy) == pytest.approx(0.5, abs=0.05)
+    assert metrics.win_rate(*noisy[:2], seed=0)[0] > 0.75
+
+
+def test_length_control_is_the_plain_rate_where_lengths_do_not_differ():
+    ours, theirs, lengths = [3.0, 1.0, 2.0, 5.0, 0.0], [1.0, 1.0, 2.0, 4.0, 1.0], [4, 9, 2, 7, 30]
+    rate = metrics.length_controlled_win_rate(ours, theirs, lengths, lengths)
+    assert rate == pytest.approx(3 / 5, abs=1e-5)  # two wins, two ties, one loss
+    assert 0.99 < metrics.length_controlled_win_rate([1.0] * 9, [0.0] * 9, [5] * 9, [5] * 9) < 1
+
+
+def test_length_control_is_the_maximum_of_the_likelihood():
+    """Against a search over a grid of intercepts and slopes, in plain Python."""
+    ours, theirs = [1, 0, 1, 1, 0, 0, 1, 0], [0, 1, 0, 0, 1, 1, 0, 0]
+    lengths, others = [9, 4, 8, 3, 7, 5, 6, 2], [5, 5, 7, 6, 6, 8, 4, 3]
+
+    def loss(a, b):
+        total = 0.0
+        for x, y, m, n in zip(ours, theirs, lengths, others, strict=True):
+            p = 1 / (1 + math.exp(-a - b * math.log(m / n)))
+            win = 1.0 if x > y else 0.5 if x == y else 0.0
+            total -= win * math.log(p) + (1 - win) * math.log(1 - p)
+        return total
+
+    a, _ = min(((a / 100, b / 100) for a in range(-200, 200) for b in range(-100, 600)), key=lambda ab: loss(*ab))
+    rate = metrics.length_controlled_win_rate(ours, theirs, lengths, others)
+    assert rate == pytest.approx(1 / (1 + math.exp(-a)), abs=0.003)
+
+
+def test_length_control_turns_round_with_the_sides():
+    ours, theirs, our_lengths, their_lengths = duels(0.5, 1.0, 300, seed=8)
+    there = metrics.length_controlled_win_rate(ours, theirs, our_lengths, their_lengths)
+    back = metrics.length_controlled_win_rate(theirs, ours, their_lengths, our_lengths)
+    assert there == pytest.approx(1 - back, abs=1e-9)
+    assert there == pytest.approx(metrics.length_controlled_win_rate(ours, theirs, 10 * our_lengths, 10 * their_lengths))
+
+
+def test_length_control_refuses_what_means_nothing():
+    with pytest.raises(ValueError, match="no prompts"):
+        metrics.length_controlled_win_rate([], [], [], [])
+    with pytest.raises(ValueError, match="not positive"):
+        metrics.length_controlled_win_rate([1.0], [0.0], [0], [5])
+
+
 # ----------------------------------------------------------------------------------------------------- calibration
 
 
@@ -223,6 +302,16 @@ def test_calibration_error_by_hand():
     assert metrics.expected_calibration_error([0.45, 0.5], [0, 1]) == pytest.approx(0.5 * 0.45 + 0.5 * 0.5)
     assert metrics.expected_calibration_error([0.9] * 4, [0] * 4) == pytest.approx(0.9)
     assert metrics.expected_calibration_error([0.75] * 4, [1, 0, 1, 1]) == pytest.approx(0.0)
+
+
+def test_reliability_by_hand():
+    probabilities, outcomes = [0.52, 0.58, 1.0, 0.96, 0.05, 0.5], [1, 0, 0, 1, 0, 1]
+    table = metrics.reliability(probabilities, outcomes)  # bins that are empty are left out
+    expected = [(0.05, 0.0, 1), ((0.5 + 0.52 + 0.58) / 3, 2 / 3, 3), (0.98, 0.5, 2)]
+    assert [pytest.approx(row) for row in expected] == table
+    halves = metrics.reliability(probabilities, outcomes, bins=2)
+    assert [pytest.approx(row) for row in [(0.05, 0.0, 1), (3.56 / 5, 3 / 5, 5)]] == halves
+    assert metrics.reliability([], []) == []
 
 
 @pytest.mark.parametrize("bins", [1, 4, 10])

@@ -82,7 +82,7 @@ def carried(finished, folder):
 
 @pytest.mark.parametrize(("stage", "keys", "plots"), [
     ("sft", SFT_KEYS, {"sft.png"}),
-    ("reward", REWARD_KEYS, {"reward.png", "score_histogram.png"}),
+    ("reward", REWARD_KEYS, {"reward.png", "score_histogram.png", "calibration.png"}),
     ("ppo", PPO_KEYS, {"ppo.png"}),
 ])
 def test_run_directory(finished, stage, keys, plots):

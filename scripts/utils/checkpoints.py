@@ -23,7 +23,12 @@ class Keeper:
         if not (score > self.best["score"] and kl <= self.config.kl_budget):  # so written, NaN is never the best
             return
         self.best = {"update": update, "score": score, "kl": kl}
-        self._write(f"best-{update}", lambda folder: self.policy.save_pretrained(folder))
+
+        def write(folder):
+            if self.accelerator.is_main_process:
+                self.policy.save_pretrained(folder)
+
+        self._write(f"best-{update}", write)
 
     def save(self, update: int, carried: dict) -> None:
         """Everything needed to go on after `update` updates; the newest `save_total_limit` are kept.
@@ -92,3 +97,4 @@ class Keeper:
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder / name, ignore_errors=True)  # one of a run that was killed and has come here again
             temporary.rename(self.folder / name)
+        self.accelerator.wait_for_everyone()  # the others may read it at once

@@ -1,12 +1,41 @@
 """Everything that knows of more than one process. With one process each function is the identity."""
 
+import os
+
+import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
+
+from utils.config import UserError
 
 
 def world() -> PartialState:
-    """Rank and size of the group of processes this one belongs to."""
-    return PartialState()
+    """Rank and size of the group of processes this one belongs to. The first call makes the group.
+
+    Raises:
+        UserError: when the group is not of as many processes as were started: each would train the same thing alone.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE: it is {started} here, but LOCAL_RANK is not set; start with torchrun, or unset WORLD_SIZE")
+    # without CUDA accelerate forms no group unless it is asked for the CPU
+    state = PartialState(cpu=not torch.cuda.is_available())
+    formed = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if not started == formed == state.num_processes:
+        raise UserError(f"WORLD_SIZE: {started} processes were started, but torch.distributed has a group of {formed} and "
+                        f"accelerate one of {state.num_processes}; start with torchrun, and one process for each GPU")
+    return state
+
+
+def agreed(number: int | None) -> int | None:
+    """The largest number that a rank has, on every rank; None when none has one.
+
+    A signal reaches the ranks at different steps, but they must stop at the same one.
+    """
+    state = world()
+    if state.num_processes == 1:
+        return number
+    return int(reduce(torch.tensor(number or 0, device=state.device), "max")) or None
 
 
 def my_share(items: list) -> list:

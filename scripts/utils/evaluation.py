@@ -73,7 +73,7 @@ def summarise(policy, tokenizer, prompts, config, temperature, seed, title="") -
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
         batch_size=config.eval_batch_size,
-        progress=title,
+        progress=title if world().is_main_process else "",
     )
     rows = collect(list(zip(samples.responses, samples.ended, samples.logprobs, strict=True)))
     tokens, ended, logprobs = map(list, zip(*rows, strict=True))
@@ -144,7 +144,8 @@ def measure_groups(measure, tokenizer, prompts, completions, batch_size, device,
     rows = my_share(list(zip(prompts, completions, strict=True)))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - sum(map(len, rows[i][1])))
     found = [[] for _ in rows]
-    for start in tqdm(range(0, len(order), batch_size), desc=title, disable=not title, leave=False):
+    shown = title and world().is_main_process
+    for start in tqdm(range(0, len(order), batch_size), desc=title, disable=not shown, leave=False):
         part = order[start : start + batch_size]
         groups = pack([rows[i][0] for i in part], [rows[i][1] for i in part], tokenizer.pad_token_id)
         values = iter(measure(groups.to(device)).tolist())

@@ -63,6 +63,24 @@ def plot_reward(run, pairs: list[tuple[float, float]]) -> None:
     plt.close(figure)
 
 
+def plot_calibration(run, curves: dict[str, list[tuple[float, float, int]]]) -> None:
+    """Reliability curves: (confidence, accuracy, pairs) of each bin, a larger dot for more pairs."""
+    figure, axis = plt.subplots(figsize=(5, 3.8))
+    axis.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="accuracy = confidence")
+    for name, curve in curves.items():
+        sure, right, pairs = zip(*curve, strict=True)
+        [line] = axis.plot(sure, right, label=name)
+        axis.scatter(sure, right, s=[6 + 120 * n / sum(pairs) for n in pairs], color=line.get_color())
+    axis.set_title("Accuracy of the test pairs by confidence")
+    axis.set_xlabel("confidence in the order")
+    axis.set_ylabel("share of pairs in the right order")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(run.folder / "plots" / "calibration.png", dpi=120)
+    plt.close(figure)
+
+
 def plot_ppo(run) -> None:
     """Score, KL, length and gold score against the update."""
     rows = run.read_metrics()

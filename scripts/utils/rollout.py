@@ -131,7 +131,7 @@ def rollout_metrics(batches: list[MicroBatch], accelerator) -> dict:
     def moments(x):
         return accelerator.reduce(sum(masked_moments(x(b.rollout), b.rollout.response_mask) for b in batches), "sum")
 
-    episodes = total(lambda b: torch.tensor(len(b.ended)))
+    episodes = total(lambda b: torch.ones_like(b.ended).sum())
     figures = {
         "objective/kl": kl("k1"),
         "objective/kl_k3": kl("k3"),

@@ -117,9 +117,12 @@ class Run:
 
     def catch_signals(self) -> None:
         """Ctrl-C and SIGTERM ask the run to save and stop; a second Ctrl-C stops at once."""
+        asked = []  # of this rank; `stop_signal` may have come from another
+
         def ask(number, frame):
-            if self.stop_signal is not None:
+            if asked:
                 raise KeyboardInterrupt
+            asked.append(number)
             self.stop_signal = number
             self.say("stopping: saving a checkpoint first (press Ctrl-C again to stop at once)")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -127,7 +130,9 @@ class Run:
 
     def stopped(self) -> None:
         """Say how to go on, and leave with the signal's exit status."""
-        command = shlex.join([sys.executable, *sys.argv, *([] if self.config.resume else ["--resume"])])
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes != "1" else []
+        command = shlex.join([sys.executable, *launcher, *sys.argv, *([] if self.config.resume else ["--resume"])])
         self.say(f"stopped; go on with: {command}")
         sys.exit(128 + self.stop_signal)
 
@@ -140,6 +145,7 @@ def refuse_impossible(config) -> None:
             is not installed, or half precision on a machine that has none.
     """
     refuse_used_folder(config)
+    world().wait_for_everyone()  # no rank makes the folder before all have found it unused
     trackers = {name for name in get_available_reporting_integrations() if name in LoggerType}
     for name in config.report_to:
         if name not in {*trackers, "none"}:

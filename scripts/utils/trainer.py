@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from utils.config import StageConfig, UserError, key
+from utils.distributed import agreed
 from utils.prompt_groups import PromptGroups
 from utils.run import Run
 
@@ -40,6 +42,8 @@ class GroupLossMixin:
         self.evaluated = (None, None)  # step and figures
         self.progress = RunCallback(run)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided, over micro-batches too
+        # the sampler draws its order from torch's own state, which dropout moves on each rank as far as its rows are long
+        self.accelerator.rng_types = ["torch"]
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
         group_forward(self.model, loss_sum)
@@ -58,6 +62,13 @@ class GroupLossMixin:
         """Rows of all ranks since this process began: not those before a `--resume`, which its seconds do not hold."""
         steps = self.state.global_step - self.progress.first_step
         return steps * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _get_train_sampler(self, *args):
+        sampler = super()._get_train_sampler(*args)
+        if isinstance(sampler, LengthGroupedSampler):
+            # rows of like length in a step of all ranks, which then are those that one process would take
+            sampler.batch_size *= self.args.world_size
+        return sampler
 
     def _get_num_items_in_batch(self, batch_samples, device):
         count = torch.stack([batch["items"] for batch in batch_samples]).sum().to(device)
@@ -98,6 +109,7 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
+        self.run.stop_signal = agreed(self.run.stop_signal)
         if self.run.stop_signal is not None:
             control.should_save = control.should_training_stop = True
 
@@ -145,6 +157,8 @@ def training_arguments(config, run: Run, kind, **more):
         report_to=config.report_to,
         remove_unused_columns=False,
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # every weight has a gradient; looking for others costs a pass over the graph
+        use_cpu=not torch.cuda.is_available(),  # else several processes form no group, see `world`
         dataloader_pin_memory=torch.cuda.is_available(),
         **more,
     )
