@@ -24,6 +24,8 @@ EVALUATION, CONFIG = "scripts/utils/evaluation.py", "scripts/utils/config.py"
 OPTIONS = "test_ppo_options.py::test_"
 UPDATE = "test_ppo_update.py::test_"
 TRAINER_TESTS, STAGES = "test_trainer.py::test_", "test_stages.py::test_"
+TWO = "test_invariances.py::test_two_processes_make_the_run_of_one"
+
 
 TEXT = [
     Mutation("a prompt that is too long loses its end, TL;DR: with it", 1, DATA,
@@ -212,14 +214,13 @@ RANKINGS = [
              "-logsigmoid(better - worse - margin)", "-logsigmoid(worse - better - margin)",
              ("test_trainer.py::test_pairwise_loss_is_the_sum_over_pairs",)),
     Mutation("the margin has the wrong sign", 17, REWARD,
-             "better - worse - margin)", "better - worse + margin)",
-             (f"{TRAINER_TESTS}the_margin_asks_for_more_and_centring_holds_the_scores_at_0",)),
+             "better - worse - margin)", "better - worse + margin)", ("test_reward.py::test_the_loss_by_its_definition",)),
     Mutation("centring_coef is ignored", 17, REWARD,
              "centring_coef * (better + worse).square()", "0.0 * (better + worse).square()",
-             (f"{TRAINER_TESTS}the_margin_asks_for_more_and_centring_holds_the_scores_at_0",)),
+             ("test_reward.py::test_the_loss_by_its_definition",)),
     Mutation("margin and centring_coef do not reach the loss", 17, REWARD,
              "partial(pairwise_loss_sum, margin=config.margin, centring_coef=config.centring_coef)", "pairwise_loss_sum",
-             (f"{TRAINER_TESTS}the_reward_trainer_has_the_configured_margin_and_centring",)),
+             ("test_reward.py::test_the_trainer_takes_margin_and_centring_from_the_configuration",)),
     Mutation("only neighbours in the ranking make a pair", 18, DATA,
              "for j, b in enumerate(ranks) if a < b]", "for j, b in enumerate(ranks) if a < b and j == i + 1]",
              ("test_data.py",)),
@@ -247,10 +248,15 @@ RANKINGS = [
     Mutation("the bins of the calibration error are rounded to the nearest edge", 20, METRICS,
              "(probabilities * bins).astype(int)", "np.rint(probabilities * bins).astype(int)", ("test_metrics.py",)),
     Mutation("the bins of the calibration error cancel out", 20, METRICS,
-             "np.abs(gaps).sum()", "np.abs(gaps.sum())", ("test_metrics.py",)),
+             "sum(count * abs(p - y) for p, y, count in curve)", "abs(sum(count * (p - y) for p, y, count in curve))",
+             ("test_metrics.py",)),
     Mutation("calibration is that of the chance that the better one wins", 20, REWARD,
-             "right = 1 / (1 + np.exp(-np.abs(gaps)))", "right = 1 / (1 + np.exp(-gaps))",
+             '"ece": expected_calibration_error(confidence(gaps), right)}',
+             '"ece": expected_calibration_error(1 / (1 + np.exp(-gaps)), right)}',
              (f"{TRAINER_TESTS}figures_of_the_reward_model_by_hand",)),
+    Mutation("the labeller's confidence is the reward model's", 20, REWARD,
+             'reliability(confidence(gaps_of(rows["label_scores"], rows["pairs"])[0]), right)',
+             "reliability(confidence(gaps), right)", ("test_reward.py::test_confidence_against_accuracy_by_hand",)),
     Mutation("the baseline of length takes the shorter one", 20, REWARD,
              "[[len(completion) for completion in group]", "[[-len(completion) for completion in group]",
              (f"{TRAINER_TESTS}figures_of_the_reward_model_by_hand",)),
@@ -437,12 +443,13 @@ UPDATES = [
     Mutation("the policy loss is that of padding", 12, LOOP,
              "policy_sum = policy_losses[mask].sum()", "policy_sum = policy_losses[~mask].sum()",
              (f"{UPDATE}the_loss_of_a_micro_batch_by_definition",)),
-    Mutation("the policy loss is divided by padding too", 12, LOOP,
-             "sum(b.rollout.response_mask.sum() for b in minibatch)",
-             "torch.tensor(sum(b.rollout.response_mask.numel() for b in minibatch))", (f"{UPDATE}micro_batches_change_nothing",)),
+    Mutation("the policy loss is divided by padding too", 12, LOOP, "sum(b.rollout.response_mask.sum() for b in minibatch)",
+             "torch.tensor(sum(b.rollout.response_mask.numel() for b in minibatch))",
+             (f"{UPDATE}the_first_gradient_is_that_of_the_mean_over_real_tokens",)),
     Mutation("the loss of a PPO step is a mean of micro-batch means", 12, LOOP,
-             'tokens = accelerator.reduce(sum(b.rollout.response_mask.sum() for b in minibatch), "sum")',
-             "tokens = len(minibatch) * minibatch[0].rollout.response_mask.sum()", (f"{UPDATE}micro_batches_change_nothing",)),
+             "batch_loss(models.trained, batch, tokens, config, example, ptx_tokens)",
+             "batch_loss(models.trained, batch, len(minibatch) * batch.rollout.response_mask.sum(), config, example, ptx_tokens)",
+             (f"{UPDATE}micro_batches_change_nothing", f"{UPDATE}the_first_gradient_is_that_of_the_mean_over_real_tokens")),
     Mutation("a pass leaves micro-batches out", 31, LOOP,
              "minibatch = order[first::count]", "minibatch = order[first : first + 1]",
              (f"{UPDATE}micro_batches_change_nothing",)),
@@ -541,6 +548,9 @@ OUTCOMES = [
     Mutation("the win rate counts ties as losses", 37, METRICS,
              "    wins = _wins(np.asarray(ours), np.asarray(theirs))\n", "    wins = np.asarray(ours) > np.asarray(theirs)\n",
              ("test_metrics.py",)),
+    Mutation("the win rate at equal length ignores length", 37, METRICS,
+             "np.column_stack([np.ones(len(logratios)), logratios])", "np.column_stack([np.ones(len(logratios)), 0 * logratios])",
+             ("test_metrics.py",)),
     Mutation("the win rate is that of SFT over PPO", 37, LOOP,
              'win_rate(gold["after", kind], gold["before", kind], seed)',
              'win_rate(gold["before", kind], gold["after", kind], seed)', (f"{UPDATE}gold_figures_are_those_of_ppo_over_sft",)),
@@ -567,4 +577,22 @@ ADAPTERS = [
              "        module.merge(safe_merge=True)\n", "", ("test_lora.py",)),
 ]
 
-MUTATIONS = [*TEXT, *ROWS, *WEIGHTS, *SUMMARIES, *RANKINGS, *REWARDS, *SAMPLES, *ADVANTAGES, *UPDATES, *OUTCOMES, *ADAPTERS]
+PROCESSES = [
+    Mutation("two processes: PPO's loss is not multiplied by their number", 12, LOOP,
+             "accelerator.backward(loss * accelerator.num_processes)", "accelerator.backward(loss)", (f"{TWO}[ppo-split2]",)),
+    Mutation("two processes: the Trainer's loss is not multiplied by their number", 12, TRAINER,
+             "return total / num_items_in_batch * self.accelerator.num_processes", "return total / num_items_in_batch",
+             (f"{TWO}[reward-split1]",)),
+    Mutation("two processes: each divides by its own tokens", 12, LOOP,
+             'accelerator.reduce(sum(b.rollout.response_mask.sum() for b in minibatch), "sum")',
+             "accelerator.num_processes * sum(b.rollout.response_mask.sum() for b in minibatch)", (f"{TWO}[ppo-split2]",)),
+    Mutation("two processes: each whitens its own advantages", 30, ROLLOUT,
+             'mean, var = mean_var(accelerator.reduce(moments, "sum"))', "mean, var = mean_var(moments)",
+             (f"{TWO}[ppo-split2]",)),
+    Mutation("two processes: both sample the same prompts", 30, LOOP,
+             "first = update * config.prompts_per_update + accelerator.process_index * size",
+             "first = update * config.prompts_per_update", (f"{TWO}[ppo-split2]",)),
+]
+
+MUTATIONS = [*TEXT, *ROWS, *WEIGHTS, *SUMMARIES, *RANKINGS, *REWARDS, *SAMPLES, *ADVANTAGES, *UPDATES, *OUTCOMES, *ADAPTERS,
+             *PROCESSES]

@@ -180,6 +180,23 @@ def test_micro_batches_change_nothing(config):
         assert ((ours - theirs).abs() < 1e-3).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_first_gradient_is_that_of_the_mean_over_real_tokens(size, config):
+    """Where nothing has moved yet the objective's gradient is that of -advantage x log-prob: one mean over the update."""
+    config = replace(config, per_device_batch_size=size, vf_coef=0.0)
+    models, optimizer, scheduler, accelerator = made(config)
+    batches = rollout(models, config, accelerator)
+    masks = [batch.rollout.response_mask for batch in batches]
+    assert sum(mask.sum() for mask in masks) < sum(mask.numel() for mask in masks), "the test wants padding"
+    total = sum(-(b.rollout.advantages * response_logprobs(models.policy, b.groups, config.temperature))[mask].sum()
+                for b, mask in zip(batches, masks, strict=True))
+    (total / sum(mask.sum() for mask in masks)).backward()
+    expected = torch.cat([p.grad.flatten() for p in models.policy.parameters()]).norm().item()
+    models.trained.zero_grad()
+    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, random.Random(0))
+    assert figures["policy/grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(("asked", "made_steps"), [(1, 1), (3, 3), (4, 4), (7, 7), (9, 7)])
 def test_a_pass_makes_as_many_steps_as_minibatches_and_the_scheduler_knows(asked, made_steps, config):
     _, _, steps, scheduler = updated(replace(config, num_minibatches=asked, ppo_epochs=2, total_episodes=21))

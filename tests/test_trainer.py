@@ -164,29 +164,6 @@ def test_pairwise_loss_is_the_sum_over_pairs():
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
-@torch.no_grad()
-def test_the_margin_asks_for_more_and_centring_holds_the_scores_at_0():
-    """Llama 2, eq. 2: -log sigmoid(better - worse - margin); Eisenstein et al.: + coefficient x (better + worse)^2."""
-    model = scalar_model("opt")
-    prompts, completions = random_groups([4], [[3, 1, 5]])
-    batch = train_reward.collate([{"prompt": prompts[0], "completions": completions[0], "pairs": [(0, 1), (2, 0)]}], PAD)
-    groups = PromptGroups(**{name: batch[name] for name in PromptGroups._fields})
-    scores = [model(input_ids=torch.tensor([prompts[0] + c])).logits.item() for c in completions[0]]
-    expected = sum(np.log1p(np.exp(scores[worse] - scores[better] + 0.6)) + 0.2 * (scores[better] + scores[worse]) ** 2
-                   for better, worse in [(0, 1), (2, 0)])
-    found = train_reward.pairwise_loss_sum(model, groups, batch["better"], batch["worse"], margin=0.6, centring_coef=0.2)
-    assert found.item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_reward_trainer_has_the_configured_margin_and_centring(monkeypatch):
-    made = {}
-    monkeypatch.setattr(GroupLossMixin, "__init__", lambda self, *_, loss_sum, **__: made.update(loss=loss_sum))
-    train_reward.RewardStageTrainer(config=train_reward.RewardStageConfig(margin=0.6, centring_coef=0.2), validation=None)
-    monkeypatch.setattr(train_reward, "scores", lambda model, groups: torch.tensor([2.0, 1.5]))
-    loss = made["loss"](None, None, torch.tensor([0]), torch.tensor([1]))
-    assert loss.item() == pytest.approx(np.log1p(np.exp(0.1)) + 0.2 * 3.5**2)
-
-
 def test_on_the_sequence_the_loss_is_taken_on_all_but_the_first_token():
     rows = [{"prompt": [5, 6, 7], "completion": [8, EOS]}, {"prompt": [9], "completion": [4, 3, EOS]}]
     whole, part = (train_sft.collate(rows, PAD, loss_on) for loss_on in ("sequence", "completion"))
@@ -215,19 +192,18 @@ def test_rouge_is_that_of_summaries_sampled_at_the_evaluations_temperature(monke
 
 
 def test_figures_of_the_reward_model_by_hand(monkeypatch):
-    """Three pairs of one post are right by 2, 1 and 1 and stand in one bin or another; the pair of the second is a tie."""
+    """Three pairs of one post are right by 2, right by 1 and wrong by 1; the pair of the other is a tie."""
     rows = {"prompt": [[5], [6]], "completions": [[[1, 1], [1], [1, 1, 1]], [[1, 1], [1]]],
-            "pairs": [[(0, 1), (0, 2), (2, 1)], [(1, 0)]], "label_scores": [None, None]}
+            "pairs": [[(0, 1), (0, 2), (1, 2)], [(1, 0)]], "label_scores": [None, None]}
     monkeypatch.setattr(train_reward, "score_groups", lambda *_: [[3.0, 1.0, 2.0], [0.5, 0.5]])
-    config = train_reward.RewardStageConfig()
-    figures, _ = train_reward.accuracy_of(None, None, rows, config, "")
-    assert (figures["accuracy"], figures["pairs"]) == (3.5 / 4, 4)
-    # two posts, drawn again: both the first (accuracy 1), or both the second (.5)
-    assert (figures["accuracy_low"], figures["accuracy_high"]) == (0.5, 1.0)
-    right = {gap: 1 / (1 + np.exp(-gap)) for gap in (2, 1)}  # .88 and .73; the tie's .5 is right by one half
-    assert figures["ece"] == pytest.approx(((1 - right[2]) + 2 * (1 - right[1]) + 0.0) / 4)
-    # the longer one wins in (0, 1) and (2, 1) only
-    assert train_reward.baselines(rows) == {"longest_accuracy": 2 / 4, "label_ceiling": None}
+    figures, _ = train_reward.accuracy_of(None, None, rows, train_reward.RewardStageConfig(), "")
+    assert (figures["accuracy"], figures["pairs"]) == (2.5 / 4, 4)
+    # the two posts are drawn again: the first twice, say, or the second
+    assert (figures["accuracy_low"], figures["accuracy_high"]) == pytest.approx((0.5, 2 / 3))
+    sure = {gap: 1 / (1 + np.exp(-gap)) for gap in (2, 1)}  # .88 and .73; the second is right once of two, the tie half of .5
+    assert figures["ece"] == pytest.approx(((1 - sure[2]) + 2 * (sure[1] - 0.5) + 0.0) / 4)
+    # the longer one wins in (0, 1) only
+    assert train_reward.baselines(rows) == {"longest_accuracy": 1 / 4, "label_ceiling": None}
 
 
 @torch.no_grad()
