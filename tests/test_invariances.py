@@ -145,6 +145,28 @@ def test_padding_on_the_right_changes_nothing_in_training_and_scoring(family, nu
 
 
 @every_family
+def test_groups_in_a_row_or_apart_are_the_same(family):
+    """Three short groups stand beside each other in the second row of the batch; apart each is a batch of its own."""
+    models = models_of(family)
+    prompts, completions = random_groups([9, 2, 3, 1], [[6, 4], [3], [2, 2], [4]], seed=7)
+    shared = pack(prompts, completions, PAD)
+    assert shared.input_ids.shape == (2, 19)
+    apart = [pack([prompt], [group], PAD) for prompt, group in zip(prompts, completions, strict=True)]
+    measures = (lambda g: scores(models[1], g), lambda g: response_values(models[1], g)[g.response_mask],
+                lambda g: of_tokens(models[0], g)[0][g.response_mask], lambda g: of_tokens(models[0], g)[1][g.response_mask])
+    for measure in measures:
+        close(measure(shared), torch.cat([measure(groups) for groups in apart]))
+    # squares, so that every number has a weight of its own in the gradient
+    loss = sum((measure(shared) ** 2).sum() for measure in measures)
+    single = sum((measure(groups) ** 2).sum() for measure in measures for groups in apart)
+    found, expected = gradients(models, loss), gradients(models, single)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert found.keys() == expected.keys() and largest > 1e-3
+    for weight, gradient in expected.items():
+        close(found[weight], gradient, largest)
+
+
+@every_family
 def test_padding_on_the_left_and_the_batch_change_no_sample(family):
     """A long prompt in the batch pads the others on the left; a batch of their own pads them less, or not at all."""
     model = policy(family)
@@ -383,20 +405,28 @@ def torchrun(file, *words):
     return started.returncode, output
 
 
+# what the processes must agree on from update to update
+OPTIONS = ("--scale_scores true --whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0.5 --lora_rank 2 "
+           "--value_model shared --target_kl 0.02")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "split"), [
-    ("sft", ("--per_device_batch_size", 4)),
-    ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2)),
-    ("ppo", ("--per_device_batch_size", 2)),  # two micro-batches on each
+@pytest.mark.parametrize(("stage", "split", "options"), [
+    ("sft", ("--per_device_batch_size", 4), ""),
+    ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2), ""),
+    ("ppo", ("--per_device_batch_size", 2), ""),  # two micro-batches on each
+    ("ppo", ("--per_device_batch_size", 2), OPTIONS),
 ])
-def test_two_processes_make_the_run_of_one(stage, split, alone, folder):
-    run = folder / "two" / stage
+def test_two_processes_make_the_run_of_one(stage, split, options, alone, folder):
+    run, one = folder / f"two{bool(options)}" / stage, alone(stage)
+    if options:
+        one = run_main(folder, stage, "options", *options.split())
     status, output = torchrun(PROJECT / "scripts" / f"train_{stage}.py", "--config", folder / f"{stage}.yaml",
-                              "--output_dir", run, *split)
+                              "--output_dir", run, *split, *options.split())
     assert status == 0, output[-3000:]
-    same_runs(run, alone(stage))
+    same_runs(run, one)
     found, expected = ({name: value for name, value in json.loads((path / "summary.json").read_text()).items()
-                        if value is not None and "second" not in name and "memory" not in name} for path in (run, alone(stage)))
+                        if value is not None and "second" not in name and "memory" not in name} for path in (run, one))
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5) and len(found) > 4
     assert output.count("RLHF in three stages") == 1, "one process speaks"
 

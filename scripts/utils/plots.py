@@ -127,18 +127,21 @@ def plot_over_optimisation(path, runs: list[dict], best_of_n: list[dict], captio
     The axis is KL on a square-root scale: Gao et al. plot against its root, in which the curves are nearly parabolas.
 
     Args:
-        runs: {"label": ..., "points": [{"kl", "score", "gold"}], "picked": one of the points} of each PPO run.
+        runs: {"label": ..., "points": [{"kl", "score", "gold", "greedy_gold"}], "picked": one of the points} of each
+            PPO run.
         best_of_n: [{"n", "kl", "score", "gold"}].
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.3), sharex=True)
-    for axis, name, title in zip(axes, ("score", "gold"), ("reward model's score", "gold score"), strict=True):
+    titles = {"score": "reward model's score", "gold": "gold score", "greedy_gold": "gold score, nearly greedy summaries"}
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), sharex=True)
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for number, run in enumerate(runs):
             axis.plot(*_columns(run["points"], name), color=f"C{number}", marker="o", markersize=3, linewidth=1.2,
                       label=run["label"])
             axis.plot(*_columns([run["picked"]], name), color=f"C{number}", marker="*", markersize=15, markeredgecolor="black",
                       linestyle="none", zorder=3)
-        axis.plot(*_columns(best_of_n, name), color="black", linestyle="--", marker="s", markersize=4, label="best of n")
-        for point in best_of_n:
+        sampled = [] if name == "greedy_gold" else best_of_n  # it is made of samples
+        axis.plot(*_columns(sampled, name), color="black", linestyle="--", marker="s", markersize=4, label="best of n")
+        for point in sampled:
             axis.annotate(point["n"], (max(point["kl"], 0), point[name]), xytext=(3, -11), textcoords="offset points", fontsize=7)
         # estimates of a KL of 0 fall on both sides of it
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
