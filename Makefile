@@ -2,6 +2,7 @@
 # make seeds  the demo with five seeds, into outputs/seed0 to seed4, and what they have in common
 # make over_optimisation   three longer PPO runs from the demo's models, and the gold score against the KL
 # make test   the tests
+# make mutations   breaks one detail of the training code at a time: do the tests notice?
 # make lint   ruff
 # make data   write data/tldr_mini again (the same bytes)
 # make base   write the pretraining corpus and train the mini base model from random weights
@@ -10,7 +11,7 @@ OUT ?= outputs/tldr_mini
 ARGS ?=            # for all three stages of the demo, such as ARGS="--seed 1"
 PY = .venv/bin/python
 
-.PHONY: demo seeds over_optimisation test lint data base
+.PHONY: demo seeds over_optimisation test mutations lint data base
 
 # stage NAME FOLDER OPTIONS: a finished stage is not run again, an interrupted one goes on.
 STAGE = stage() { name=$$1; out=$$2; shift 2; \
@@ -40,6 +41,9 @@ over_optimisation: demo
 
 test: .venv/ready-dev
 	$(PY) -m pytest
+
+mutations: .venv/ready-dev
+	$(PY) tests/mutations.py $(ARGS)
 
 lint: .venv/ready-dev
 	$(PY) -m ruff check .

@@ -217,6 +217,25 @@ def test_a_stages_defaults_survive_saving(stage, tmp_path):
 FILES = sorted(p for p in (PROJECT / "configs").rglob("*.yaml") if p.stem in STAGES)
 
 
+PUBLISHED = {  # what N+, ST, IG and LMHP print; the reference configuration is theirs
+    "sft": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": 3e-6, "adam_eps": 1e-5, "num_train_epochs": 1.0,
+            "loss_on": "completion", "eval_temperature": 0.01},
+    "reward": {"max_prompt_tokens": 512, "max_completion_tokens": 169, "learning_rate": 3e-6, "adam_eps": 1e-5,
+               "num_train_epochs": 1.0, "max_completions": 9, "margin": 0.0},
+    "ppo": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": 3e-6, "adam_eps": 1e-5, "kl_coef": 0.05,
+            "kl_estimator": "k1", "kl_target": None, "kl_horizon": 10_000, "temperature": 0.7, "missing_eos_score": -1.0,
+            "gamma": 1.0, "lam": 0.95, "whiten_rewards": False, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1,
+            "ppo_epochs": 4, "num_minibatches": 1, "prompts_per_update": 128, "responses_per_prompt": 4,
+            "value_model": "separate", "advantage": "gae", "eval_temperature": 0.01, "ptx_coef": 0.0, "ema_decay": 0.0},
+}
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_the_defaults_are_the_published_ones(stage):
+    config = stage_class(stage)()
+    assert {name: getattr(config, name) for name in PUBLISHED[stage]} == PUBLISHED[stage]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PROJECT)))
 def test_every_shipped_file_loads(path):
     assert parse_config(stage_class(path.stem), path, []).output_dir.startswith("outputs/")

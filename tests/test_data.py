@@ -1,6 +1,7 @@
 """Data: every layout that the loaders know, cutting, grouping, and one clear line for each broken row."""
 
 import gzip
+import importlib
 import json
 import os
 from pathlib import Path
@@ -300,6 +301,21 @@ def test_overlap_is_refused():
     refuse_overlap({"train": one * 2, "test": two[:1]})
     with pytest.raises(UserError, match="the same prompt stands in train and in test: 'P'"):
         refuse_overlap({"train": one, "test": two})
+
+
+@pytest.mark.parametrize(("stage", "kind", "role"), [
+    ("sft", "SFTStageConfig", "actor"), ("reward", "RewardStageConfig", "reward"), ("ppo", "PPOStageConfig", "rlhf"),
+])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_every_stage_refuses_a_prompt_in_two_splits(stage, kind, role, split, tmp_path):
+    rows = [{"prompt": f"P{i}", "completion": " a", "chosen": " a", "rejected": " b"} for i in range(9)]
+    shared = {"training": rows[:3], "validation": rows[3:6], "test": rows[6:]}
+    shared[split] = [*shared[split], rows[1]]
+    files = {f"{role}_{name}_data": write(tmp_path, *part, name=f"{name}.jsonl") for name, part in shared.items()}
+    script = importlib.import_module(f"train_{stage}")
+    config = getattr(script, kind)(**files)
+    with pytest.raises(UserError, match=f"^the same prompt stands in {role}_training_data and in {role}_{split}_data: 'P1'"):
+        script.load_splits(config, tokenizer_of("opt-mini"), None if role == "rlhf" else print)
 
 
 # ---------------------------------------------------------------------------------------------- broken rows

@@ -76,6 +76,48 @@ def test_an_evaluation_samples_twice_and_asks_each_judge_once(monkeypatch):
     assert offered == [(3, figures["eval/score"], figures["eval/kl"])]
 
 
+def test_an_evaluations_kl_and_score_are_of_the_right_summaries():
+    """The KL of sampled summaries (greedy ones are no sample of the policy), the score of greedy ones."""
+    class Recorded:
+        def summaries(self, policy, posts, temperature, title):
+            return SimpleNamespace(tokens=[[0]], ended=[True], texts=[""], kl=10 * temperature, score=temperature)
+
+        def kls(self, posts, found, title):
+            return [found.kl]
+
+        def scores(self, posts, found, title):
+            return [[summaries.score] for summaries in found]
+
+        def gold(self, posts, found):
+            return [found.score]
+
+        def rouge(self, posts, found):
+            return found.score
+
+    figures, offered = {}, []
+    run = SimpleNamespace(metrics=lambda step, values: figures.update(values), say=lambda line: None)
+    train_ppo.evaluate(None, Recorded(), None, CONFIG, run, SimpleNamespace(offer=lambda *values: offered.append(values)), 3)
+    assert {name: figures[f"eval/{name}"] for name in ("kl", "score", "score_sampled", "gold", "gold_sampled", "rouge_avg")} == {
+        "kl": 7.0, "score": 0.01, "score_sampled": 0.7, "gold": 0.01, "gold_sampled": 0.7, "rouge_avg": 0.01}
+    assert offered == [(3, 0.01, 7.0)]
+
+
+def test_examples_whose_completion_is_too_long_are_dropped_and_counted():
+    class Words:
+        eos_token_id = EOS
+
+        def __call__(self, texts, add_special_tokens=True):
+            return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    examples = [SimpleNamespace(prompt="p q", completion=text) for text in (" a b c", " a b", " a b c d")]
+    said = []
+    found = evaluation.tokenise(Words(), examples, SimpleNamespace(max_prompt_tokens=9), 4, said.append)
+    assert found.completions == [[1, 1, 1, EOS], [1, 1, EOS]] and found.examples == examples[:2] and len(found.prompts) == 2
+    assert said == ["dropped 1 of 3 examples with more than 4 completion tokens"]
+    with pytest.raises(UserError, match="^max_completion_tokens: no completion has 2 tokens"):
+        evaluation.tokenise(Words(), examples, SimpleNamespace(max_prompt_tokens=9), 2, said.append)
+
+
 RULES = {"slots": {"who": {"weight": 1.0, "values": ["my sister"]}}, "need_words": 5,
          "penalties": {"extra_word": 0.1, "repeated_trigram": 0.1, "repeated_trigram_cap": 0.2, "no_proper_end": 0.2}}
 

@@ -1,5 +1,6 @@
 """The real `main()` of each stage on a tiny model: the files it leaves, the keys it writes, and going on after a stop."""
 
+import gzip
 import json
 import re
 import shutil
@@ -138,6 +139,49 @@ def test_the_evidence_scripts_read_what_the_stages_write(finished, tmp_path, cap
     printed = capsys.readouterr().out
     assert "collapsed: " in printed and " of 4 " in printed and "note:" not in printed
     assert {path.name for path in tmp_path.glob("*.png")} == {"seeds.png", "over.png"}
+
+
+@torch.no_grad()
+def test_reference_summaries_score_0_on_average_after_the_reward_stage(finished):
+    folder = finished / "reward" / "final"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with gzip.open(PROJECT / "data" / "tldr_mini" / "actor_validation.jsonl.gz", "rt") as file:
+        rows = [json.loads(next(file)) for _ in range(8)]  # test_rows
+    found = [model(input_ids=torch.tensor([[*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]]))
+             .logits.item() for row in rows]
+    assert sum(found) / len(found) == pytest.approx(0, abs=2e-3) and max(map(abs, found)) > 1e-2
+
+
+def test_sft_ends_with_its_best_checkpoint(folder, monkeypatch):
+    rouge = train_sft.rouge_of
+    scripted = {"validation": iter([0.2, 0.1, 0.4, 0.3])}  # at steps 0, 1, 2 and 3
+
+    def of(model, tokenizer, posts, config, title):
+        figures, summaries = rouge(model, tokenizer, posts, config, title)
+        return figures | ({"rouge_avg": next(scripted[title])} if title in scripted else {}), summaries
+
+    monkeypatch.setattr(train_sft, "rouge_of", of)
+    train_sft.main(config_of(train_sft, folder, "best", "--max_steps 3 --eval_steps 1 --save_total_limit 9"))
+    run = folder / "best" / "sft"
+    best, last, final = (load_file(path / "model.safetensors") for path in (
+        run / "checkpoints" / "checkpoint-2", run / "checkpoints" / "checkpoint-3", run / "final"))
+    assert furthest(final, best) == 0 and furthest(final, last) > 0
+
+
+def test_ppo_ends_with_its_best_policy(finished, folder, monkeypatch):
+    class Scripted(train_ppo.Keeper):
+        def offer(self, update, score, kl):
+            super().offer(update, {0: 0.0, 2: 1.0, 4: 0.5}[update], 0.0)
+
+    monkeypatch.setattr(train_ppo, "Keeper", Scripted)
+    train_ppo.main(config_of(train_ppo, folder, "best"))
+    run = folder / "best" / "ppo"
+    best, final = (load_file(path / "model.safetensors") for path in (run / "checkpoints" / "best-2", run / "final"))
+    last = {name.removeprefix("policy."): weight for name, weight in load_file(checkpoints(run)[-1]).items()
+            if name.startswith("policy.")}
+    assert furthest(final, best) == 0
+    assert max((final[name] - last[name]).abs().max() for name in final if name in last) > 0
 
 
 def test_a_used_folder_is_refused(finished, folder):

@@ -105,6 +105,19 @@ def test_a_loss_that_is_not_finite_is_not_hidden(tmp_path, monkeypatch):
     assert not arguments.logging_nan_inf_filter
 
 
+@pytest.mark.parametrize("config", [
+    train_reward.RewardStageConfig(report_to=["none"], adam_eps=3e-4, adam_beta2=0.9, max_grad_norm=0.7),
+    train_sft.SFTStageConfig(report_to=["none"], weight_decay=0.1, warmup_steps=3, max_grad_norm=0.0),
+])
+def test_the_trainers_arguments_are_the_configured_ones(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    found = training_arguments(config, Run(tmp_path), TrainingArguments)
+    assert found.lr_scheduler_type == "cosine" and found.adam_epsilon == config.adam_eps
+    for name in ("adam_beta2", "weight_decay", "warmup_steps", "max_grad_norm", "learning_rate", "num_train_epochs", "seed",
+                 "gradient_accumulation_steps"):
+        assert getattr(found, name) == getattr(config, name), name
+
+
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     """A killed run leaves folders without trainer_state.json, which is written last."""
     run = SimpleNamespace(folder=tmp_path)
@@ -149,3 +162,57 @@ def test_pairwise_loss_is_the_sum_over_pairs():
         expected += sum(np.log1p(np.exp(scores[worse] - scores[better])) for better, worse in row["pairs"])
     found = train_reward.pairwise_loss_sum(model, groups, batch["better"], batch["worse"])
     assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_on_the_sequence_the_loss_is_taken_on_all_but_the_first_token():
+    rows = [{"prompt": [5, 6, 7], "completion": [8, EOS]}, {"prompt": [9], "completion": [4, 3, EOS]}]
+    whole, part = (train_sft.collate(rows, PAD, loss_on) for loss_on in ("sequence", "completion"))
+    learnt = [[row[mask].tolist() for row, mask in zip(batch["responses"], batch["response_mask"], strict=True)]
+              for batch in (whole, part)]
+    assert learnt == [[[6, 7, 8, EOS], [4, 3, EOS]], [[8, EOS], [4, 3, EOS]]]
+    assert (whole["items"], part["items"]) == (7, 5)
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_rouge_is_that_of_summaries_sampled_at_the_evaluations_temperature(monkeypatch):
+    asked = []
+
+    def summarise(model, tokenizer, prompts, config, temperature, seed, title):
+        asked.append(temperature)
+        return SimpleNamespace(texts=[" my cat ran away", " no"], tokens=[[3, 4, EOS], [5]], ended=[True, False])
+
+    monkeypatch.setattr(train_sft, "summarise", summarise)
+    posts = SimpleNamespace(prompts=[[1], [1]], examples=[SimpleNamespace(completion=" my cats ran away"),
+                                                          SimpleNamespace(completion=" yes")])
+    figures, _ = train_sft.rouge_of(None, None, posts, train_sft.SFTStageConfig(eval_temperature=0.02), "")
+    assert asked == [0.02]
+    assert figures == pytest.approx({"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5, "rouge_avg": 0.5, "ended": 0.5, "tokens": 2.0})
+
+
+def test_figures_of_the_reward_model_by_hand(monkeypatch):
+    """Three pairs of one post are right by 2, right by 1 and wrong by 1; the pair of the other is a tie."""
+    rows = {"prompt": [[5], [6]], "completions": [[[1, 1], [1], [1, 1, 1]], [[1, 1], [1]]],
+            "pairs": [[(0, 1), (0, 2), (1, 2)], [(1, 0)]], "label_scores": [None, None]}
+    monkeypatch.setattr(train_reward, "score_groups", lambda *_: [[3.0, 1.0, 2.0], [0.5, 0.5]])
+    figures, _ = train_reward.accuracy_of(None, None, rows, train_reward.RewardStageConfig(), "")
+    assert (figures["accuracy"], figures["pairs"]) == (2.5 / 4, 4)
+    # the two posts are drawn again: the first twice, say, or the second
+    assert (figures["accuracy_low"], figures["accuracy_high"]) == pytest.approx((0.5, 2 / 3))
+    sure = {gap: 1 / (1 + np.exp(-gap)) for gap in (2, 1)}  # .88 and .73; the second is right once of two, the tie half of .5
+    assert figures["ece"] == pytest.approx(((1 - sure[2]) + 2 * (sure[1] - 0.5) + 0.0) / 4)
+    # the longer one wins in (0, 1) only
+    assert train_reward.baselines(rows) == {"longest_accuracy": 1 / 4, "label_ceiling": None}
+
+
+@torch.no_grad()
+def test_centring_puts_reference_summaries_at_0_on_average():
+    model, said = scalar_model("opt"), []
+    references = SimpleNamespace(prompts=PROMPTS, completions=[c[0] for c in COMPLETIONS])
+    rows = [torch.tensor([p + c[0]]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    before = [model(input_ids=row).logits.item() for row in rows]
+    train_reward.centre(model, SimpleNamespace(pad_token_id=PAD), references, train_reward.RewardStageConfig(), said.append)
+    after = [model(input_ids=row).logits.item() for row in rows]
+    assert after == pytest.approx([score - np.mean(before) for score in before], abs=1e-4)
+    assert f"{-np.mean(before):+.3f}" in said[0]
