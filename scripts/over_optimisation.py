@@ -190,7 +190,7 @@ def main(config: OverOptimisationConfig) -> None:
     lines = [{"label": f"PPO, kl_coef {run.settings['kl_coef']}", "picked": picked(run), "points": run.points} for run in runs]
     caption = (f"Summaries sampled at temperature {settings['temperature']} of validation posts; best of n: {len(scores)} posts, "
                f"{config.best_of} samples of each, KL an upper bound.\n"
-               f"Star: the best-checkpoint rule (highest score of nearly greedy summaries within a KL of {settings['kl_budget']:g}).")
+               "Star: the best-checkpoint rule (highest score of nearly greedy summaries within the KL budget).")
     plot_over_optimisation(output, lines, curve, caption)
     print_rules(runs, rules)
     print(f"figure: {output}")

@@ -40,9 +40,8 @@ def load_models(config) -> Models:
     """
     policy = without_dropout(load_policy(config.model))
     reward_model = load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size)
-    refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
-    if config.ptx_coef:
-        refuse_too_long(policy, config.max_prompt_tokens + config.max_completion_tokens, "max_prompt_tokens + max_completion_tokens")
+    for longest in ("max_new_tokens", "max_completion_tokens") if config.ptx_coef else ("max_new_tokens",):
+        refuse_too_long(policy, config.max_prompt_tokens + getattr(config, longest), f"max_prompt_tokens + {longest}")
     second = twin if config.lora_rank else copy.deepcopy
     ref_policy, value_model = second(policy), None
     if config.advantage == "gae":
