@@ -210,6 +210,20 @@ def test_centring_twice_adds_up():
         close(scores(model, groups), before - 1.5)
 
 
+@torch.no_grad()
+def test_scores_and_values_are_float32_under_bf16():
+    """The head reads the trunk's bfloat16 states, but what it says of them is not rounded again."""
+    model, groups = scalar_model("opt"), pack(*random_groups(*SIZES), PAD)
+    head = new_value_head(policy("opt"))
+    head.weight.normal_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [scores(model, groups), response_values(model, groups), PolicyAndValue(policy("opt"), head).values(groups)]
+    for numbers in found:
+        assert numbers.dtype == torch.float32
+        assert (numbers != numbers.bfloat16().float()).any(), "all of them are numbers that bfloat16 has"
+    close(found[0], scores(model, groups), tolerance=0.05)
+
+
 @pytest.mark.parametrize(("family", "width"), [("opt", 512), ("opt-350m", 256)])
 def test_new_head_is_small_and_of_the_projected_width(family, width, tmp_path):
     config = CONFIGS[family]()

@@ -4,21 +4,25 @@ The oracles loop over one episode at a time in plain Python; they start from wha
 scores), which test_models.py holds against stock forward passes.
 """
 
+import json
 import math
 import statistics
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from families import FAMILIES, PAD, policy, random_groups, scalar_model
 from test_ppo_update import PROMPTS, TOKENIZER, made, rollout, updated
 
 import train_ppo
 from utils.config import UserError
+from utils.data import load_examples
 from utils.evaluation import Tokenised
-from utils.models import response_logprobs, response_values, scores
+from utils.models import load_tokenizer, response_logprobs, response_values, scores
+from utils.ppo import Rollout
 from utils.prompt_groups import pack
-from utils.rollout import Carried, collect_rollout
+from utils.rollout import Carried, collect_rollout, score_scale
 
 K = 3
 
@@ -171,6 +175,13 @@ def test_scores_that_do_not_differ_are_not_scaled(config, monkeypatch):
     config = replace(config, scale_scores=True, missing_eos_score=5.0)
     models, _, _, accelerator = made(config)
     assert {round(sum(e["rewards"]), 3) for e in episodes_of(rollout(models, config, accelerator))} == {5.0}
+
+
+@pytest.mark.parametrize("score", [-0.3, -0.1, 1e-3, 7.7])
+def test_the_rounding_of_equal_scores_is_no_spread(score):
+    """E[x^2] - E[x]^2 of many equal numbers leaves 1e-17 or so, and its root would blow the scores up."""
+    rollouts, carried = [Rollout(None, None, None, None, torch.full((400,), score))], Carried(0.1)
+    assert {score_scale(rollouts, Accelerator(cpu=True), carried) for _ in range(40)} == {1.0}
 
 
 # ------------------------------------------------------------------------------------------------------- the update
@@ -332,10 +343,33 @@ def test_the_kl_coefficient_adapts_from_update_to_update(config, monkeypatch):
     assert said[1]["objective/kl_coef"] != said[2]["objective/kl_coef"]
 
 
+def test_held_out_posts_never_get_into_ptx(config, tmp_path):
+    """From one source SFT and PPO hold out the same posts: the policy must not be taught what it is judged on."""
+    rows = [{"prompt": f"post {n}\n\nTL;DR:", "completion": f"summary {n}"} for n in range(6)]
+    path = tmp_path / "examples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, ptx_coef=0.1, actor_training_data=str(path), max_completion_tokens=64, max_prompt_tokens=64)
+    tokenizer = load_tokenizer("assets/opt-mini")
+    held_out = [Tokenised([example], None, None) for example in load_examples(str(path), "data")[2:4]]
+    notes = []
+    kept = train_ppo.load_supervised(config, tokenizer, held_out, notes)
+    assert [example.prompt for example in kept.examples] == [rows[n]["prompt"] for n in (0, 1, 4, 5)]
+    assert notes == ["actor_training_data: left out 2 of 6 examples, whose prompts are held out for validation or test"]
+    everything = [Tokenised(load_examples(str(path), "data"), None, None)]
+    with pytest.raises(UserError, match="^actor_training_data: every prompt in .* is held out"):
+        train_ppo.load_supervised(config, tokenizer, everything, notes)
+    assert train_ppo.load_supervised(replace(config, ptx_coef=0.0), tokenizer, [], notes) is None
+
+
 CONTRADICTIONS = {
     "responses_per_prompt: advantage 'rloo' compares": {"advantage": "rloo", "responses_per_prompt": 1},
     "responses_per_prompt: advantage 'grpo' compares": {"advantage": "grpo", "responses_per_prompt": 1},
-    "actor_training_data: ptx_coef needs": {"ptx_coef": 0.1},
+    "actor_training_data: it is for ptx_coef; give both": {"ptx_coef": 0.1},
+    "actor_training_data: it is for ptx_coef; give both or": {"actor_training_data": "mine.jsonl"},
+    "value_model: advantage 'rloo' has none": {"advantage": "rloo", "value_model": "shared"},
+    "target_kl: it leaves out later passes": {"target_kl": 0.1, "ppo_epochs": 1},
+    "kl_coef: 0 never adapts": {"kl_target": 1.0, "kl_coef": 0.0},
+    "kl_horizon: with 21 episodes an update it must be above 4.2": {"kl_target": 1.0, "kl_horizon": 4},
 }
 
 
