@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from utils.config import UserError, key, start
+from utils.config import UserError, key, read_yaml, start
 from utils.plots import plot_seeds, series
 from utils.run import finished_run, output_file, read_whole_rows
 
@@ -69,12 +69,18 @@ CURVES = {
 }
 
 
+# what differs between seeds by its nature: folders, and the models of the stage before
+_OWN = {"sft": ("seed", "output_dir", "report_to"), "reward": ("seed", "output_dir", "report_to", "model"),
+        "ppo": ("seed", "output_dir", "report_to", "model", "reward_model")}
+
+
 class Seed(NamedTuple):
     """One seed's figures by stage/name, None where the data has none; and the rows of its metrics.jsonl by stage."""
 
     number: int
     figures: dict[str, float | None]
     metrics: dict[str, list[dict]]
+    settings: dict[str, object]  # every key of the three configurations that is not the seed's own, by stage/key
 
 
 def load_seed(name: str) -> Seed:
@@ -83,11 +89,13 @@ def load_seed(name: str) -> Seed:
     Raises:
         UserError: when the folder is not there, a stage is not finished, or a figure is missing.
     """
-    figures, metrics = {}, {}
+    figures, metrics, settings = {}, {}, {}
     for stage in ("sft", "reward", "ppo"):
         folder, summary = finished_run(name, stage, "runs")
         figures |= {f"{stage}/{measure}": value for measure, value in summary.items()}
         metrics[stage] = read_whole_rows(folder / "metrics.jsonl")
+        saved, _ = read_yaml(folder / "config.yaml")
+        settings |= {f"{stage}/{name}": value for name, value in saved.items() if name not in _OWN[stage]}
     figures["ppo/ended"] = (series(metrics["ppo"], "objective/ended")[1] or [None])[-1]
     figures["reward/of_ceiling"] = None  # known further down
     for measure in ("ppo/seed", *(measure for column in COLUMNS for measure in column.names + column.interval)):
@@ -96,11 +104,11 @@ def load_seed(name: str) -> Seed:
             raise UserError(f"runs: '{Path(name, stage, 'summary.json')}' has no '{key_name}'; train that stage again")
     if ceiling := figures.get("reward/label_ceiling"):
         figures["reward/of_ceiling"] = figures["reward/accuracy"] / ceiling
-    return Seed(figures["ppo/seed"], figures, metrics)
+    return Seed(figures["ppo/seed"], figures, metrics, settings)
 
 
 def load_seeds(names: list[str]) -> list[Seed]:
-    """All of them; two runs of one seed would make the spread too small."""
+    """All of them; two runs of one seed would make the spread too small, two configurations too large."""
     if not names:
         raise UserError("runs: name the folders to compare, for example --runs outputs/seed0 outputs/seed1")
     seeds = [load_seed(name) for name in names]
@@ -108,6 +116,12 @@ def load_seeds(names: list[str]) -> list[Seed]:
     for number in numbers:
         if numbers.count(number) > 1:
             raise UserError(f"runs: {numbers.count(number)} of them have seed {number}; name one run for each seed")
+    for seed in seeds:
+        for name in sorted(seeds[0].settings.keys() | seed.settings.keys()):
+            ours, first = (settings.get(name, "unknown") for settings in (seed.settings, seeds[0].settings))
+            if ours != first:
+                raise UserError(f"runs: {name} is {ours} with seed {seed.number} but {first} with seed {numbers[0]}; compare "
+                                "seeds of one configuration")
     return seeds
 
 

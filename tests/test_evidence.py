@@ -35,13 +35,16 @@ METRICS = {
 }
 
 
-def written_seed(folder, number, ended=0.98, **ppo):
+def written_seed(folder, number, ended=0.98, kl_coef=0.05, **ppo):
     """A folder with the three finished stages of one seed."""
     for stage, summary in SUMMARIES.items():
         run = folder / stage
         run.mkdir(parents=True)
         summary = {**summary, "seed": number, **(ppo if stage == "ppo" else {})}
         (run / "summary.json").write_text(json.dumps(summary))
+        settings = {"seed": number, "output_dir": str(run), "model": f"{folder}/sft/final" if stage != "sft" else "base",
+                    "learning_rate": 1e-3, **({"kl_coef": kl_coef, "reward_model": str(folder)} if stage == "ppo" else {})}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
         rows = METRICS[stage] + ([{"step": 3, "objective/ended": ended}] if stage == "ppo" else [])
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
@@ -146,6 +149,12 @@ def test_mistakes_are_one_line_and_status_2(script, words, message, tmp_path, mo
     printed = capsys.readouterr()
     assert stopped.value.code == 2
     assert printed.err.startswith(message) and printed.err.count("\n") == 1
+
+
+def test_runs_of_two_configurations_are_no_seeds_of_one(tmp_path):
+    seeds = [written_seed(tmp_path / "a", 0), written_seed(tmp_path / "b", 1, kl_coef=0.1)]
+    with pytest.raises(UserError, match="^runs: ppo/kl_coef is 0.1 with seed 1 but 0.05 with seed 0; compare seeds of one"):
+        compared("--runs", *seeds)
 
 
 def test_help_says_what_collapsed_means(monkeypatch, capsys):
