@@ -49,7 +49,7 @@ class PPOStageConfig(StageConfig):
     model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
     reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.",
                             source="N+ detail 22")
-    rlhf_training_data: str = key("trl-lib/tldr", "Prompts: .jsonl(.gz) file or hub name.")
+    rlhf_training_data: str = key("trl-lib/tldr", "Prompts: file, folder or hub name.")
     rlhf_validation_data: str | None = key(None, "Prompts that choose the policy; none: held out of the training data.")
     rlhf_test_data: str | None = key(None, "Prompts that the final figures are taken on; none: held out too.")
     gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.")
@@ -86,7 +86,7 @@ class PPOStageConfig(StageConfig):
                                   unit="nats a token", low=0.0)
     ptx_coef: float = key(0.0, "Weight of the SFT loss on actor_training_data, added in each step; 0: off.",
                           source="IG detail 34", low=0.0)
-    actor_training_data: str | None = key(None, "SFT examples for ptx_coef: .jsonl(.gz) file or hub name.")
+    actor_training_data: str | None = key(None, "SFT examples for ptx_coef: file, folder or hub name.")
     max_completion_tokens: int = key(64, "SFT examples with longer completions are dropped.", unit="tokens", low=2)
     ema_decay: float = key(0.0, "Judge and keep an exponential average of the policy (IG: .992 a step); 0: the policy itself.",
                            source="IG detail 35", low=0.0, high=0.999999)

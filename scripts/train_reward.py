@@ -41,7 +41,7 @@ class RewardStageConfig(TrainerStageConfig):
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
     reward_training_data: str = key("CarperAI/openai_summarize_comparisons",
-                                    "Comparisons or rankings: .jsonl(.gz) file or hub name.")
+                                    "Comparisons or rankings: file, folder or hub name.")
     reward_validation_data: str | None = key(None, "Rankings to watch during training; none: held out of the training data.")
     reward_test_data: str | None = key(None, "Rankings that the final figures are taken on; none: held out too.")
     centring_data: str | None = key(None, "Examples whose references score 0 on average; none: no shift.", source="detail 19")

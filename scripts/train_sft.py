@@ -41,7 +41,7 @@ class SFTStageConfig(TrainerStageConfig):
     initial_weights: str = key("pretrained", "Where training starts: the checkpoint's weights, fresh random ones, or fresh ones "
                                "in which copying is sketched (OPT; for pretraining).",
                                choices=["pretrained", "random", "induction"], source="own")
-    actor_training_data: str = key("trl-lib/tldr", "Examples to learn from: .jsonl(.gz) file or hub name.")
+    actor_training_data: str = key("trl-lib/tldr", "Examples to learn from: file, folder or hub name.")
     actor_validation_data: str | None = key(None, "Examples that choose the checkpoint; none: held out of the training data.")
     actor_test_data: str | None = key(None, "Examples that the final figures are taken on; none: held out too.")
     loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13", choices=["completion", "sequence"])

@@ -400,7 +400,7 @@ BROKEN_FILES = {
     "truncated gzip": ("a.jsonl.gz", WHOLE[: len(WHOLE) // 2]),
     "damaged gzip": ("a.jsonl.gz", WHOLE[:5000] + bytes(200) + WHOLE[5200:]),
     "gzip under a plain name": ("a.jsonl", WHOLE),
-    "wrong suffix": ("a.csv", GOOD.encode()),
+    "wrong suffix": ("a.txt", GOOD.encode()),
     "empty": ("a.jsonl", b""),
     "empty gzip": ("a.jsonl.gz", b""),
     "only blank lines": ("a.jsonl", b"\n \n"),

@@ -5,18 +5,18 @@ completions and the pairs of them that somebody compared). Formats are recognise
 """
 
 import bisect
-import gzip
-import json
 import math
 import random
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+
 from utils.config import UserError, find_input, find_local, is_hub_name
+from utils.files import FILE_ENDINGS, read_file
 
 # ST and N+ write prompts so; a completion starts with one space and ends with EOS (details 1 and 2).
 TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
@@ -48,7 +48,7 @@ def load_examples(name: str, field: str, need_completion: bool = True) -> list[E
     """Every example of a data set.
 
     Args:
-        name: a `.jsonl` or `.jsonl.gz` file, or a hub name.
+        name: a file, a folder saved by `datasets`, or a hub name.
         field: the configuration key it came from, such as `actor_training_data`, for messages and hub splits.
         need_completion: False for prompts only (PPO).
 
@@ -89,62 +89,49 @@ def load_rankings(name: str, field: str, max_completions: int, say) -> list[Rank
 
 
 def read_rows(name: str, field: str) -> Iterator[tuple[str, dict]]:
-    """Rows of a local file or a hub data set, each with where it stands (`file:line`)."""
-    if is_hub_name(name) and ".json" not in name and find_local(name) is None:
+    """Rows of a local file (`utils/files.py`), a folder saved by `datasets`, or a hub data set, each with where it stands."""
+    if is_hub_name(name) and not name.endswith(FILE_ENDINGS) and find_local(name) is None:
         return _read_hub(name, field)
-    return _read_jsonl(find_input(name, field), field)
+    path = find_input(name, field)
+    return _read_saved(path, field) if path.is_dir() else read_file(path, field)
 
 
-def _read_jsonl(path: Path, field: str):
-    if path.is_dir():
-        raise UserError(f"{field}: '{path}' is a folder; name a .jsonl or .jsonl.gz file in it")
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(f"{field}: '{path}' is not a .jsonl or .jsonl.gz file; save it as one JSON object a line")
-    opened = gzip.open if path.name.endswith(".gz") else open
-    number, empty = 0, True
+def _read_saved(path: Path, field: str):
+    from datasets import DatasetDict, load_from_disk
+
     try:
-        with opened(path, "rb") as file:  # decoded line by line: a text file decodes ahead, and the line is not known
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    empty = False
-                    yield f"{path}:{number}", _json_object(line.decode("utf-8"), f"{path}:{number}")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}:{number}: is not UTF-8; save the file as UTF-8 text") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise UserError(f"{path}:{number + 1}: is no whole gzip file; copy it again or name the unpacked .jsonl") from None
-    if empty:
-        raise UserError(f"{field}: '{path}' is empty; it needs one JSON object a line")
-
-
-def _json_object(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not JSON ({error.msg} at column {error.colno}); one object a line is needed") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: must be a JSON object such as {{\"prompt\": ..., \"completion\": ...}}")
-    if "\\ud" in line.lower():  # emoji are pairs of these; half a pair is no text, and no tokenizer takes it
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: holds half of an emoji (a lone surrogate such as \\ud83d); remove it") from None
-    return row
+        rows = load_from_disk(str(path))
+    except (OSError, ValueError, RuntimeError, pyarrow.ArrowException):
+        raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one of "
+                        f"{', '.join(FILE_ENDINGS)}") from None
+    where = str(path)
+    if isinstance(rows, DatasetDict):
+        split = _split_of(list(rows), field, where)
+        rows, where = rows[split], f"{path}[{split}]"
+    yield from ((f"{where}:{number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _read_hub(name: str, field: str):
     from datasets import get_dataset_split_names, load_dataset
 
-    wanted = next((splits for role, splits in _SPLITS.items() if role in field), _SPLITS["validation"])
     try:
-        split = next((s for s in wanted if s in get_dataset_split_names(name)), None)
-        if split is None:
-            raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)}; name a local file instead")
+        split = _split_of(get_dataset_split_names(name), field, name)
         rows = load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # Runtime: loading scripts
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{field}: '{name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
-                        "without a network, save it as a .jsonl file and name that") from None
+                        "without a network, name a local copy: a file, or a folder saved by `datasets`") from None
     yield from ((f"{name}[{split}]:{number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _split_of(splits: list[str], field: str, name: str) -> str:
+    """The split that serves the role of a configuration key."""
+    wanted = next((names for role, names in _SPLITS.items() if role in field), _SPLITS["validation"])
+    found = next((split for split in wanted if split in splits), None)
+    if found is None:
+        raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)} (it has {', '.join(splits)}); name a local file "
+                        "instead")
+    return found
 
 
 def _text(row: dict, column: str, where: str) -> str:
