@@ -14,6 +14,7 @@ It does not train on absolute ratings.
 
 import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments, set_seed
 
 from utils.config import PROJECT, UserError, key, start
-from utils.data import completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
+from utils.data import NOTES, completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
 from utils.evaluation import print_stages, refuse_too_long, score_groups, tokenise
 from utils.lora import add_adapter
 from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy, reliability
@@ -133,6 +134,22 @@ def reliabilities(found, rows) -> dict[str, list[tuple[float, float, int]]]:
     return curves
 
 
+def accuracy_by_note(found, rows, most=20) -> dict[str, list[tuple[str, float, int]]]:
+    """For each of NOTES that the set has: (value, accuracy, pairs) of its most frequent values (detail 20)."""
+    _, right = gaps_of(found, rows["pairs"])
+    notes = [note for group, pairs in zip(rows["notes"], rows["pairs"], strict=True) for note in group or [{}] * len(pairs)]
+    table = {}
+    for column in NOTES:
+        outcomes = defaultdict(list)
+        for note, outcome in zip(notes, right, strict=True):
+            if note.get(column) is not None:
+                outcomes[note[column]].append(outcome)
+        if outcomes:
+            frequent = sorted(outcomes, key=lambda value: (-len(outcomes[value]), value))[:most]
+            table[column] = [(value, float(np.mean(outcomes[value])), len(outcomes[value])) for value in sorted(frequent)]
+    return table
+
+
 def baselines(rows) -> dict[str, float | None]:
     """What needs no model: the longer one wins, and the ceiling that the labels' noise sets where it is known."""
     lengths = [[len(completion) for completion in group] for group in rows["completions"]]
@@ -151,7 +168,8 @@ def tokenised(rankings, tokenizer, config, name, say) -> Dataset:
         completions = [next(flat) for _ in ranking.completions]
         if max(map(len, completions)) <= config.max_completion_tokens and ranking.pairs:
             rows.append({"prompt": prompt, "completions": completions, "pairs": ranking.pairs,
-                         "label_scores": ranking.label_scores, "length": len(prompt) + sum(map(len, completions))})
+                         "label_scores": ranking.label_scores, "notes": ranking.notes,
+                         "length": len(prompt) + sum(map(len, completions))})
     if len(rows) < len(rankings):
         say(f"{name}: dropped {len(rankings) - len(rows)} of {len(rankings)} groups with no pair or a completion of more "
             f"than {config.max_completion_tokens} tokens")
@@ -239,6 +257,8 @@ def finish(run, config, trainer, tokenizer, test, seconds) -> None:
     curves = reliabilities(found, test)
     for name, curve in curves.items():
         run.say(f"test, accuracy by {name}: " + ", ".join(f"{sure:.2f}: {right:.3f} ({n} pairs)" for sure, right, n in curve))
+    for column, values in accuracy_by_note(found, test).items():
+        run.say(f"test, accuracy by {column}: " + ", ".join(f"{value}: {right:.3f} ({n} pairs)" for value, right, n in values))
     if run.is_main:
         plot_calibration(run, curves)
         plot_reward(run, [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order])

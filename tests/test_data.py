@@ -91,6 +91,35 @@ COMPARISONS = {
 }
 
 
+def openai_row(choice, first="Pots.", second="Buy one.", **info):
+    return {"info": {"id": "t3", **POST, "site": None, "article": None, **info},
+            "summaries": [{"text": first, "policy": "sup4", "note": ""}, {"text": f" {second}", "policy": "ref", "note": "ok"}],
+            "choice": choice, "worker": "w7", "batch": "batch3", "split": "train", "extra": {"confidence": 8}}
+
+
+def test_the_choice_of_an_openai_row_is_the_better_summary(tmp_path):
+    """Polarity by hand: choice 1 is the second, choice 0 the first; what the row says besides goes along with the pair."""
+    note = {"confidence": "8", "policies": "ref and sup4", "batch": "batch3", "worker": "w7"}
+    found = rankings(write(tmp_path, openai_row(1), openai_row(0)))
+    assert found == [Ranking(TLDR, [" Buy one.", " Pots."], [(0, 1), (1, 0)], None, [note, note])]
+    bare = {**openai_row(0), "extra": {}, "batch": None}
+    assert rankings(write(tmp_path, bare))[0].notes == [{"policies": "ref and sup4", "worker": "w7"}]
+
+
+def test_an_article_is_a_prompt_of_its_own(tmp_path):
+    [found] = rankings(write(tmp_path, openai_row(1, article="It rained.\n", site="cnn", post="", title=None, subreddit=None)))
+    assert found.prompt == "It rained.\n\nTL;DR:" and found.completions == [" Buy one.", " Pots."]
+
+
+def test_notes_stay_with_their_pair_when_a_group_is_split(tmp_path):
+    rows = [{"prompt": "P", "chosen": a, "rejected": b, "batch": f"{a}{b}", "confidence": n}
+            for n, (a, b) in enumerate(["ab", "cd", "ac", "bd"])]
+    for cap in (2, 3, 9):
+        for group in rankings(write(tmp_path, *rows), cap):
+            for (better, worse), note in zip(group.pairs, group.notes, strict=True):
+                assert note["batch"] == (group.completions[better] + group.completions[worse]).replace(" ", "")
+
+
 @pytest.mark.parametrize("layout", COMPARISONS)
 def test_comparisons_of_every_layout_read_alike(layout, tmp_path):
     prompt, row = COMPARISONS[layout]
@@ -349,6 +378,12 @@ BROKEN_EXAMPLES = {
 BROKEN_RANKINGS = {
     "rejected missing": {"prompt": "P", "chosen": "a"},
     "prompt missing": {"chosen": "a", "rejected": "b"},
+    "choice of three": {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2},
+    "choice a text": {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": "1"},
+    "one summary": {"info": POST, "summaries": [{"text": "a"}], "choice": 0},
+    "summaries of text": {"info": POST, "summaries": ["a", "b"], "choice": 0},
+    "summary without text": {"info": POST, "summaries": [{"text": "a"}, {"note": "b"}], "choice": 0},
+    "no post in info": {"info": {"title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
     "prompt is a list": {"prompt": ["P"], "chosen": "a", "rejected": "b"},
     "chosen a number": pair(1, "b"),
     "rejected null": pair("a", None),

@@ -52,5 +52,11 @@ def test_confidence_against_accuracy_by_hand():
                                                (pytest.approx(sigmoid(2)), 0.0, 1)]
 
 
+def test_accuracy_by_what_the_set_says_of_each_pair():
+    rows = {**ROWS, "notes": [[{"batch": "1", "worker": None}, {"batch": "2", "worker": "x"}], None]}
+    assert train_reward.accuracy_by_note(SCORES, rows) == {"batch": [("1", 1.0, 1), ("2", 0.5, 1)], "worker": [("x", 0.5, 1)]}
+    assert train_reward.accuracy_by_note(SCORES, {**ROWS, "notes": [None, None]}) == {}
+
+
 def test_an_unknown_labeller_has_no_curve():
     assert list(train_reward.reliabilities(SCORES, {**ROWS, "label_scores": [None, [2.0, 0.0]]})) == ["reward model's confidence"]

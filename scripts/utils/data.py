@@ -36,12 +36,17 @@ class Ranking(NamedTuple):
     """A prompt and its distinct completions; `pairs` holds (better, worse) indices into them.
 
     `label_scores`: Bradley-Terry strengths of the completions where the labeller is known, else None.
+    `notes`: what the set says of each pair besides, by NOTES, for evaluation (detail 20); None when it says nothing.
     """
 
     prompt: str
     completions: list[str]
     pairs: list[tuple[int, int]]
     label_scores: list[float] | None
+    notes: list[dict[str, str]] | None = None
+
+
+NOTES = ("confidence", "policies", "batch", "worker")  # columns of a comparison that say who compared what, and how sure
 
 
 def load_examples(name: str, field: str, need_completion: bool = True) -> list[Example]:
@@ -70,7 +75,7 @@ def load_rankings(name: str, field: str, max_completions: int, say) -> list[Rank
         if "completions" in row:
             rankings += _capped(_ranking(row, where), max_completions)
             continue
-        prompt, chosen, rejected = _comparison(row, where)
+        prompt, chosen, rejected, note = _comparison(row, where)
         if prompt is None:
             dropped["share no prompt"] += 1
         elif chosen.strip() == rejected.strip():
@@ -78,7 +83,7 @@ def load_rankings(name: str, field: str, max_completions: int, say) -> list[Rank
         elif not chosen.strip() or not rejected.strip():
             dropped["an empty answer"] += 1
         else:
-            pairs_of.setdefault(prompt, []).append((chosen, rejected))
+            pairs_of.setdefault(prompt, []).append((chosen, rejected, note))
     for prompt, pairs in pairs_of.items():
         rankings += _grouped(prompt, pairs, max_completions)
     if dropped:
@@ -189,7 +194,7 @@ def _capped(ranking: Ranking, max_completions: int) -> list[Ranking]:
     texts, strength = ranking.completions, ranking.label_scores
     if len(texts) <= max_completions:
         return [ranking]
-    parts = _grouped(ranking.prompt, [(texts[i], texts[j]) for i, j in ranking.pairs], max_completions)
+    parts = _grouped(ranking.prompt, [(texts[i], texts[j], {}) for i, j in ranking.pairs], max_completions)
     if strength is None:
         return parts
     known = dict(zip(texts, strength, strict=True))
@@ -197,7 +202,10 @@ def _capped(ranking: Ranking, max_completions: int) -> list[Ranking]:
 
 
 def _comparison(row: dict, where: str):
-    """Prompt, better and worse answer. Prompt None: the two dialogues share none."""
+    """Prompt, better and worse answer, and what the row says besides. Prompt None: the two dialogues share none."""
+    if {"info", "summaries", "choice"} <= row.keys():
+        return _openai_comparison(row, where)
+    note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
     if not {"chosen", "rejected"} <= row.keys():
         raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt, chosen and rejected; chosen and rejected "
                         "(dialogues); or prompt and completions, best first")
@@ -208,12 +216,39 @@ def _comparison(row: dict, where: str):
     if "prompt" not in row:
         if "\n\nAssistant:" not in chosen:
             raise UserError(f"{where}: column 'prompt' is missing, and 'chosen' is no dialogue with 'Assistant:' turns")
-        return _shared_dialogue(chosen, rejected)
+        return *_shared_dialogue(chosen, rejected), note
     prompt = _text(row, "prompt", where)
     if chosen.startswith("TL;DR:") and rejected.startswith("TL;DR:"):
         prompt = f"{prompt.rstrip()}\n\nTL;DR:"
         chosen, rejected = chosen.removeprefix("TL;DR:"), rejected.removeprefix("TL;DR:")
-    return tldr_layout(prompt).rstrip(), spaced(chosen), spaced(rejected)
+    return tldr_layout(prompt).rstrip(), spaced(chosen), spaced(rejected), note
+
+
+def _openai_comparison(row: dict, where: str):
+    """A row of openai/summarize_from_feedback: `choice` is the index of the better of two summaries.
+
+    Its articles (CNN/DM) have no subreddit and no title.
+    """
+    info, summaries, choice = row["info"], row["summaries"], row["choice"]
+    two = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(summary, dict) for summary in summaries)
+    if not isinstance(info, dict) or not two:
+        raise UserError(f"{where}: columns 'info' and 'summaries' must be an object and a list of two objects with 'text'")
+    if choice not in (0, 1) or isinstance(choice, bool):
+        raise UserError(f"{where}: column 'choice' is {choice!r}; it must be 0 or 1, the better of the two summaries")
+    if info.get("article"):
+        prompt = f"{_text(info, 'article', where).strip()}\n\nTL;DR:"
+    else:
+        prompt = TLDR_TEMPLATE.format(**{c: _text({c: info.get(c)}, c, where).strip() for c in ("subreddit", "title", "post")})
+    texts = [summary.get("text") for summary in summaries]
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{where}: a summary has no 'text'")
+    extra = row.get("extra") if isinstance(row.get("extra"), dict) else {}
+    policies = [summary.get("policy") for summary in summaries]
+    note = {"confidence": extra.get("confidence"), "batch": row.get("batch"), "worker": row.get("worker"),
+            "policies": " and ".join(sorted(policies)) if all(isinstance(policy, str) for policy in policies) else None}
+    known = {column: str(note[column]) for column in NOTES if note[column] is not None}
+    return prompt, spaced(texts[choice]), spaced(texts[1 - choice]), known
 
 
 def _shared_dialogue(chosen: str, rejected: str):
@@ -226,18 +261,19 @@ def _shared_dialogue(chosen: str, rejected: str):
     return (head + turn).strip(), spaced(answer), spaced(other)
 
 
-def _grouped(prompt: str, pairs: list[tuple[str, str]], max_completions: int) -> list[Ranking]:
-    groups: list[tuple[dict, list]] = []
-    for chosen, rejected in pairs:
+def _grouped(prompt: str, pairs: list[tuple[str, str, dict]], max_completions: int) -> list[Ranking]:
+    groups: list[tuple[dict, list, list]] = []
+    for chosen, rejected, note in pairs:
         group = next((g for g in groups if len({*g[0], chosen, rejected}) <= max_completions), None)
         if group is None:
-            group = ({}, [])
+            group = ({}, [], [])
             groups.append(group)
-        texts, indices = group
+        texts, indices, notes = group
         for text in (chosen, rejected):
             texts.setdefault(text, len(texts))
         indices.append((texts[chosen], texts[rejected]))
-    return [Ranking(prompt, list(texts), indices, None) for texts, indices in groups]
+        notes.append(note)
+    return [Ranking(prompt, list(texts), indices, None, notes if any(notes) else None) for texts, indices, notes in groups]
 
 
 def tldr_layout(prompt: str) -> str:
