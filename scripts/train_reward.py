@@ -25,8 +25,9 @@ from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments, set_seed
 
 from utils.config import PROJECT, UserError, key, start
-from utils.data import NOTES, completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
+from utils.data import completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
 from utils.evaluation import print_stages, refuse_too_long, score_groups, tokenise
+from utils.layouts import NOTES
 from utils.lora import add_adapter
 from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy, reliability
 from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
@@ -48,6 +49,10 @@ class RewardStageConfig(TrainerStageConfig):
     centring_data: str | None = key(None, "Examples whose references score 0 on average; none: no shift.", source="detail 19")
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
                                source="IG: K = 4 to 9", low=2)
+    min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors advise 2.",
+                                 source="SHP", low=0.0)
+    max_pairs_per_prompt: int | None = key(None, "Of a prompt's pairwise rows the first so many; SHP's authors advise 5.",
+                                           unit="pairs", source="SHP", low=1)
     max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens", source="N+", low=2)
     margin: float = key(0.0, "The better score must be above the worse by this.", unit="score",
                         source="Llama 2, 2307.09288", low=0.0)
@@ -181,7 +186,7 @@ def tokenised(rankings, tokenizer, config, name, say) -> Dataset:
 def load_splits(config, tokenizer, say):
     """Training, validation and test rankings as tokens, no prompt in two of them."""
     def load(name, field):
-        return load_rankings(name, field, config.max_completions, say)
+        return load_rankings(name, field, config.max_completions, say, config.min_score_ratio, config.max_pairs_per_prompt)
 
     train = load(config.reward_training_data, "reward_training_data")
     held = {}

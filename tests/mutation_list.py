@@ -17,6 +17,7 @@ class Mutation(NamedTuple):
 PPO, ROLLOUT, LOOP = "scripts/utils/ppo.py", "scripts/utils/rollout.py", "scripts/train_ppo.py"
 GROUPS, MODELS, PPO_MODELS = "scripts/utils/prompt_groups.py", "scripts/utils/models.py", "scripts/utils/ppo_models.py"
 SAMPLING, DATA, LORA = "scripts/utils/generation.py", "scripts/utils/data.py", "scripts/utils/lora.py"
+LAYOUTS = "scripts/utils/layouts.py"
 TRAINER, REWARD, SFT = "scripts/utils/trainer.py", "scripts/train_reward.py", "scripts/train_sft.py"
 METRICS, JUDGING, KEEPER = "scripts/utils/metrics.py", "scripts/utils/judging.py", "scripts/utils/checkpoints.py"
 EVALUATION, CONFIG = "scripts/utils/evaluation.py", "scripts/utils/config.py"
@@ -33,10 +34,10 @@ TEXT = [
              ("test_data.py",)),
     Mutation("a long post is cut at its first newline, not at its last", 1, DATA,
              "return cut_at(breaks[last])", "return cut_at(breaks[0])", ("test_data.py",)),
-    Mutation("the spellings of the TL;DR layout stay as they are", 1, DATA,
+    Mutation("the spellings of the TL;DR layout stay as they are", 1, LAYOUTS,
              "return TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=match[3]) if match else prompt",
              "return prompt", ("test_data.py",)),
-    Mutation("a completion has no leading space", 2, DATA,
+    Mutation("a completion has no leading space", 2, LAYOUTS,
              'return completion if completion[:1].isspace() else f" {completion}"', "return completion.lstrip()",
              ("test_data.py",)),
     Mutation("a completion has no EOS", 2, DATA,
@@ -55,6 +56,13 @@ TEXT = [
              "_cut(tokens[row * k + j], logprobs[row * k + j], eos_id)",
              "_cut(tokens[row * k + j][: 0 if eos_id in prompts[i] else None], logprobs[row * k + j], eos_id)",
              ("test_generation.py",)),
+    Mutation("the choice of an OpenAI row is taken for the worse summary", 6, LAYOUTS,
+             "return prompt, spaced(texts[choice]), spaced(texts[1 - choice]), known",
+             "return prompt, spaced(texts[1 - choice]), spaced(texts[choice]), known",
+             ("test_data.py::test_the_choice_of_an_openai_row_is_the_better_summary",)),
+    Mutation("the label of an SHP row is taken the other way round", 6, LAYOUTS,
+             'answers if row["labels"] == 1 else reversed(answers)', 'answers if row["labels"] == 0 else reversed(answers)',
+             ("test_data.py::test_the_label_of_an_shp_row_is_1_for_the_first_answer",)),
     Mutation("equal answers are kept as a pair", 6, DATA,
              "elif chosen.strip() == rejected.strip():", "elif False:", ("test_data.py",)),
     Mutation("an empty answer is kept", 6, DATA,
@@ -224,10 +232,10 @@ RANKINGS = [
     Mutation("margin and centring_coef do not reach the loss", 17, REWARD,
              "partial(pairwise_loss_sum, margin=config.margin, centring_coef=config.centring_coef)", "partial(pairwise_loss_sum)",
              ("test_reward.py::test_the_trainer_takes_margin_and_centring_from_the_configuration",)),
-    Mutation("only neighbours in the ranking make a pair", 18, DATA,
+    Mutation("only neighbours in the ranking make a pair", 18, LAYOUTS,
              "for j, b in enumerate(ranks) if a < b]", "for j, b in enumerate(ranks) if a < b and j == i + 1]",
              ("test_data.py",)),
-    Mutation("equal ranks make a pair", 18, DATA,
+    Mutation("equal ranks make a pair", 18, LAYOUTS,
              "for j, b in enumerate(ranks) if a < b]", "for j, b in enumerate(ranks) if a <= b and i != j]", ("test_data.py",)),
     Mutation("pairs point into the first group of the batch", 18, REWARD,
              "(first + b, first + w)", "(b, w)", ("test_trainer.py",)),

@@ -11,8 +11,6 @@ import pytest
 
 from utils.config import PROJECT, UserError
 from utils.data import (
-    Example,
-    Ranking,
     completion_tokens,
     load_examples,
     load_rankings,
@@ -21,6 +19,7 @@ from utils.data import (
     refuse_overlap,
     split_off,
 )
+from utils.layouts import Example, Ranking
 from utils.models import load_tokenizer
 
 TLDR = "SUBREDDIT: r/tea\n\nTITLE: Which pot\n\nPOST: I have two pots.\nOne leaks.\n\nTL;DR:"
@@ -104,6 +103,41 @@ def test_the_choice_of_an_openai_row_is_the_better_summary(tmp_path):
     assert found == [Ranking(TLDR, [" Buy one.", " Pots."], [(0, 1), (1, 0)], None, [note, note])]
     bare = {**openai_row(0), "extra": {}, "batch": None}
     assert rankings(write(tmp_path, bare))[0].notes == [{"policies": "ref and sup4", "worker": "w7"}]
+
+
+def shp_row(label, ratio=2.5, history="Why is the sky blue?", a="Buy one.", b="Pots."):
+    return {"post_id": "x", "domain": "askscience_train", "history": history, "human_ref_A": a, "human_ref_B": b,
+            "labels": label, "score_A": 5, "score_B": 2, "score_ratio": ratio}
+
+
+def test_the_label_of_an_shp_row_is_1_for_the_first_answer(tmp_path):
+    for label, pairs in ((1, [(" Buy one.", " Pots.")]), (0, [(" Pots.", " Buy one.")])):
+        [found] = rankings(write(tmp_path, shp_row(label)))
+        assert found.prompt == "Why is the sky blue?" and all_pairs([found]) == pairs
+
+
+def test_small_ratios_and_too_many_pairs_of_a_prompt_are_dropped_and_counted(tmp_path):
+    rows = [shp_row(1, 1.9), *(shp_row(1, 2.0, a=f"a{n}", b=f"b{n}") for n in range(4)), shp_row(1, 9.0, history="Q")]
+    path, said = write(tmp_path, *rows), []
+    found = load_rankings(path, "reward_training_data", 9, said.append, min_score_ratio=2.0, max_pairs_per_prompt=3)
+    assert {group.prompt: len(group.pairs) for group in found} == {"Why is the sky blue?": 3, "Q": 1}
+    assert said == [f"{path}: dropped 2 pairs (1 a score_ratio that is too small, 1 more pairs of one prompt than "
+                    "max_pairs_per_prompt)"]
+    assert sum(len(group.pairs) for group in rankings(path)) == 6  # by default every row counts
+
+
+def messages_row(*turns):
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def test_messages_are_a_dialogue_whose_last_answer_is_the_completion(tmp_path):
+    turns = ("user", "Hi "), ("assistant", "Hello"), ("user", "Tea?"), ("assistant", " Buy one.\n")
+    [found] = load_examples(write(tmp_path, messages_row(*turns)), "actor_training_data")
+    assert found == Example("Human: Hi\n\nAssistant: Hello\n\nHuman: Tea?\n\nAssistant:", " Buy one.", None)
+    [found] = load_examples(write(tmp_path, messages_row(("system", "Be kind."), ("user", "Tea?"))), "rlhf_training_data", False)
+    assert found == Example("System: Be kind.\n\nHuman: Tea?\n\nAssistant:", None, None)
+    # the same layout as that of hh-rlhf, so that one model serves both
+    assert rankings(write(tmp_path, COMPARISONS["Anthropic/hh-rlhf"][1]))[0].prompt == DIALOGUE.strip()
 
 
 def test_an_article_is_a_prompt_of_its_own(tmp_path):
@@ -357,6 +391,13 @@ def ranking_row(**changes):
 
 
 BROKEN_EXAMPLES = {
+    "messages a text": {"messages": "Hi"},
+    "no messages": {"messages": []},
+    "a message of text": {"messages": ["Hi"]},
+    "an unknown role": messages_row(("tool", "Hi"), ("assistant", "Hello")),
+    "a message without content": {"messages": [{"role": "user"}, {"role": "assistant", "content": "Hello"}]},
+    "no answer": messages_row(("user", "Hi")),
+    "an answer to nothing": messages_row(("assistant", "Hello")),
     "not JSON": "prompt: P",
     "JSON cut off": '{"prompt": "P", "comple',
     "two objects on a line": GOOD + GOOD,
@@ -378,6 +419,11 @@ BROKEN_EXAMPLES = {
 BROKEN_RANKINGS = {
     "rejected missing": {"prompt": "P", "chosen": "a"},
     "prompt missing": {"chosen": "a", "rejected": "b"},
+    "labels 2": {**shp_row(1), "labels": 2},
+    "labels a bool": {**shp_row(1), "labels": True},
+    "an answer missing": {**shp_row(1), "human_ref_B": None},
+    "no history": {**shp_row(1), "history": " "},
+    "ratio a text": {**shp_row(1), "score_ratio": "2"},
     "choice of three": {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2},
     "choice a text": {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": "1"},
     "one summary": {"info": POST, "summaries": [{"text": "a"}], "choice": 0},

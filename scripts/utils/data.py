@@ -1,52 +1,32 @@
 """Reading data sets and turning text into tokens, once.
 
 Two kinds of rows: examples (a prompt, perhaps with its reference completion) and rankings (a prompt with K
-completions and the pairs of them that somebody compared). Formats are recognised by their columns.
+completions and the pairs of them that somebody compared). `utils/layouts.py` says what a row means.
 """
 
 import bisect
-import math
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow
 
 from utils.config import UserError, find_input, find_local, is_hub_name
 from utils.files import FILE_ENDINGS, read_file
+from utils.layouts import (
+    TLDR,
+    TLDR_TEMPLATE,
+    Example,
+    Ranking,
+    comparison_of,
+    example_of,
+    ranking_of,
+    score_ratio,
+)
 
-# ST and N+ write prompts so; a completion starts with one space and ends with EOS (details 1 and 2).
-TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
-_TLDR = re.compile(r"SUBREDDIT: r/(.*?)\n+TITLE: (.*?)\n+POST: (.*?)\s*(?:\n+TL;DR:\s*)?", re.DOTALL)
 _SPLITS = {"training": ["train"], "validation": ["validation", "valid", "valid1"], "test": ["test", "valid2"]}
-
-
-class Example(NamedTuple):
-    """A prompt and, where known, its reference completion and the facts behind a synthetic post."""
-
-    prompt: str
-    completion: str | None
-    facts: dict[str, str] | None
-
-
-class Ranking(NamedTuple):
-    """A prompt and its distinct completions; `pairs` holds (better, worse) indices into them.
-
-    `label_scores`: Bradley-Terry strengths of the completions where the labeller is known, else None.
-    `notes`: what the set says of each pair besides, by NOTES, for evaluation (detail 20); None when it says nothing.
-    """
-
-    prompt: str
-    completions: list[str]
-    pairs: list[tuple[int, int]]
-    label_scores: list[float] | None
-    notes: list[dict[str, str]] | None = None
-
-
-NOTES = ("confidence", "policies", "batch", "worker")  # columns of a comparison that say who compared what, and how sure
 
 
 def load_examples(name: str, field: str, need_completion: bool = True) -> list[Example]:
@@ -60,30 +40,38 @@ def load_examples(name: str, field: str, need_completion: bool = True) -> list[E
     Raises:
         UserError: naming file and line, for anything that is not an example.
     """
-    return [_example(row, where, need_completion) for where, row in read_rows(name, field)]
+    return [example_of(row, where, need_completion) for where, row in read_rows(name, field)]
 
 
-def load_rankings(name: str, field: str, max_completions: int, say) -> list[Ranking]:
+def load_rankings(
+    name: str, field: str, max_completions: int, say, min_score_ratio: float = 1.0, max_pairs_per_prompt: int | None = None
+) -> list[Ranking]:
     """Every ranking of a data set; pairwise rows are grouped by prompt, so that a prompt is computed once.
 
     Args:
         max_completions: larger groups are split so that each pair stands in one of the parts.
         say: called with a line about what was dropped and why (detail 6).
+        min_score_ratio: rows with a smaller `score_ratio` are dropped (SHP: votes of the better over those of the worse).
+        max_pairs_per_prompt: of pairwise rows, the first so many of a prompt are taken.
     """
     rankings, pairs_of, dropped = [], {}, Counter()
     for where, row in read_rows(name, field):
         if "completions" in row:
-            rankings += _capped(_ranking(row, where), max_completions)
+            rankings += _capped(ranking_of(row, where), max_completions)
             continue
-        prompt, chosen, rejected, note = _comparison(row, where)
-        if prompt is None:
+        prompt, chosen, rejected, note = comparison_of(row, where)
+        if score_ratio(row, where) < min_score_ratio:
+            dropped["a score_ratio that is too small"] += 1
+        elif prompt is None:
             dropped["share no prompt"] += 1
         elif chosen.strip() == rejected.strip():
             dropped["equal answers"] += 1
         elif not chosen.strip() or not rejected.strip():
             dropped["an empty answer"] += 1
+        elif len(pairs_of.setdefault(prompt, [])) == max_pairs_per_prompt:
+            dropped["more pairs of one prompt than max_pairs_per_prompt"] += 1
         else:
-            pairs_of.setdefault(prompt, []).append((chosen, rejected, note))
+            pairs_of[prompt].append((chosen, rejected, note))
     for prompt, pairs in pairs_of.items():
         rankings += _grouped(prompt, pairs, max_completions)
     if dropped:
@@ -139,56 +127,6 @@ def _split_of(splits: list[str], field: str, name: str) -> str:
     return found
 
 
-def _text(row: dict, column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        found = "is empty" if value in ("", None) or isinstance(value, str) else f"is a {type(value).__name__}"
-        raise UserError(f"{where}: column '{column}' {found}; text is needed")
-    return value
-
-
-def _example(row: dict, where: str, need_completion: bool) -> Example:
-    facts = row.get("facts")
-    if {"subreddit", "title", "post"} <= row.keys():
-        prompt = TLDR_TEMPLATE.format(**{c: _text(row, c, where) for c in ("subreddit", "title", "post")})
-        column = "summary"
-    elif "prompt" in row:
-        prompt = tldr_layout(_text(row, "prompt", where)).rstrip()
-        column = "label" if "label" in row and "completion" not in row else "completion"
-    else:
-        raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt and completion, prompt and label, or "
-                        "subreddit, title, post and summary")
-    if column not in row:
-        if need_completion:
-            raise UserError(f"{where}: column '{column}' is missing (found: {', '.join(sorted(row))})")
-        return Example(prompt, None, facts)
-    return Example(prompt, spaced(_text(row, column, where)), facts)
-
-
-def _ranking(row: dict, where: str) -> Ranking:
-    if "prompt" not in row:
-        raise UserError(f"{where}: column 'prompt' is missing beside 'completions'")
-    completions, ranks = row["completions"], row.get("ranks")
-    if not isinstance(completions, list) or len(completions) < 2:
-        raise UserError(f"{where}: column 'completions' must be a list of two or more texts, best first")
-    texts = [spaced(_text({"completions": text}, "completions", where)) for text in completions]
-    if len(set(texts)) < len(texts):
-        raise UserError(f"{where}: column 'completions' holds the same text twice")
-    if ranks is None:
-        ranks = list(range(len(texts)))
-    strengths = row.get("label_scores")
-    for column, numbers in (("ranks", ranks), ("label_scores", strengths)):
-        whole = isinstance(numbers, list) and len(numbers) == len(texts) and all(map(_is_number, numbers))
-        if numbers is not None and not whole:
-            raise UserError(f"{where}: column '{column}' must hold one number for each of the {len(texts)} completions")
-    pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-    return Ranking(tldr_layout(_text(row, "prompt", where)).rstrip(), texts, pairs, strengths)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _capped(ranking: Ranking, max_completions: int) -> list[Ranking]:
     """The ranking itself, or parts of it that hold each pair once."""
     texts, strength = ranking.completions, ranking.label_scores
@@ -199,66 +137,6 @@ def _capped(ranking: Ranking, max_completions: int) -> list[Ranking]:
         return parts
     known = dict(zip(texts, strength, strict=True))
     return [part._replace(label_scores=[known[text] for text in part.completions]) for part in parts]
-
-
-def _comparison(row: dict, where: str):
-    """Prompt, better and worse answer, and what the row says besides. Prompt None: the two dialogues share none."""
-    if {"info", "summaries", "choice"} <= row.keys():
-        return _openai_comparison(row, where)
-    note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
-    if not {"chosen", "rejected"} <= row.keys():
-        raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt, chosen and rejected; chosen and rejected "
-                        "(dialogues); or prompt and completions, best first")
-    for column in ("chosen", "rejected"):
-        if not isinstance(row[column], str):
-            raise UserError(f"{where}: column '{column}' is a {type(row[column]).__name__}; text is needed")
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" not in row:
-        if "\n\nAssistant:" not in chosen:
-            raise UserError(f"{where}: column 'prompt' is missing, and 'chosen' is no dialogue with 'Assistant:' turns")
-        return *_shared_dialogue(chosen, rejected), note
-    prompt = _text(row, "prompt", where)
-    if chosen.startswith("TL;DR:") and rejected.startswith("TL;DR:"):
-        prompt = f"{prompt.rstrip()}\n\nTL;DR:"
-        chosen, rejected = chosen.removeprefix("TL;DR:"), rejected.removeprefix("TL;DR:")
-    return tldr_layout(prompt).rstrip(), spaced(chosen), spaced(rejected), note
-
-
-def _openai_comparison(row: dict, where: str):
-    """A row of openai/summarize_from_feedback: `choice` is the index of the better of two summaries.
-
-    Its articles (CNN/DM) have no subreddit and no title.
-    """
-    info, summaries, choice = row["info"], row["summaries"], row["choice"]
-    two = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(summary, dict) for summary in summaries)
-    if not isinstance(info, dict) or not two:
-        raise UserError(f"{where}: columns 'info' and 'summaries' must be an object and a list of two objects with 'text'")
-    if choice not in (0, 1) or isinstance(choice, bool):
-        raise UserError(f"{where}: column 'choice' is {choice!r}; it must be 0 or 1, the better of the two summaries")
-    if info.get("article"):
-        prompt = f"{_text(info, 'article', where).strip()}\n\nTL;DR:"
-    else:
-        prompt = TLDR_TEMPLATE.format(**{c: _text({c: info.get(c)}, c, where).strip() for c in ("subreddit", "title", "post")})
-    texts = [summary.get("text") for summary in summaries]
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"{where}: a summary has no 'text'")
-    extra = row.get("extra") if isinstance(row.get("extra"), dict) else {}
-    policies = [summary.get("policy") for summary in summaries]
-    note = {"confidence": extra.get("confidence"), "batch": row.get("batch"), "worker": row.get("worker"),
-            "policies": " and ".join(sorted(policies)) if all(isinstance(policy, str) for policy in policies) else None}
-    known = {column: str(note[column]) for column in NOTES if note[column] is not None}
-    return prompt, spaced(texts[choice]), spaced(texts[1 - choice]), known
-
-
-def _shared_dialogue(chosen: str, rejected: str):
-    """HH rows hold whole dialogues that share all but the last assistant turn."""
-    turn = "\n\nAssistant:"
-    head, _, answer = chosen.rpartition(turn)
-    other_head, _, other = rejected.rpartition(turn)
-    if head != other_head:
-        return None, chosen, rejected
-    return (head + turn).strip(), spaced(answer), spaced(other)
 
 
 def _grouped(prompt: str, pairs: list[tuple[str, str, dict]], max_completions: int) -> list[Ranking]:
@@ -274,18 +152,6 @@ def _grouped(prompt: str, pairs: list[tuple[str, str, dict]], max_completions: i
         indices.append((texts[chosen], texts[rejected]))
         notes.append(note)
     return [Ranking(prompt, list(texts), indices, None, notes if any(notes) else None) for texts, indices, notes in groups]
-
-
-def tldr_layout(prompt: str) -> str:
-    """The prompt in the TL;DR layout when it is one of its spellings, else unchanged."""
-    match = _TLDR.fullmatch(prompt)
-    return TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=match[3]) if match else prompt
-
-
-def spaced(completion: str) -> str:
-    """A completion that starts with a white-space character, so that it continues its prompt (detail 2)."""
-    completion = completion.rstrip()
-    return completion if completion[:1].isspace() else f" {completion}"
 
 
 def split_off(rows: list, share: float, seed: int) -> tuple[list, list]:
@@ -321,7 +187,7 @@ def _cut_prompt(tokenizer, prompt: str, max_tokens: int) -> list[int]:
 
     A prompt of another layout keeps its end, since that is where the question stands.
     """
-    match = _TLDR.fullmatch(prompt)
+    match = TLDR.fullmatch(prompt)
     if not match:
         ids = tokenizer(prompt)["input_ids"]
         special = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])

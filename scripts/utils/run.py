@@ -20,8 +20,8 @@ from accelerate.utils import LoggerType
 from transformers.integrations import get_available_reporting_integrations
 
 from utils.config import PROJECT, UserError, find_input, find_local, read_yaml, save_config
-from utils.data import TLDR_TEMPLATE
 from utils.distributed import world
+from utils.layouts import TLDR_TEMPLATE
 from utils.lora import merge_adapter
 from utils.models import load_tokenizer
 

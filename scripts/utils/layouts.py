@@ -1,0 +1,204 @@
+"""The layouts of rows: what the columns of a data set mean, recognised by their names.
+
+Examples (a prompt, perhaps with its completion), rankings (a prompt with K completions), comparisons (a prompt with a
+better and a worse one). `where` (`file:line`) is for messages; whatever is not of its layout is a UserError.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from utils.config import UserError
+
+# ST and N+ write prompts so; a completion starts with one space and ends with EOS (details 1 and 2).
+TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+TLDR = re.compile(r"SUBREDDIT: r/(.*?)\n+TITLE: (.*?)\n+POST: (.*?)\s*(?:\n+TL;DR:\s*)?", re.DOTALL)
+
+
+class Example(NamedTuple):
+    """A prompt and, where known, its reference completion and the facts behind a synthetic post."""
+
+    prompt: str
+    completion: str | None
+    facts: dict[str, str] | None
+
+
+class Ranking(NamedTuple):
+    """A prompt and its distinct completions; `pairs` holds (better, worse) indices into them.
+
+    `label_scores`: Bradley-Terry strengths of the completions where the labeller is known, else None.
+    `notes`: what the set says of each pair besides, by NOTES, for evaluation (detail 20); None when it says nothing.
+    """
+
+    prompt: str
+    completions: list[str]
+    pairs: list[tuple[int, int]]
+    label_scores: list[float] | None
+    notes: list[dict[str, str]] | None = None
+
+
+NOTES = ("confidence", "policies", "batch", "worker")  # columns of a comparison that say who compared what, and how sure
+
+
+def _text(row: dict, column: str, where: str) -> str:
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        found = "is empty" if value in ("", None) or isinstance(value, str) else f"is a {type(value).__name__}"
+        raise UserError(f"{where}: column '{column}' {found}; text is needed")
+    return value
+
+
+def example_of(row: dict, where: str, need_completion: bool) -> Example:
+    facts = row.get("facts")
+    if "messages" in row:
+        return _dialogue_example(row["messages"], where, need_completion)
+    if {"subreddit", "title", "post"} <= row.keys():
+        prompt = TLDR_TEMPLATE.format(**{c: _text(row, c, where) for c in ("subreddit", "title", "post")})
+        column = "summary"
+    elif "prompt" in row:
+        prompt = tldr_layout(_text(row, "prompt", where)).rstrip()
+        column = "label" if "label" in row and "completion" not in row else "completion"
+    else:
+        raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt and completion, prompt and label, "
+                        "subreddit, title, post and summary, or messages")
+    if column not in row:
+        if need_completion:
+            raise UserError(f"{where}: column '{column}' is missing (found: {', '.join(sorted(row))})")
+        return Example(prompt, None, facts)
+    return Example(prompt, spaced(_text(row, column, where)), facts)
+
+
+_SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
+
+def _dialogue_example(messages, where: str, need_completion: bool) -> Example:
+    """A dialogue in the layout of Anthropic/hh-rlhf: its last assistant message is the completion, all before it the prompt."""
+    whole = isinstance(messages, list) and all(isinstance(m, dict) and m.get("role") in _SPEAKERS for m in messages)
+    if not whole or not messages:
+        raise UserError(f"{where}: column 'messages' must be a list of {{role, content}} objects; roles are "
+                        f"{', '.join(_SPEAKERS)}")
+    texts = [_text({"content": message.get("content")}, "content", where).strip() for message in messages]
+    answered = messages[-1]["role"] == "assistant"
+    asked = len(messages) - answered
+    if not asked or (need_completion and not answered):
+        raise UserError(f"{where}: column 'messages' must hold a question, and end with the assistant's answer")
+    turns = [f"{_SPEAKERS[message['role']]}: {text}" for message, text in zip(messages[:asked], texts, strict=False)]
+    return Example("\n\n".join([*turns, "Assistant:"]), spaced(texts[-1]) if answered else None, None)
+
+
+def ranking_of(row: dict, where: str) -> Ranking:
+    if "prompt" not in row:
+        raise UserError(f"{where}: column 'prompt' is missing beside 'completions'")
+    completions, ranks = row["completions"], row.get("ranks")
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise UserError(f"{where}: column 'completions' must be a list of two or more texts, best first")
+    texts = [spaced(_text({"completions": text}, "completions", where)) for text in completions]
+    if len(set(texts)) < len(texts):
+        raise UserError(f"{where}: column 'completions' holds the same text twice")
+    if ranks is None:
+        ranks = list(range(len(texts)))
+    strengths = row.get("label_scores")
+    for column, numbers in (("ranks", ranks), ("label_scores", strengths)):
+        whole = isinstance(numbers, list) and len(numbers) == len(texts) and all(map(_is_number, numbers))
+        if numbers is not None and not whole:
+            raise UserError(f"{where}: column '{column}' must hold one number for each of the {len(texts)} completions")
+    pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+    return Ranking(tldr_layout(_text(row, "prompt", where)).rstrip(), texts, pairs, strengths)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def comparison_of(row: dict, where: str):
+    """Prompt, better and worse answer, and what the row says besides. Prompt None: the two dialogues share none."""
+    if {"info", "summaries", "choice"} <= row.keys():
+        return _openai_comparison(row, where)
+    if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
+        return _shp_comparison(row, where)
+    note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
+    if not {"chosen", "rejected"} <= row.keys():
+        raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt, chosen and rejected; chosen and rejected "
+                        "(dialogues); or prompt and completions, best first")
+    for column in ("chosen", "rejected"):
+        if not isinstance(row[column], str):
+            raise UserError(f"{where}: column '{column}' is a {type(row[column]).__name__}; text is needed")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" not in row:
+        if "\n\nAssistant:" not in chosen:
+            raise UserError(f"{where}: column 'prompt' is missing, and 'chosen' is no dialogue with 'Assistant:' turns")
+        return *_shared_dialogue(chosen, rejected), note
+    prompt = _text(row, "prompt", where)
+    if chosen.startswith("TL;DR:") and rejected.startswith("TL;DR:"):
+        prompt = f"{prompt.rstrip()}\n\nTL;DR:"
+        chosen, rejected = chosen.removeprefix("TL;DR:"), rejected.removeprefix("TL;DR:")
+    return tldr_layout(prompt).rstrip(), spaced(chosen), spaced(rejected), note
+
+
+def _openai_comparison(row: dict, where: str):
+    """A row of openai/summarize_from_feedback: `choice` is the index of the better of two summaries.
+
+    Its articles (CNN/DM) have no subreddit and no title.
+    """
+    info, summaries, choice = row["info"], row["summaries"], row["choice"]
+    two = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(summary, dict) for summary in summaries)
+    if not isinstance(info, dict) or not two:
+        raise UserError(f"{where}: columns 'info' and 'summaries' must be an object and a list of two objects with 'text'")
+    if choice not in (0, 1) or isinstance(choice, bool):
+        raise UserError(f"{where}: column 'choice' is {choice!r}; it must be 0 or 1, the better of the two summaries")
+    if info.get("article"):
+        prompt = f"{_text(info, 'article', where).strip()}\n\nTL;DR:"
+    else:
+        prompt = TLDR_TEMPLATE.format(**{c: _text({c: info.get(c)}, c, where).strip() for c in ("subreddit", "title", "post")})
+    texts = [summary.get("text") for summary in summaries]
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{where}: a summary has no 'text'")
+    extra = row.get("extra") if isinstance(row.get("extra"), dict) else {}
+    policies = [summary.get("policy") for summary in summaries]
+    note = {"confidence": extra.get("confidence"), "batch": row.get("batch"), "worker": row.get("worker"),
+            "policies": " and ".join(sorted(policies)) if all(isinstance(policy, str) for policy in policies) else None}
+    known = {column: str(note[column]) for column in NOTES if note[column] is not None}
+    return prompt, spaced(texts[choice]), spaced(texts[1 - choice]), known
+
+
+def _shp_comparison(row: dict, where: str):
+    """A row of stanfordnlp/SHP: `labels` is 1 when answer A is preferred, 0 when B is."""
+    if row["labels"] not in (0, 1) or isinstance(row["labels"], bool):
+        raise UserError(f"{where}: column 'labels' is {row['labels']!r}; it must be 1 (A is better) or 0 (B is)")
+    answers = [row["human_ref_A"], row["human_ref_B"]]
+    for column, answer in zip("AB", answers, strict=True):
+        if not isinstance(answer, str):
+            raise UserError(f"{where}: column 'human_ref_{column}' is a {type(answer).__name__}; text is needed")
+    chosen, rejected = answers if row["labels"] == 1 else reversed(answers)
+    return _text(row, "history", where).rstrip(), spaced(chosen), spaced(rejected), {}
+
+
+def score_ratio(row: dict, where: str) -> float:
+    """`score_ratio`, infinite where there is none."""
+    ratio = row.get("score_ratio", math.inf)
+    if ratio is not math.inf and not _is_number(ratio):
+        raise UserError(f"{where}: column 'score_ratio' is {ratio!r}; a number is needed")
+    return ratio
+
+
+def _shared_dialogue(chosen: str, rejected: str):
+    """HH rows hold whole dialogues that share all but the last assistant turn."""
+    turn = "\n\nAssistant:"
+    head, _, answer = chosen.rpartition(turn)
+    other_head, _, other = rejected.rpartition(turn)
+    if head != other_head:
+        return None, chosen, rejected
+    return (head + turn).strip(), spaced(answer), spaced(other)
+
+
+def tldr_layout(prompt: str) -> str:
+    """The prompt in the TL;DR layout when it is one of its spellings, else unchanged."""
+    match = TLDR.fullmatch(prompt)
+    return TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=match[3]) if match else prompt
+
+
+def spaced(completion: str) -> str:
+    """A completion that starts with a white-space character, so that it continues its prompt (detail 2)."""
+    completion = completion.rstrip()
+    return completion if completion[:1].isspace() else f" {completion}"
