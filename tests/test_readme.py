@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from utils.config import UserError, parse_config
+from utils.data import load_examples, load_rankings
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
@@ -99,3 +100,21 @@ def test_the_options_are_keys_and_their_defaults_are_those_of_the_code(readme):
             assert str(defaults[name.strip()]).lower().removesuffix(".0") == value.split()[0], name
             seen.add(name.strip())
     assert len(seen) == 16
+
+
+def test_the_rows_that_the_readme_shows_are_read(tmp_path):
+    """Each by itself, by the loader of its role."""
+    supervised, compared, prompts = blocks(READMES[0].read_text(), "json")
+    roles = {"actor_training_data": supervised, "reward_training_data": compared, "rlhf_training_data": prompts}
+    for role, block in roles.items():
+        rows = [row for row in block.splitlines() if row]
+        assert rows
+        for row in rows:
+            path = tmp_path / "row.jsonl"
+            path.write_text(row + "\n")
+            if role == "reward_training_data":
+                [group] = load_rankings(str(path), role, 9, print)
+                assert group.pairs
+            else:
+                [example] = load_examples(str(path), role, need_completion=role == "actor_training_data")
+                assert example.completion or role == "rlhf_training_data"
