@@ -228,12 +228,25 @@ def test_tokenising_apart_equals_tokenising_together(name):
         assert tokenizer.eos_token_id not in completion[:-1]
 
 
+@pytest.mark.parametrize("name", ["opt-mini", "opt"])
+def test_special_tokens_that_somebody_wrote_are_text(name):
+    """Detail 4: a post that holds the EOS's spelling must not end there, nor may padding be written into it."""
+    tokenizer = tokenizer_of(name)
+    text = " a </s> b <pad> c"
+    [prompt], [completion] = prompt_tokens(tokenizer, [text.strip()], 99), completion_tokens(tokenizer, [text])
+    special = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert not special & {*prompt[1:], *completion[:-1]}
+    assert tokenizer.decode(completion[:-1]) == text
+    [cut] = prompt_tokens(tokenizer, [f"{text} " * 9], 20)
+    assert not special & set(cut[1:]) and len(cut) == 20
+
+
 class Words:
     """A tokenizer of white-space separated words with a BOS in front; a newline is a word of its own."""
 
     bos = "<s>"
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
         if isinstance(text, list):
             return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
         return {"input_ids": [self.bos] * add_special_tokens + text.replace("\n", " | ").split()}

@@ -178,8 +178,13 @@ def prompt_tokens(tokenizer, prompts: list[str], max_tokens: int) -> list[list[i
     """Token ids of each prompt, special tokens in front as the tokenizer has them, cut to `max_tokens`."""
     return [
         ids if len(ids) <= max_tokens else _cut_prompt(tokenizer, prompt, max_tokens)
-        for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True)
+        for prompt, ids in zip(prompts, _ids(tokenizer, prompts), strict=True)
     ]
+
+
+def _ids(tokenizer, text, add_special_tokens=True):
+    """Token ids. A special token that somebody has written into a text is text: `</s>` in a post ends nothing (detail 4)."""
+    return tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
 
 
 def _cut_prompt(tokenizer, prompt: str, max_tokens: int) -> list[int]:
@@ -189,14 +194,14 @@ def _cut_prompt(tokenizer, prompt: str, max_tokens: int) -> list[int]:
     """
     match = TLDR.fullmatch(prompt)
     if not match:
-        ids = tokenizer(prompt)["input_ids"]
-        special = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = _ids(tokenizer, prompt)
+        special = len(ids) - len(_ids(tokenizer, prompt, add_special_tokens=False))
         return ids[:special] + ids[len(ids) - max_tokens + special :]
     post = match[3]
 
     def cut_at(end: int) -> list[int]:
         shorter = TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=post[:end].rstrip())
-        return tokenizer(shorter)["input_ids"]
+        return _ids(tokenizer, shorter)
 
     for breaks in _breaks(post):
         # the further the cut, the longer the prompt: find the last one that fits by bisection
@@ -218,5 +223,5 @@ def _breaks(post: str) -> list[list[int]]:
 
 def completion_tokens(tokenizer, completions: list[str]) -> list[list[int]]:
     """Token ids of each completion, followed by EOS."""
-    ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
+    ids = _ids(tokenizer, completions, add_special_tokens=False)
     return [tokens + [tokenizer.eos_token_id] for tokens in ids]
