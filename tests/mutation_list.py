@@ -43,7 +43,7 @@ TEXT = [
     Mutation("a completion has no EOS", 2, DATA,
              "[tokens + [tokenizer.eos_token_id] for tokens in ids]", "ids", ("test_data.py",)),
     Mutation("a completion is tokenised with the special tokens of a text's beginning", 2, DATA,
-             "ids = _ids(tokenizer, completions, add_special_tokens=False)", "ids = _ids(tokenizer, completions)", ("test_data.py",)),
+             "_ids(tokenizer, completions, add_special_tokens=False)", "_ids(tokenizer, completions)", ("test_data.py",)),
     Mutation("an EOS that somebody wrote ends the text", 4, DATA,
              ", split_special_tokens=True", "", ("test_data.py::test_special_tokens_that_somebody_wrote_are_text",)),
     Mutation("completions over the limit stay", 3, EVALUATION,
