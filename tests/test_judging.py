@@ -106,7 +106,7 @@ def test_examples_whose_completion_is_too_long_are_dropped_and_counted():
     class Words:
         eos_token_id = EOS
 
-        def __call__(self, texts, add_special_tokens=True):
+        def __call__(self, texts, add_special_tokens=True, split_special_tokens=False):
             return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
 
     examples = [SimpleNamespace(prompt="p q", completion=text) for text in (" a b c", " a b", " a b c d")]
