@@ -1,7 +1,7 @@
 """The same numbers as trl. What the trl at hand has not is skipped, so this file runs in two environments:
 
     python -m pytest tests/test_peers.py                    # requirements-dev.txt: trl's reward loss, log-probs, entropy
-    /tmp/bench-venv/bin/python -m pytest tests/test_peers.py     # requirements-bench.txt, which says how: trl's last PPO too
+    .venv-bench/bin/python -m pytest tests/test_peers.py     # requirements-bench.txt, which says how: trl's last PPO too
 
 trl's GAE, token rewards and losses stand inside `PPOTrainer.train`, where no caller reaches them: they are not compared here.
 """
