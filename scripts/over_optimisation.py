@@ -54,7 +54,7 @@ class OverOptimisationConfig:
     sft: str = key("outputs/tldr_mini/sft/final", "The SFT model that the runs started from.")
     reward_model: str = key("outputs/tldr_mini/reward/final", "The reward model of the runs.")
     runs: list[str] = key([], "Folders of finished PPO runs.")
-    data: str = key("data/tldr_mini/rlhf_validation.jsonl.gz", "Posts with `facts` for best-of-n: .jsonl(.gz) file.")
+    data: str = key("data/tldr_mini/rlhf_validation.jsonl.gz", "Posts with `facts` for best-of-n: file or folder.")
     gold_rules: str = key("data/tldr_mini/gold.json", "Rules of the gold score.")
     kl_budget: float | None = key(None, "Judge the rule with this budget in place of the runs' own.",
                                   unit="nats a summary", low=0.0)

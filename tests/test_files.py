@@ -75,6 +75,23 @@ def test_marks_and_line_ends_of_other_programs_are_read(name, content, tmp_path)
     assert [row for _, row in read_file(tmp_path / name, "data")] == ROWS
 
 
+HUB_ROWS = [
+    {"history": "Why?", "human_ref_A": "So.", "human_ref_B": "Because.", "labels": 0, "score_ratio": 2.5},
+    {"info": {"subreddit": "tea", "title": "t", "post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1},
+]
+
+
+@pytest.mark.parametrize("kind", WRITE)
+@pytest.mark.parametrize("row", HUB_ROWS, ids=["SHP", "OpenAI"])
+def test_comparisons_of_the_hub_are_the_same_in_every_kind_of_file(kind, row, tmp_path):
+    """The second answer is the better one in both; a number of a CSV file is a number."""
+    path = tmp_path / f"rows{kind}"
+    path.write_bytes(WRITE[kind]([row]))
+    [group] = load_rankings(str(path), "reward_training_data", 9, print, min_score_ratio=2.0)
+    better, worse = (group.completions[index] for index in group.pairs[0])
+    assert (better, worse) in {(" Because.", " So."), (" b", " a")}
+
+
 def test_a_row_is_named_by_the_line_it_begins_at(tmp_path):
     """The first two CSV rows are two and three lines long."""
     (tmp_path / "a.csv").write_bytes(as_csv(ROWS))
@@ -103,13 +120,13 @@ BROKEN = {
     "parquet damaged": ("a.parquet", PARQUET[:4] + bytes(60) + PARQUET[64:], ":1: is no whole Parquet file"),
     "packed parquet cut off": ("a.parquet.gz", gzip.compress(PARQUET[:99]), ":1: is no whole Parquet file"),
     "empty parquet file": ("a.parquet", b"", ":1: is no whole Parquet file"),
-    "parquet without rows": ("a.parquet", as_parquet([{"prompt": "p"}])[:0] or b"PAR1", ":1: is no whole Parquet file"),
+    "parquet of its first bytes": ("a.parquet", b"PAR1", ":1: is no whole Parquet file"),
     "csv with too few cells": ("a.csv", b"prompt,completion\np,c\np\n", ":3: has 1 cells, but the first line names 2 columns"),
     "csv with too many cells": ("a.csv", b"prompt,completion\np,c,d\n", ":2: has 3 cells"),
     "csv with an open quote": ("a.csv", b'prompt,completion\np,c\n"p,c\n', ":3: is not CSV"),
     "csv of a header alone": ("a.csv", b"prompt,completion\n", "' is empty; it needs rows"),
     "csv not UTF-8": ("a.csv", b"prompt,completion\np,c\np,\xff\n", ":3: is not UTF-8"),
-    "csv list that is none": ("a.csv", b'prompt,completions\np,"[1, 2"\n', ":2: is not JSON .*; column 'completions' is a list"),
+    "csv list that is none": ("a.csv", b'prompt,completions\np,"[1, 2"\n', ":2: is not JSON .*; column 'completions' needs JSON"),
     "json cut off": ("a.json", b'[{"prompt": "p"},\n {"pro', ":2: is not JSON .*; a list of objects is needed"),
     "json list of texts": ("a.json", b'["p", "q"]', ":1: must be a JSON object"),
     "json not UTF-8": ("a.json", b'[{"prompt":\n "\xff"}]', ":2: is not UTF-8"),

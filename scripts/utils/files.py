@@ -21,8 +21,9 @@ def _open_zst(path, mode):
 
 _PACKED = {".gz": gzip.open, ".zst": _open_zst}
 FILE_ENDINGS = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json", ".csv", ".parquet") for packed in ("", *_PACKED))
-# CSV has text only: what a list must be is written as JSON in its cell
-_CSV_LISTS = ("completions", "ranks", "label_scores", "messages")
+# CSV has text only: in these columns of `utils/layouts.py`, which hold something else, a cell is JSON
+_CSV_JSON = ("completions", "ranks", "label_scores", "messages", "facts", "labels", "score_ratio", "info", "summaries",
+             "choice", "extra")
 
 
 def read_file(path: Path, field: str) -> Iterator[tuple[str, dict]]:
@@ -104,8 +105,8 @@ def _read_csv(file, path):
                 if len(cells) != len(header):
                     raise UserError(f"{path}:{place}: has {len(cells)} cells, but the first line names {len(header)} columns")
                 row = dict(zip(header, cells, strict=True))
-                yield place, row | {name: _parsed(row[name], f"{path}:{place}", f"column '{name}' is a list in JSON")
-                                    for name in _CSV_LISTS if row.get(name)}
+                yield place, row | {name: _parsed(row[name], f"{path}:{place}", f"column '{name}' needs JSON")
+                                    for name in _CSV_JSON if row.get(name)}
             place = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{place}: is not CSV ({error})") from None
