@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import cross_entropy
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -26,7 +25,7 @@ from utils.data import load_examples, refuse_overlap, split_off
 from utils.evaluation import print_stages, refuse_too_long, summarise, tokenise
 from utils.lora import add_adapter
 from utils.metrics import SummaryRouge
-from utils.models import load_policy, load_tokenizer, response_logits
+from utils.models import load_policy, load_tokenizer, response_logprobs
 from utils.plots import plot_sft
 from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_impossible, stage_folders
@@ -73,7 +72,7 @@ class SFTStageTrainer(GroupLossMixin, SFTTrainer):
 
 def completion_loss_sum(model, groups):
     """Sum of -log p over the response tokens: a scalar."""
-    return cross_entropy(response_logits(model, groups), groups.responses[groups.response_mask], reduction="sum")
+    return -response_logprobs(model, groups, temperature=1.0).sum()  # padding is 0
 
 
 def collate(rows, pad_id: int, loss_on: str) -> dict[str, torch.Tensor]:

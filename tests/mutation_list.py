@@ -16,6 +16,7 @@ class Mutation(NamedTuple):
 
 PPO, ROLLOUT, LOOP = "scripts/utils/ppo.py", "scripts/utils/rollout.py", "scripts/train_ppo.py"
 GROUPS, MODELS, PPO_MODELS = "scripts/utils/prompt_groups.py", "scripts/utils/models.py", "scripts/utils/ppo_models.py"
+HEAD = "scripts/utils/lm_head.py"
 SAMPLING, DATA, LORA = "scripts/utils/generation.py", "scripts/utils/data.py", "scripts/utils/lora.py"
 LAYOUTS = "scripts/utils/layouts.py"
 TRAINER, REWARD, SFT = "scripts/utils/trainer.py", "scripts/train_reward.py", "scripts/train_sft.py"
@@ -318,7 +319,13 @@ REWARDS = [
     Mutation("a response goes on behind its EOS", 26, SAMPLING,
              "end = tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens)", "end = len(tokens)", ("test_generation.py",)),
     Mutation("sampling ends when the first branch has ended", 26, SAMPLING,
-             "or bool(ended.all())", "or bool(ended.any())", ("test_generation.py",)),
+             "count = int(running.sum())", "count = int(running.all())", ("test_generation.py",)),
+    Mutation("a row is retired when one of its branches has ended", 26, SAMPLING,
+             ".view(-1, self.k).any(1)", ".view(-1, self.k).all(1)", ("test_generation.py",)),
+    Mutation("the rows that stay are written to where they stood", 26, SAMPLING,
+             "branches, token = (kept.view(-1, self.k)[running].flatten() for kept in (branches, token))",
+             "token = token.view(-1, self.k)[running].flatten()\n                    branches = branches[: len(token)]",
+             ("test_generation.py",)),
     Mutation("scores are clipped before they are scaled", None, PPO,
              "    scaled = scores / scale\n    return scaled if clip is None else scaled.clamp(-clip, clip)",
              "    return (scores if clip is None else scores.clamp(-clip, clip)) / scale", ("test_ppo.py",)),
@@ -328,35 +335,36 @@ REWARDS = [
 
 SAMPLES = [
     Mutation("no temperature in sampling", 25, SAMPLING,
-             "token, logprob = _draw(logits / temperature, noise[:, step], top_k, top_p)",
-             "token = _draw(logits, noise[:, step], top_k, top_p)[0]\n            "
+             "token, logprob = _draw(logits / temperature, noise[branches, step], top_k, top_p)",
+             "token = _draw(logits, noise[branches, step], top_k, top_p)[0]\n            "
              "logprob = (logits / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]",
              ("test_generation.py",)),
     Mutation("no temperature in the behaviour log-probs", 25, SAMPLING,
-             "token, logprob = _draw(logits / temperature, noise[:, step], top_k, top_p)",
-             "token = _draw(logits / temperature, noise[:, step], top_k, top_p)[0]\n            "
+             "token, logprob = _draw(logits / temperature, noise[branches, step], top_k, top_p)",
+             "token = _draw(logits / temperature, noise[branches, step], top_k, top_p)[0]\n            "
              "logprob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]",
              ("test_generation.py",)),
     Mutation("no temperature in the reference log-probs", 25, ROLLOUT,
              "response_logprobs(models.ref_policy, groups, config.temperature)",
              "response_logprobs(models.ref_policy, groups, 1.0)",
              (f"{UPDATE}a_rollout_starts_from_the_parents_as_they_were_saved",)),
-    Mutation("no temperature in the update's log-probs", 25, MODELS,
-             "next_logprobs = (logits / temperature).log_softmax(-1)", "next_logprobs = logits.log_softmax(-1)",
-             ("test_models.py",)),
+    Mutation("no temperature in the update's log-probs", 25, HEAD,
+             "_TokenLogprobs.apply(states / temperature,", "_TokenLogprobs.apply(states,", ("test_models.py",)),
     Mutation("the update does not get the temperature", 25, LOOP,
              "trained(batch.groups, config.temperature, examples)", "trained(batch.groups, 1.0, examples)",
              (f"{UPDATE}before_the_first_step_the_policy_is_the_one_that_sampled",)),
     Mutation("no temperature in the evaluation's KL", 25, JUDGING,
              "response_logprobs(self.ref_policy, groups, self.config.temperature)",
              "response_logprobs(self.ref_policy, groups, 1.0)", ("test_judging.py",)),
-    Mutation("the temperature multiplies the logits", 25, MODELS,
-             "(response_logits(policy, groups) / temperature)", "(response_logits(policy, groups) * temperature)",
-             ("test_models.py",)),
+    Mutation("the temperature multiplies the logits", 25, HEAD,
+             "_TokenLogprobs.apply(states / temperature,", "_TokenLogprobs.apply(states * temperature,", ("test_models.py",)),
+    Mutation("the head's gradient leaves out the tokens that stand there", None, HEAD,
+             ".index_add_(0, tokens, weighted.float())", "", ("test_models.py",)),
+    Mutation("the states' gradient leaves out the other words", None, HEAD,
+             "weight[tokens] - torch.cat(expected)", "weight[tokens]", ("test_models.py",)),
     Mutation("log-probs are those of the truncated distribution", 27, SAMPLING,
-             "    return token, logprobs.gather(-1, token[:, None])[:, 0]\n",
-             "    probabilities = probabilities / probabilities.sum(-1, keepdim=True)\n    "
-             "return token, probabilities.log().gather(-1, token[:, None])[:, 0]\n",
+             "return token, probabilities.gather(-1, token[:, None])[:, 0].log()\n",
+             "return token, (kept / kept.sum(-1, keepdim=True)).gather(-1, token[:, None])[:, 0].log()\n",
              ("test_generation.py",)),
     Mutation("samples depend on their place in the batch", 27, SAMPLING,
              "_uniforms([seeds[i * k + j] for i in part for j in range(k)]",
@@ -487,9 +495,9 @@ UPDATES = [
              "torch.where(response_mask, x, 0.0).sum() for name, x", "x.sum() for name, x", ("test_ppo.py",)),
     Mutation("ratio_max looks at padding", 32, PPO,
              "torch.where(response_mask, ratio, 0.0).max()", "ratio.max()", ("test_ppo.py",)),
-    Mutation("the entropy is not that of the sampling temperature", 32, MODELS,
-             "entropy = -(next_logprobs.exp() * next_logprobs).sum(-1)",
-             "entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)", ("test_models.py",)),
+    Mutation("the entropy does not weigh the words", 32, HEAD,
+             "entropy.append(-logprobs.mul_(probs).sum(-1))",
+             "entropy.append(-logprobs.mean(-1))", ("test_models.py",)),
     Mutation("clipfrac counts padding", 12, LOOP,
              "value_clipped[mask].float().sum()", "(value_clipped | ~mask).float().sum()",
              (f"{UPDATE}the_loss_of_a_micro_batch_by_definition",)),

@@ -1,5 +1,7 @@
 """Sampling: what it reports is what the update's forward pass computes, and what it draws is what it says."""
 
+from collections import Counter
+
 import pytest
 import torch
 from families import EOS, FAMILIES, PAD, VOCAB, policy, random_groups
@@ -11,6 +13,12 @@ from utils.prompt_groups import pack
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PROMPTS = random_groups([5, 1, 8, 3], [[1]] * 4)[0]
+
+
+@pytest.fixture(params=[1, 4, 256])
+def block(request, monkeypatch):
+    """Words summed at once: all 31 fit into the last size, 4 leaves a rest of 3."""
+    monkeypatch.setattr(generation, "_BLOCK", request.param)
 
 
 def draw(model, prompts, k=3, seeds=None, **options):
@@ -72,7 +80,7 @@ def test_top_k_of_one_is_greedy(family):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
-def test_frequencies_follow_the_softmax(temperature):
+def test_frequencies_follow_the_softmax(temperature, block):
     """Pearson's statistic has mean V - 1 and variance 2 (V - 1); the seeds are fixed."""
     model, prompt, count = policy("opt"), PROMPTS[0], 4000
     found = draw(model, [prompt], k=count, temperature=temperature, max_new_tokens=1)
@@ -86,6 +94,40 @@ def test_frequencies_follow_the_softmax(temperature):
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
     for token, logprob in zip(found.responses, found.logprobs, strict=True):
         assert logprob[0] == pytest.approx((expected[token[0]] / count).log().item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_draw_inverts_the_cumulative_distribution(block):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, VOCAB, generator=generator) * 3
+    uniform = torch.rand(300, generator=generator)
+    tokens, logprobs = _draw(logits, uniform, 0, 1.0)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    first_above = (cumulative > uniform.double()[:, None]).int().argmax(-1)
+    assert torch.equal(tokens, first_above)
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[torch.arange(300), tokens], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_rows_that_have_ended_leave_the_batch(k, monkeypatch):
+    sizes, forward = [], generation._Batch._forward
+
+    def watched(batch, input_ids, *rest):
+        sizes.append(len(input_ids))
+        return forward(batch, input_ids, *rest)
+
+    monkeypatch.setattr(generation._Batch, "_forward", watched)
+    prompts = random_groups([6] * 12, [[1]] * 12)[0]
+    settings = {"k": k, "temperature": 2.0, "max_new_tokens": 50}
+    often = Counter(token for response in draw(policy("opt"), prompts, eos_id=-1, **settings).responses for token in response)
+    settings["eos_id"] = often.most_common(1)[0][0]
+    sizes.clear()
+    together = draw(policy("opt"), prompts, **settings)
+    assert sizes[0] == 12 and 1 < len(set(sizes)) and sizes[-1] <= 6
+    apart = draw(policy("opt"), prompts, batch_size=1, **settings)
+    assert together.responses == apart.responses and together.ended == apart.ended
+    for one, other in zip(together.logprobs, apart.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_branches_of_a_prompt_are_independent_draws():
@@ -116,7 +158,7 @@ def test_truncation_keeps_the_smallest_set(top_k, top_p, kept):
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.39, 1), (0.41, 3), (0.999999, 3)])
-def test_a_token_without_probability_is_never_drawn(uniform, token):
+def test_a_token_without_probability_is_never_drawn(uniform, token, block):
     logits = torch.tensor([[0.0, 0.4, 0.0, 0.6, 0.0]]).log()
     found, logprob = _draw(logits, torch.tensor([uniform]), 0, 1.0)
     assert found.item() == token and logprob.item() == pytest.approx(logits[0, token].item())

@@ -33,9 +33,9 @@ from train_reward import pairwise_loss_sum
 from train_sft import completion_loss_sum
 from utils.config import PROJECT, UserError, parse_config
 from utils.distributed import world
-from utils.models import PolicyAndValue, logprobs_and_entropy, response_logits, response_values, scores, without_dropout
+from utils.models import PolicyAndValue, hidden_states, logprobs_and_entropy, response_values, scores, without_dropout
 from utils.ppo import Rollout
-from utils.prompt_groups import PromptGroups, pack
+from utils.prompt_groups import PromptGroups, pack, response_states
 from utils.trainer import GroupLossMixin
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -70,7 +70,7 @@ def numbers():
 
 def of_tokens(model, groups):
     """Log-probs and entropies, (N, R) each."""
-    return logprobs_and_entropy(response_logits(model, groups), groups, TEMPERATURE)
+    return logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups), groups, TEMPERATURE)
 
 
 def losses(models, groups, pairs, numbers) -> dict:

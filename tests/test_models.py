@@ -16,19 +16,19 @@ from utils.config import UserError
 from utils.models import (
     PolicyAndValue,
     centre_scores,
+    hidden_states,
     load_policy,
     load_scalar_model,
     load_tokenizer,
     logprobs_and_entropy,
     model_path,
     new_value_head,
-    response_logits,
     response_logprobs,
     response_values,
     scores,
     without_dropout,
 )
-from utils.prompt_groups import pack
+from utils.prompt_groups import pack, response_states
 
 TEMPERATURE = 0.7
 SIZES = [4, 1, 7], [[3, 1, 5], [2], [4, 4]]
@@ -85,7 +85,7 @@ def test_logprobs_entropy_and_gradients(family):
     model = policy(family)
     prompts, completions = random_groups(*SIZES)
     groups = pack(prompts, completions, PAD)
-    logprobs, entropy = logprobs_and_entropy(response_logits(model, groups), groups, TEMPERATURE)
+    logprobs, entropy = logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups), groups, TEMPERATURE)
     stock = [stock_logprobs(model, *row) for row in each_row(prompts, completions)]
     expected = padded([row[0] for row in stock])
     close(logprobs, expected)

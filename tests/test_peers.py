@@ -15,9 +15,9 @@ from families import EOS, FAMILIES, PAD, VOCAB, policy, random_groups, scalar_mo
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.generation import _cut
-from utils.models import logprobs_and_entropy, response_logits, response_values, scores
+from utils.models import hidden_states, logprobs_and_entropy, response_values, scores
 from utils.ppo import masked_moments, mean_var, whiten
-from utils.prompt_groups import pack
+from utils.prompt_groups import pack, response_states
 
 trl_utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
 PROMPT_SIZES, COMPLETION_SIZES = [5, 2, 9], [[4, 1, 6], [2, 3], [5]]
@@ -41,7 +41,7 @@ def in_rows():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropy(family, temperature):
     model, (groups, single) = policy(family), in_rows()
-    logprobs, entropy = logprobs_and_entropy(response_logits(model, groups), groups, temperature)
+    logprobs, entropy = logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups), groups, temperature)
     for n, (prompt, completion) in enumerate(single):
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
         size = len(completion)

@@ -5,6 +5,7 @@ wrong type or a value out of range stops at once with one line that names the fi
 """
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -255,9 +256,21 @@ def _quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free: to hand it back and fetch it again takes a page fault for every 4 KB.
+
+    It made steps on a CPU 4 % (OPT-125m) to 20 % (the mini model) faster, at the same peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets pages of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: a free end of the heap stays
+
+
 def start(main, config_class, default_file: Path | None, description: str) -> None:
     """Parse the command line, run `main(config)`, and turn a user's mistake into one line and exit status 2."""
     _quiet()
+    _keep_freed_memory()
     try:
         main(parse_config(config_class, default_file, sys.argv[1:], description))
     except KeyboardInterrupt:  # while loading, or the second one

@@ -12,6 +12,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+_CHECKED_EVERY = 4  # steps between looks at who has ended: on a GPU each look waits for the device
+_BLOCK = 256  # words summed at once when a token is drawn
+
 
 class Samples(NamedTuple):
     """Responses of all prompts, K after K; each ends with its EOS when it has one."""
@@ -38,6 +41,14 @@ class _PreallocatedLayer(DynamicLayer):
         self.values[:, :, self.used : end] = value_states
         self.used = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def retire(self, running):
+        """Keep the rows (B,) that are True."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty((int(running.sum()), *old.shape[1:]))
+            new[:, :, : self.used] = old[running, :, : self.used]
+            setattr(self, name, new)
 
     def get_seq_length(self) -> int:
         return self.used
@@ -125,20 +136,33 @@ class _Batch:
 
     def run(self, noise, temperature, top_k, top_p, eos_id, bar):
         """Decode until every branch has ended; tokens and log-probs as lists of (N) lists. `bar` moves at each token."""
-        logits = self._prefill().repeat_interleave(self.k, 0)  # (N, V)
-        ended = torch.zeros(len(noise), dtype=torch.bool, device=self.device)
+        logits = self._prefill().repeat_interleave(self.k, 0)  # (n, V), n = the branches of the rows that still run
         noise = noise.to(self.device)
-        tokens, logprobs = [], []
+        tokens = torch.full(noise.shape, eos_id, device=self.device)
+        logprobs = torch.zeros(noise.shape, device=self.device)
+        branches = torch.arange(len(noise), device=self.device)
         for step in range(self.max_new_tokens):
-            token, logprob = _draw(logits / temperature, noise[:, step], top_k, top_p)
-            tokens.append(token)
-            logprobs.append(logprob)
+            token, logprob = _draw(logits / temperature, noise[branches, step], top_k, top_p)
+            tokens[branches, step], logprobs[branches, step] = token, logprob
             bar.update(1)
-            ended |= token == eos_id
-            if step + 1 == self.max_new_tokens or bool(ended.all()):
+            if step + 1 == self.max_new_tokens:
                 break
+            if step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
+                running = (tokens[branches, : step + 1] != eos_id).all(1).view(-1, self.k).any(1)
+                count = int(running.sum())
+                if count == 0:
+                    break
+                if count <= len(running) / 2:
+                    self._retire(running)
+                    branches, token = (kept.view(-1, self.k)[running].flatten() for kept in (branches, token))
             logits = self._decode(token.view(-1, self.k), step)
-        return torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+        return tokens[:, : step + 1].tolist(), logprobs[:, : step + 1].tolist()
+
+    def _retire(self, running):
+        """Go on with the rows (B,) that are True: the batch shrinks."""
+        self.real, self.lengths = self.real[running], self.lengths[running]
+        for layer in self.cache.layers:
+            layer.retire(running)
 
     def _prefill(self):
         """Fill the cache with the prompts; logits after each prompt's last token (B, V)."""
@@ -167,16 +191,32 @@ class _Batch:
 
 
 def _draw(logits, uniform, top_k, top_p):
-    """A token for each row of logits (N, V) by inverting the cumulative distribution at `uniform` (N,)."""
-    logprobs = logits.log_softmax(-1)
-    probabilities = logprobs.exp()
-    if top_k or top_p < 1:
-        probabilities = _truncated(probabilities, top_k, top_p)
-    cumulative = probabilities.cumsum(-1)
-    # the last entry, not 1: rounding must never point past the last token that has probability
-    target = (uniform * cumulative[:, -1])[:, None]
-    token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
+    """A token for each row of logits (N, V) by inverting the cumulative distribution at `uniform` (N,).
+
+    In two levels, blocks of words and the words of the block that is hit: a running sum over all words is slow.
+    """
+    probabilities = logits.softmax(-1)
+    kept = _truncated(probabilities, top_k, top_p) if top_k or top_p < 1 else probabilities
+    words = kept.shape[-1]
+    whole = words - words % _BLOCK
+    blocks = kept[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    blocks = torch.cat([blocks, kept[:, whole:].sum(-1, keepdim=True)], -1)
+    sums = blocks.cumsum(-1)
+    block, before = _first_above(sums, uniform * sums[:, -1])
+    column = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    inside = kept.gather(-1, column.clamp(max=words - 1)).masked_fill(column >= words, 0.0)
+    word, _ = _first_above(inside.cumsum(-1), uniform * sums[:, -1] - before)
+    token = block * _BLOCK + word
+    return token, probabilities.gather(-1, token[:, None])[:, 0].log()
+
+
+def _first_above(sums, target):
+    """The first entry of each row of running sums (N, C) that is above `target` (N,), and the sum before it."""
+    # rounding must never point past the last entry that adds something
+    target = torch.minimum(target, sums[:, -1].nextafter(torch.zeros_like(target)))
+    place = torch.searchsorted(sums, target[:, None], right=True).clamp(max=sums.shape[1] - 1)  # not-a-number is above nothing
+    before = torch.where(place > 0, sums.gather(-1, (place - 1).clamp(min=0)), 0.0)
+    return place[:, 0], before[:, 0]
 
 
 def _truncated(probabilities, top_k, top_p):

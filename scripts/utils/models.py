@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from utils.config import UserError, find_local, is_hub_name
 from utils.initial_weights import sketch_induction_heads
+from utils.lm_head import token_logprobs, token_logprobs_and_entropy
 from utils.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
 
 # Weights are float32 (mixed precision is autocast's work), safetensors only, and no code from outside is run.
@@ -157,38 +158,21 @@ def hidden_states(model, groups: PromptGroups) -> torch.Tensor:
     ).last_hidden_state
 
 
-def response_logits(policy, groups: PromptGroups) -> torch.Tensor:
-    """Logits that predict the real response tokens, float32 (M, V), M = number of True in `response_mask`."""
-    return _logits(policy, response_states(hidden_states(policy, groups), groups))
-
-
-def _logits(policy, states):
-    return policy.get_output_embeddings()(states).float()
-
-
 def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch.Tensor:
     """Log-probability of each response token, float32 (N, R). Padding is 0.
 
     The temperature divides the logits, as it does in sampling (detail 25).
     """
-    return _of_responses((response_logits(policy, groups) / temperature).log_softmax(-1), groups)
+    states = response_states(hidden_states(policy, groups), groups)
+    found = token_logprobs(policy.get_output_embeddings(), states, groups.responses[groups.response_mask], temperature)
+    return spread(found, groups.response_mask)
 
 
-def logprobs_and_entropy(logits, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`response_logprobs` from the logits (M, V), and each token's entropy without a gradient, both (N, R).
-
-    Apart from it, because the entropy takes two more passes over (M, V), which the frozen models need not pay for.
-    """
-    next_logprobs = (logits / temperature).log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(next_logprobs.exp() * next_logprobs).sum(-1)
-    return _of_responses(next_logprobs, groups), spread(entropy, groups.response_mask)
-
-
-def _of_responses(next_logprobs, groups):
-    """Those of the tokens that stand there, (N, R)."""
-    mask = groups.response_mask
-    return spread(next_logprobs.gather(-1, groups.responses[mask][:, None])[:, 0], mask)
+def logprobs_and_entropy(policy, states, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`response_logprobs` from the policy's `response_states`, and each token's entropy without a gradient, both (N, R)."""
+    tokens = groups.responses[groups.response_mask]
+    found = token_logprobs_and_entropy(policy.get_output_embeddings(), states, tokens, temperature)
+    return tuple(spread(values, groups.response_mask) for values in found)
 
 
 def scores(reward_model, groups: PromptGroups) -> torch.Tensor:
@@ -247,7 +231,7 @@ class PolicyAndValue(nn.Module):
         engine wants one forward pass for each backward pass.
         """
         states = response_states(hidden_states(self.policy, groups), groups)
-        logprobs, entropy = logprobs_and_entropy(_logits(self.policy, states), groups, temperature)
+        logprobs, entropy = logprobs_and_entropy(self.policy, states, groups, temperature)
         values = self._values(groups, states)
         return logprobs, entropy, values, None if examples is None else response_logprobs(self.policy, examples, 1.0)
 
