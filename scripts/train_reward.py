@@ -34,7 +34,7 @@ from utils.models import centre_scores, load_scalar_model, load_tokenizer, score
 from utils.plots import plot_calibration, plot_reward
 from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_impossible, stage_folders
-from utils.trainer import GroupLossMixin, TrainerStageConfig, newest_checkpoint, training_arguments
+from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
 
 
 @dataclass
@@ -235,7 +235,8 @@ def main(config: RewardStageConfig) -> None:
             eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.save_steps,
         ),
         train_dataset=train, eval_dataset=validation,
-        data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
+        data_collator=partial(in_parts, collate=partial(collate, pad_id=tokenizer.pad_token_id),
+                              max_tokens=config.micro_batch_tokens),
         processing_class=tokenizer,
         run=run, config=config, validation=validation,
     )

@@ -29,7 +29,7 @@ from utils.models import load_policy, load_tokenizer, response_logprobs
 from utils.plots import plot_sft
 from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_impossible, stage_folders
-from utils.trainer import GroupLossMixin, TrainerStageConfig, newest_checkpoint, training_arguments
+from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
 
 
 @dataclass
@@ -141,7 +141,8 @@ def main(config: SFTStageConfig) -> None:
             dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
         ),
         train_dataset=rows, eval_dataset=rows.select([0]),
-        data_collator=partial(collate, pad_id=tokenizer.pad_token_id, loss_on=config.loss_on),
+        data_collator=partial(in_parts, collate=partial(collate, pad_id=tokenizer.pad_token_id, loss_on=config.loss_on),
+                              max_tokens=config.micro_batch_tokens),
         processing_class=tokenizer,
         run=run, config=config, validation=validation,
     )

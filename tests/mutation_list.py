@@ -604,6 +604,11 @@ ADAPTERS = [
 PROCESSES = [
     Mutation("two processes: PPO's loss is not multiplied by their number", 12, LOOP,
              "accelerator.backward(loss * accelerator.num_processes)", "accelerator.backward(loss)", (f"{TWO}[ppo-split2-]",)),
+    Mutation("parts: each part's loss is a mean of its own", 12, "scripts/utils/trainer.py",
+             "training_step(model, part, num_items_in_batch) for part in first]",
+             "training_step(model, part, part[\"items\"]) for part in first]", ("test_trainer.py",)),
+    Mutation("parts: only the last one is counted", 12, "scripts/utils/trainer.py",
+             '"items": sum(part["items"] for part in parts)', '"items": parts[-1]["items"]', ("test_trainer.py",)),
     Mutation("two processes: the Trainer's loss is not multiplied by their number", 12, TRAINER,
              "return total / num_items_in_batch * self.accelerator.num_processes", "return total / num_items_in_batch",
              (f"{TWO}[reward-split1-]",)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import PAD, random_groups
 
-from utils.prompt_groups import attention_mask, end_states, pack, response_states, share_rows, spread
+from utils.prompt_groups import attention_mask, end_states, micro_batches, pack, response_states, share_rows, spread
 
 SIZES = [4, 1, 6], [[3, 1, 5], [2], [1, 1]]  # groups of 13, 3 and 8 tokens: the last two share a row
 
@@ -100,6 +100,20 @@ def test_one_completion_is_an_ordinary_causal_row():
     groups = pack(prompts, completions, PAD)
     assert torch.equal(attention_mask(groups)[0, 0], torch.ones(7, 7, dtype=torch.bool).tril())
     assert groups.position_ids[0].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("max_tokens", [1, 30, 64, 1000])
+def test_micro_batches_stay_within_their_tokens_and_lose_nothing(seed, max_tokens):
+    sizes = torch.randint(1, 60, (23,), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = micro_batches(sizes, max_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(23))
+    longest = [max(sizes[i] for i in batch) for batch in batches]
+    assert all(len(batch) == 1 or len(batch) * longest[n] <= max_tokens for n, batch in enumerate(batches))
+    assert longest == sorted(longest, reverse=True)
+    for n, batch in enumerate(batches[:-1]):  # none was closed while the next one still fitted in
+        assert (len(batch) + 1) * longest[n] > max_tokens
+    assert micro_batches(sizes, None) == [list(range(23))]
 
 
 def test_states_are_read_at_their_row_and_column(batch):

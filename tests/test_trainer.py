@@ -14,10 +14,10 @@ import train_sft
 from utils.config import UserError
 from utils.models import without_dropout
 from utils.prompt_groups import PromptGroups, pack
-from utils.trainer import GroupLossMixin, newest_checkpoint, training_arguments
+from utils.trainer import GroupLossMixin, in_parts, newest_checkpoint, training_arguments
 
 PROMPTS, COMPLETIONS = random_groups([5, 1, 8, 3], [[2], [7], [4], [1]])
-ROWS = [{"prompt": p, "completion": c[0]} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+ROWS = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
 
 
 class Rows(torch.utils.data.Dataset):
@@ -47,7 +47,7 @@ class Run:
         pass
 
 
-def trained(folder, batch_size, accumulation, steps=1, **more):
+def trained(folder, batch_size, accumulation, steps=1, max_tokens=None, **more):
     """A model after plain SGD on all four rows a step, its trainer and its run."""
     run = Run(folder)
     model = without_dropout(policy("opt"))
@@ -58,7 +58,7 @@ def trained(folder, batch_size, accumulation, steps=1, **more):
     )
     trainer = Stage(
         model=model, args=arguments, train_dataset=Rows(), loss_sum=train_sft.completion_loss_sum, run=run,
-        data_collator=lambda rows: train_sft.collate(rows, PAD, "completion"),
+        data_collator=lambda rows: in_parts(rows, lambda part: train_sft.collate(part, PAD, "completion"), max_tokens),
     )
     trainer.train()
     return model, trainer, run
@@ -73,10 +73,11 @@ def token_losses(model):
     return torch.cat(losses)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
-def test_a_step_follows_the_mean_over_all_its_tokens(batch_size, accumulation, tmp_path):
+@pytest.mark.parametrize(("batch_size", "accumulation", "max_tokens"),
+                         [(4, 1, None), (2, 2, None), (1, 4, None), (4, 1, 24), (4, 1, 1), (2, 2, 15)])
+def test_a_step_follows_the_mean_over_all_its_tokens(batch_size, accumulation, max_tokens, tmp_path):
     """Detail 12: rows of 2, 7, 4 and 1 tokens; a mean of micro-batch means is another gradient."""
-    model, _, run = trained(tmp_path, batch_size, accumulation)
+    model, _, run = trained(tmp_path, batch_size, accumulation, max_tokens=max_tokens)
     oracle = without_dropout(policy("opt"))
     loss = token_losses(oracle).mean()
     loss.backward()

@@ -94,6 +94,24 @@ def share_rows(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
     return [places[index] for index in range(len(sizes))], len(used), width
 
 
+def micro_batches(sizes: Sequence[int], max_tokens: int | None) -> list[list[int]]:
+    """Indices of the groups of each forward pass: those of like size together, so that little padding is computed.
+
+    Args:
+        sizes: tokens of each group.
+        max_tokens: limit on a pass's groups times the largest of them; a group that is larger is alone. None: one pass.
+    """
+    if max_tokens is None:
+        return [list(range(len(sizes)))]
+    batches = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 def attention_mask(groups: PromptGroups) -> torch.Tensor:
     """Who sees whom: earlier tokens of the own group's prompt and of the own completion.
 
