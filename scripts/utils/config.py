@@ -256,7 +256,7 @@ def _quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep what tensors free: to hand it back and fetch it again takes a page fault for every 4 KB.
 
     It made steps on a CPU 4 % (OPT-125m) to 20 % (the mini model) faster, at the same peak.
@@ -270,7 +270,7 @@ def _keep_freed_memory() -> None:
 def start(main, config_class, default_file: Path | None, description: str) -> None:
     """Parse the command line, run `main(config)`, and turn a user's mistake into one line and exit status 2."""
     _quiet()
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         main(parse_config(config_class, default_file, sys.argv[1:], description))
     except KeyboardInterrupt:  # while loading, or the second one
