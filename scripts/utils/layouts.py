@@ -48,10 +48,18 @@ def _text(row: dict, column: str, where: str) -> str:
     return value
 
 
+# columns of pairs: of our own and HH's, of OpenAI's and of SHP's
+_COMPARED = ({"chosen", "rejected"}, {"info", "summaries", "choice"}, {"history", "human_ref_A", "human_ref_B", "labels"})
+
+
 def example_of(row: dict, where: str, need_completion: bool) -> Example:
+    """Prompt and completion of a row; for prompts alone (`need_completion` False) comparisons will do as well."""
     facts = row.get("facts")
     if "messages" in row:
         return _dialogue_example(row["messages"], where, need_completion)
+    if not need_completion and "completion" not in row and any(columns <= row.keys() for columns in _COMPARED):
+        # two dialogues that share no prompt have one each: the better one's is taken
+        return Example(comparison_of(row, where)[0] or _shared_dialogue(row["chosen"], row["chosen"])[0], None, facts)
     if {"subreddit", "title", "post"} <= row.keys():
         prompt = TLDR_TEMPLATE.format(**{c: _text(row, c, where) for c in ("subreddit", "title", "post")})
         column = "summary"
