@@ -78,9 +78,9 @@ def _read_json(file, path):
     text = first[1] + "".join(line for _, line in lines)
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{first[0] + error.lineno - 1}: is not JSON ({error.msg} at column {error.colno}); a list of "
-                        "objects is needed") from None
+    except (ValueError, RecursionError) as error:
+        line = first[0] + getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}:{line}: is not JSON ({_problem(error)}); a list of objects is needed") from None
     for number, row in enumerate(rows, start=1):
         yield number, _object(row, text, f"{path}:{number}")
 
@@ -90,7 +90,7 @@ def _objects(lines, path):
     for number, line in lines:
         if line.strip():
             where = f"{path}:{number}"
-            yield number, _object(_parsed(line, where, "one object a line is needed"), line, where)
+            yield number, _object(_parsed(line.rstrip("\r\n"), where, "one object a line is needed"), line, where)
 
 
 def _read_csv(file, path):
@@ -101,6 +101,8 @@ def _read_csv(file, path):
         for cells in reader:
             if header is None:
                 header = cells
+                if twice := [name for index, name in enumerate(cells) if name in cells[:index]]:
+                    raise UserError(f"{path}:{place}: names the column '{twice[0]}' twice; give each column its own name")
             elif cells:
                 if len(cells) != len(header):
                     raise UserError(f"{path}:{place}: has {len(cells)} cells, but the first line names {len(header)} columns")
@@ -128,8 +130,15 @@ def _read_parquet(file, path):
 def _parsed(text, where, needed):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not JSON ({error.msg} at column {error.colno}); {needed}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not JSON ({_problem(error)}); {needed}") from None
+
+
+def _problem(error: Exception) -> str:
+    """What Python says of a text that is no JSON, in words for the one who wrote it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _object(row, text: str, where: str) -> dict:
