@@ -5,14 +5,12 @@ better and a worse one). `where` (`file:line`) is for messages; whatever is not 
 """
 
 import math
-import re
 from typing import NamedTuple
 
 from utils.config import UserError
 
 # ST and N+ write prompts so; a completion starts with one space and ends with EOS (details 1 and 2).
 TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
-TLDR = re.compile(r"SUBREDDIT: r/(.*?)\n+TITLE: (.*?)\n+POST: (.*?)\s*(?:\n+TL;DR:\s*)?", re.DOTALL)
 
 
 class Example(NamedTuple):
@@ -48,32 +46,65 @@ def _text(row: dict, column: str, where: str) -> str:
     return value
 
 
-# columns of pairs: of our own and HH's, of OpenAI's and of SHP's
-_COMPARED = ({"chosen", "rejected"}, {"info", "summaries", "choice"}, {"history", "human_ref_A", "human_ref_B", "labels"})
+def example_layout(row: dict) -> str | None:
+    """The name of the layout that the columns of a row of examples show; None when they show none."""
+    if "messages" in row:
+        return "messages"
+    if {"subreddit", "title", "post"} <= row.keys():
+        return "subreddit, title, post, summary"
+    if "prompt" in row:
+        return "prompt, label" if "label" in row and "completion" not in row else "prompt, completion"
+    return None
+
+
+def comparison_layout(row: dict) -> str | None:
+    """The same for a row of comparisons or rankings."""
+    columns = row.keys()
+    if "completions" in columns:
+        return "prompt, completions"
+    if {"info", "summaries", "choice"} <= columns:
+        return "info, summaries, choice"
+    if {"history", "human_ref_A", "human_ref_B", "labels"} <= columns:
+        return "history, human_ref_A, human_ref_B, labels"
+    if {"chosen", "rejected"} <= columns:
+        return "prompt, chosen, rejected" if "prompt" in columns else "chosen, rejected (dialogues)"
+    return None
+
+
+def _refuse_ratings(row: dict, where: str) -> None:
+    if {"info", "summary"} <= row.keys():
+        raise UserError(f"{where}: is a row of ratings ('summary' with 'axes'), which compares nothing; take the set's "
+                        "'comparisons'")
 
 
 def example_of(row: dict, where: str, need_completion: bool) -> Example:
-    """Prompt and completion of a row; for prompts alone (`need_completion` False) comparisons will do as well."""
-    facts = row.get("facts")
-    if "messages" in row:
+    """The example that a row is.
+
+    Raises:
+        UserError: naming `where`, the column and what is expected.
+    """
+    layout, facts = example_layout(row), row.get("facts")
+    if layout == "messages":
         return _dialogue_example(row["messages"], where, need_completion)
-    if not need_completion and "completion" not in row and any(columns <= row.keys() for columns in _COMPARED):
-        # two dialogues that share no prompt have one each: the better one's is taken
-        return Example(comparison_of(row, where)[0] or _shared_dialogue(row["chosen"], row["chosen"])[0], None, facts)
-    if {"subreddit", "title", "post"} <= row.keys():
-        prompt = TLDR_TEMPLATE.format(**{c: _text(row, c, where) for c in ("subreddit", "title", "post")})
-        column = "summary"
-    elif "prompt" in row:
-        prompt = tldr_layout(_text(row, "prompt", where)).rstrip()
-        column = "label" if "label" in row and "completion" not in row else "completion"
-    else:
+    if layout is None:
+        _refuse_ratings(row, where)
         raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt and completion, prompt and label, "
                         "subreddit, title, post and summary, or messages")
+    if layout.startswith("subreddit"):
+        prompt = TLDR_TEMPLATE.format(**{c: _text(row, c, where) for c in ("subreddit", "title", "post")})
+    else:
+        prompt = tldr_layout(_text(row, "prompt", where)).rstrip()
+    column = layout.rpartition(", ")[2]
     if column not in row:
         if need_completion:
             raise UserError(f"{where}: column '{column}' is missing (found: {', '.join(sorted(row))})")
         return Example(prompt, None, facts)
     return Example(prompt, spaced(_text(row, column, where)), facts)
+
+
+def prompt_of(row: dict, where: str) -> str | None:
+    """The prompt of a row of comparisons or rankings. None: its two dialogues share none."""
+    return ranking_of(row, where).prompt if "completions" in row else comparison_of(row, where)[0]
 
 
 _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
@@ -95,6 +126,11 @@ def _dialogue_example(messages, where: str, need_completion: bool) -> Example:
 
 
 def ranking_of(row: dict, where: str) -> Ranking:
+    """The ranking that a row of `completions` is.
+
+    Raises:
+        UserError: naming `where`, the column and what is expected.
+    """
     if "prompt" not in row:
         raise UserError(f"{where}: column 'prompt' is missing beside 'completions'")
     completions, ranks = row["completions"], row.get("ranks")
@@ -119,13 +155,19 @@ def _is_number(value) -> bool:
 
 
 def comparison_of(row: dict, where: str):
-    """Prompt, better and worse answer, and what the row says besides. Prompt None: the two dialogues share none."""
-    if {"info", "summaries", "choice"} <= row.keys():
+    """Prompt, better and worse answer, and what the row says besides. Prompt None: the two dialogues share none.
+
+    Raises:
+        UserError: naming `where`, the column and what is expected.
+    """
+    layout = comparison_layout(row)
+    if layout == "info, summaries, choice":
         return _openai_comparison(row, where)
-    if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
+    if layout == "history, human_ref_A, human_ref_B, labels":
         return _shp_comparison(row, where)
     note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
-    if not {"chosen", "rejected"} <= row.keys():
+    if layout is None:
+        _refuse_ratings(row, where)
         raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt, chosen and rejected; chosen and rejected "
                         "(dialogues); or prompt and completions, best first")
     for column in ("chosen", "rejected"):
@@ -200,10 +242,28 @@ def _shared_dialogue(chosen: str, rejected: str):
     return (head + turn).strip(), spaced(answer), spaced(other)
 
 
+def tldr_parts(prompt: str) -> tuple[str, str, str] | None:
+    """Subreddit, title and post of a prompt that is in one of the spellings of the TL;DR layout, else None.
+
+    `SUBREDDIT: r/...`, newlines, `TITLE: ...`, newlines, `POST: ...`, and perhaps newlines and `TL;DR:`. (A pattern that
+    looks for the end at each character of the post costs more than everything else that is done to a row.)
+    """
+    if not prompt.startswith("SUBREDDIT: r/"):
+        return None
+    subreddit, _, rest = prompt[len("SUBREDDIT: r/"):].partition("\nTITLE: ")
+    title, found, text = rest.partition("\nPOST: ")
+    if not found:
+        return None
+    text = text.rstrip()
+    if text.endswith("\nTL;DR:"):
+        text = text.removesuffix("TL;DR:").rstrip()
+    return subreddit.rstrip("\n"), title.rstrip("\n"), text
+
+
 def tldr_layout(prompt: str) -> str:
     """The prompt in the TL;DR layout when it is one of its spellings, else unchanged."""
-    match = TLDR.fullmatch(prompt)
-    return TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=match[3]) if match else prompt
+    parts = tldr_parts(prompt)
+    return TLDR_TEMPLATE.format(subreddit=parts[0], title=parts[1], post=parts[2]) if parts else prompt
 
 
 def spaced(completion: str) -> str:
