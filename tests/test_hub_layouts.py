@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from hub_layouts import COMPARED, ENDINGS, PROMPTS, SUPERVISED, rows_of, stories, write
+from hub_layouts import COMPARED, ENDINGS, PROMPTS, SUPERVISED, rows_of, stories, trl_preference, trl_tldr, write
 from real_posts import data_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -50,19 +50,10 @@ def test_comparisons_are_read_as_they_are_meant(name, ending, tmp_path):
 
 @pytest.mark.parametrize("name", PROMPT_SOURCES)
 def test_prompts_of_any_layout_will_do_for_ppo(name, tmp_path):
+    """Each once, also where several rows compare answers to it."""
     path = write(tmp_path, rows_of(PROMPT_SOURCES[name], 3))
     found = [example.prompt for example in load_examples(path, "rlhf_training_data", need_completion=False)]
-    copies = list(map(PROMPT_SOURCES[name], stories(3)))
-    assert found == [copy.prompt for copy in copies for _ in copy.rows]
-
-
-def test_of_two_dialogues_that_part_early_the_better_ones_prompt_is_taken_for_ppo(tmp_path):
-    """Their rows make no pair."""
-    row = {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Tea?\n\nAssistant: Sure.",
-           "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
-    path = write(tmp_path, [row])
-    [found] = load_examples(path, "rlhf_training_data", need_completion=False)
-    assert found.prompt == "Human: Hi\n\nAssistant: Yes?\n\nHuman: Tea?\n\nAssistant:"
+    assert found == [copy.prompt for copy in map(PROMPT_SOURCES[name], stories(3))]
 
 
 def test_what_openai_says_of_a_pair_goes_along_with_it(tmp_path):
@@ -164,3 +155,20 @@ def test_dialogues_that_part_too_early_are_reported_and_the_others_are_whole():
     made = [(group.prompt + better, group.prompt + worse) for group in found for better, worse in pairs_of(group)]
     assert all(pair in whole for pair in made)
     assert len(made) == sum(all(row[c].rpartition(turn)[2].strip() for c in ("chosen", "rejected")) for row in even)
+
+
+# --------------------------------------------------------------------------------------------------- bad rows left out
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_bad_rows_are_left_out_and_written_down_when_that_is_asked_for(role, reward_model, tmp_path):
+    layout = {"actor": trl_tldr, "reward": trl_preference, "rlhf": trl_tldr}[role]
+    rows = rows_of(layout, COUNT)
+    bad = [{**rows[0], "prompt": 7}, {"text": "no prompt"}]
+    data = write(tmp_path, [rows[0], bad[0], *rows[1:], bad[1]])
+    run = train(role, data, tmp_path / "run", reward_model, "--on_bad_rows skip")
+    rejected = [json.loads(line) for line in (run / "rejected_rows.jsonl").read_text().splitlines()]
+    assert [(found["place"], found["row"]) for found in rejected] == [(f"{data}:2", bad[0]), (f"{data}:{len(rows) + 2}", bad[1])]
+    assert rejected[0]["reason"] == "column 'prompt' is a number; text is needed"
+    assert rejected[1]["reason"].startswith("has columns ['text']; needed are ")
+    assert "left out 2 bad rows" in (run / "train.log").read_text()

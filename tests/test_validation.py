@@ -26,7 +26,7 @@ from utils.validation import read_set, split_group
 BAD = {  # a line, what is said of it
     b'{"prompt": "P", "completion": ""}': "column 'completion' is empty; text is needed",
     b'{"prompt": "P"}': "column 'completion' is missing (found: prompt)",
-    b'{"prompt": 3, "completion": "c"}': "column 'prompt' is a int; text is needed",
+    b'{"prompt": 3, "completion": "c"}': "column 'prompt' is a number; text is needed",
     b'{"prompt": "caf\xe9", "completion": "c"}': "is not UTF-8; save the file as UTF-8 text",
     b'{"prompt": "P", "comp': "is not JSON (Unterminated string starting at column 17); one object a line is needed",
     b'["P", "c"]': 'must be a JSON object such as {"prompt": ..., "completion": ...}',

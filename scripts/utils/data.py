@@ -143,6 +143,7 @@ def load_data(config, kinds: dict[str, str], tokenizer, report: DataReport) -> d
 
 def _usable(rows: Rows, field: str, config, report: DataReport) -> Rows:
     """The rows without those that cannot be used; what is left out is reported."""
+    whole = rows
     report.read(field, rows)
     if count := rows.finding_count():
         report.leave_out(field, count, partial(rows.findings, config))
@@ -150,7 +151,9 @@ def _usable(rows: Rows, field: str, config, report: DataReport) -> Rows:
         rows = rows.select(rows.token_column("cut") != TOO_LONG)
     if not len(rows):
         what = "comparison" if rows.sets[0].meta["kind"] == "rankings" else "row"
-        raise UserError(f"{field}: '{', '.join(stored.label for stored in rows.sets)}' holds no usable {what}")
+        names = ", ".join(stored.label for stored in rows.sets)
+        why = f"; the first is {bad['place']}: {bad['reason']}" if (bad := next(whole.findings(config), None)) else ""
+        raise UserError(f"{field}: '{names}' holds no usable {what}{why}")
     return rows
 
 
@@ -211,7 +214,9 @@ def split_off(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     marks = rows.prompts()
     prompts = sorted(set(marks))
     if len(prompts) < 4:
-        raise UserError(f"{len(prompts)} different prompts are too few to hold some out; name validation and test data too")
+        names = ", ".join(stored.label for stored in rows.sets)
+        raise UserError(f"{names}: {len(prompts)} different prompts are too few to hold some out; name validation and test data "
+                        "too")
     random.Random(seed).shuffle(prompts)
     held = set(prompts[: max(1, round(len(prompts) * share))])
     mask = np.array([mark in held for mark in marks])

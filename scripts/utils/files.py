@@ -76,6 +76,8 @@ def _refuse_binary(file, path) -> None:
     ending = next((ending for mark, ending in _BINARY.items() if begin.startswith(mark)), None)
     if ending:
         raise UserError(f"{path}:1: is no text but a {ending} file; let its name end so")
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}:1: is UTF-16; save the file as UTF-8 text")
 
 
 _NOT_UTF8 = "is not UTF-8; save the file as UTF-8 text"
@@ -194,7 +196,10 @@ def _parsed(text: str, needed: str):
 
 
 def _problem(error) -> str:
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    """What Python says of a text that is no JSON, in words for the one who wrote it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 # emoji are pairs of such escapes; half a pair is no text, and no tokenizer takes it

@@ -38,12 +38,24 @@ class Ranking(NamedTuple):
 NOTES = ("confidence", "policies", "batch", "worker")  # columns of a comparison that say who compared what, and how sure
 
 
-def _text(row: dict, column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        found = "is empty" if value in ("", None) or isinstance(value, str) else f"is a {type(value).__name__}"
-        raise UserError(f"{where}: column '{column}' {found}; text is needed")
-    return value
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes",
+          type(None): "empty"}
+
+
+def _kind(value) -> str:
+    """What a value is that should be text."""
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _text(value, what: str, where: str) -> str:
+    """The value if it is text, and more than white space. `what` it is: its column."""
+    if isinstance(value, str) and value.strip():
+        return value
+    raise UserError(f"{where}: {what} is {'empty' if isinstance(value, str) else _kind(value)}; text is needed")
+
+
+def _column(row: dict, column: str, where: str) -> str:
+    return _text(row[column], f"column '{column}'", where)
 
 
 def example_layout(row: dict) -> str | None:
@@ -91,15 +103,15 @@ def example_of(row: dict, where: str, need_completion: bool) -> Example:
         raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt and completion, prompt and label, "
                         "subreddit, title, post and summary, or messages")
     if layout.startswith("subreddit"):
-        prompt = TLDR_TEMPLATE.format(**{c: _text(row, c, where) for c in ("subreddit", "title", "post")})
+        prompt = TLDR_TEMPLATE.format(**{c: _column(row, c, where).strip() for c in ("subreddit", "title", "post")})
     else:
-        prompt = tldr_layout(_text(row, "prompt", where)).rstrip()
+        prompt = tldr_layout(_column(row, "prompt", where)).rstrip()
     column = layout.rpartition(", ")[2]
-    if column not in row:
-        if need_completion:
-            raise UserError(f"{where}: column '{column}' is missing (found: {', '.join(sorted(row))})")
+    if column not in row and need_completion:
+        raise UserError(f"{where}: column '{column}' is missing (found: {', '.join(sorted(row))})")
+    if row.get(column) is None and not need_completion:
         return Example(prompt, None, facts)
-    return Example(prompt, spaced(_text(row, column, where)), facts)
+    return Example(prompt, spaced(_column(row, column, where)), facts)
 
 
 def prompt_of(row: dict, where: str) -> str | None:
@@ -116,7 +128,8 @@ def _dialogue_example(messages, where: str, need_completion: bool) -> Example:
     if not whole or not messages:
         raise UserError(f"{where}: column 'messages' must be a list of {{role, content}} objects; roles are "
                         f"{', '.join(_SPEAKERS)}")
-    texts = [_text({"content": message.get("content")}, "content", where).strip() for message in messages]
+    texts = [_text(message.get("content"), f"column 'messages': content of message {number}", where).strip()
+             for number, message in enumerate(messages, start=1)]
     answered = messages[-1]["role"] == "assistant"
     asked = len(messages) - answered
     if not asked or (need_completion and not answered):
@@ -136,7 +149,7 @@ def ranking_of(row: dict, where: str) -> Ranking:
     completions, ranks = row["completions"], row.get("ranks")
     if not isinstance(completions, list) or len(completions) < 2:
         raise UserError(f"{where}: column 'completions' must be a list of two or more texts, best first")
-    texts = [spaced(_text({"completions": text}, "completions", where)) for text in completions]
+    texts = [spaced(_text(text, "a text in column 'completions'", where)) for text in completions]
     if len(set(texts)) < len(texts):
         raise UserError(f"{where}: column 'completions' holds the same text twice")
     if ranks is None:
@@ -147,7 +160,7 @@ def ranking_of(row: dict, where: str) -> Ranking:
         if numbers is not None and not whole:
             raise UserError(f"{where}: column '{column}' must hold one number for each of the {len(texts)} completions")
     pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-    return Ranking(tldr_layout(_text(row, "prompt", where)).rstrip(), texts, pairs, strengths)
+    return Ranking(tldr_layout(_column(row, "prompt", where)).rstrip(), texts, pairs, strengths)
 
 
 def _is_number(value) -> bool:
@@ -172,13 +185,13 @@ def comparison_of(row: dict, where: str):
                         "(dialogues); or prompt and completions, best first")
     for column in ("chosen", "rejected"):
         if not isinstance(row[column], str):
-            raise UserError(f"{where}: column '{column}' is a {type(row[column]).__name__}; text is needed")
+            raise UserError(f"{where}: column '{column}' is {_kind(row[column])}; text is needed")
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" not in row:
         if "\n\nAssistant:" not in chosen:
             raise UserError(f"{where}: column 'prompt' is missing, and 'chosen' is no dialogue with 'Assistant:' turns")
         return *_shared_dialogue(chosen, rejected), note
-    prompt = _text(row, "prompt", where)
+    prompt = _column(row, "prompt", where)
     if chosen.startswith("TL;DR:") and rejected.startswith("TL;DR:"):
         prompt = f"{prompt.rstrip()}\n\nTL;DR:"
         chosen, rejected = chosen.removeprefix("TL;DR:"), rejected.removeprefix("TL;DR:")
@@ -197,13 +210,14 @@ def _openai_comparison(row: dict, where: str):
     if choice not in (0, 1) or isinstance(choice, bool):
         raise UserError(f"{where}: column 'choice' is {choice!r}; it must be 0 or 1, the better of the two summaries")
     if info.get("article"):
-        prompt = f"{_text(info, 'article', where).strip()}\n\nTL;DR:"
+        prompt = f"{_column(info, 'article', where).strip()}\n\nTL;DR:"
     else:
-        prompt = TLDR_TEMPLATE.format(**{c: _text({c: info.get(c)}, c, where).strip() for c in ("subreddit", "title", "post")})
+        parts = {c: _text(info.get(c), f"column 'info': {c}", where).strip() for c in ("subreddit", "title", "post")}
+        prompt = TLDR_TEMPLATE.format(**parts)
     texts = [summary.get("text") for summary in summaries]
-    for text in texts:
+    for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
-            raise UserError(f"{where}: a summary has no 'text'")
+            raise UserError(f"{where}: column 'summaries': text of summary {number} is {_kind(text)}; text is needed")
     extra = row.get("extra") if isinstance(row.get("extra"), dict) else {}
     policies = [summary.get("policy") for summary in summaries]
     note = {"confidence": extra.get("confidence"), "batch": row.get("batch"), "worker": row.get("worker"),
@@ -219,9 +233,9 @@ def _shp_comparison(row: dict, where: str):
     answers = [row["human_ref_A"], row["human_ref_B"]]
     for column, answer in zip("AB", answers, strict=True):
         if not isinstance(answer, str):
-            raise UserError(f"{where}: column 'human_ref_{column}' is a {type(answer).__name__}; text is needed")
+            raise UserError(f"{where}: column 'human_ref_{column}' is {_kind(answer)}; text is needed")
     chosen, rejected = answers if row["labels"] == 1 else reversed(answers)
-    return _text(row, "history", where).rstrip(), spaced(chosen), spaced(rejected), {}
+    return _column(row, "history", where).rstrip(), spaced(chosen), spaced(rejected), {}
 
 
 def score_ratio(row: dict, where: str) -> float:

@@ -18,7 +18,8 @@ import yaml
 from utils.config import UserError, find_input, find_local, is_hub_name, key
 from utils.files import FILE_ENDINGS, BadRow, read_file
 
-_SPLITS = {"training": ["train"], "validation": ["validation", "valid", "valid1"], "test": ["test", "valid2"]}
+_HELD_OUT = ["validation", "valid", "valid1"]
+_SPLITS = {"validation": _HELD_OUT, "test": ["test", "valid2"], "centring": _HELD_OUT}  # by a part of the key; others: train
 
 
 class Source(NamedTuple):
@@ -160,7 +161,7 @@ def _numbered(rows):
 
 def _split_of(splits: list[str], asked: str | None, field: str, name: str) -> str:
     """The split that was asked for, or the one that serves the role of a configuration key."""
-    wanted = [asked] if asked else next((names for role, names in _SPLITS.items() if role in field), _SPLITS["validation"])
+    wanted = [asked] if asked else next((names for role, names in _SPLITS.items() if role in field), ["train"])
     found = next((split for split in wanted if split in splits), None)
     if found is None:
         raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)} (it has {', '.join(splits)}); "

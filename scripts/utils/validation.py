@@ -31,7 +31,7 @@ from utils.layouts import (
 from utils.sources import Opened, Source, open_source
 from utils.store import Pairs, SetWriter, StoredSet
 
-_SHOWN = 20  # findings that are listed, and places of dropped rows that are kept
+SHOWN = 20  # findings that are listed, and places of dropped rows that are kept
 
 
 def read_set(source: Source, field: str, kind: str, **limits) -> StoredSet:
@@ -59,7 +59,7 @@ def refuse_findings(findings: Iterator[dict], count: int) -> None:
     """
     if not count:
         return
-    lines = [f"{found['place']}: {found['reason']}" for found, _ in zip(findings, range(_SHOWN), strict=False)]
+    lines = [f"{found['place']}: {found['reason']}" for found, _ in zip(findings, range(SHOWN), strict=False)]
     if count == 1:
         raise UserError(f"{lines[0]} (or leave bad rows out: on_bad_rows: skip)")
     if count > len(lines):
@@ -81,7 +81,7 @@ def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:
             except UserError as error:
                 writer.reject(number, str(error).removeprefix(f"{number}: "), row)
         taker.finish()
-    dropped = {reason: {"rows": len(numbers), "first": numbers[:_SHOWN]} for reason, numbers in taker.dropped.items()}
+    dropped = {reason: {"rows": len(numbers), "first": numbers[:SHOWN]} for reason, numbers in taker.dropped.items()}
     meta = {"kind": kind, "layouts": dict(layouts), "read": read, "rejected": writer.rejected_count, "dropped": dropped,
             "rows": writer.row_count}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -105,19 +105,19 @@ class _Examples:
 
     def take(self, row: dict, number: int) -> str:
         layout = example_layout(row)
-        if layout is None and not self.need_completion and (layout := comparison_layout(row)):
+        if not self.need_completion and "completion" not in row and (compared := comparison_layout(row)):
             prompt = prompt_of(row, str(number))
             if prompt is None:
                 self.dropped.setdefault("share no prompt", []).append(number)
             elif (text := self.writer.text(prompt)) not in self._compared:
                 self._compared.add(text)
                 self.writer.row(number, text, [])
-            return layout
+            return compared
         example = example_of(row, str(number), self.need_completion)
         completions = [] if example.completion is None else [self.writer.text(example.completion)]
         facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False)
         self.writer.row(number, self.writer.text(example.prompt), completions, facts=facts)
-        return layout
+        return layout if completions or layout == "messages" else layout.rpartition(", ")[0]
 
     def finish(self):
         pass
