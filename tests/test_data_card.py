@@ -2,13 +2,18 @@
 
 import json
 import re
+import shlex
 
 import pytest
+import yaml
 from hub_layouts import COMPARED, SUPERVISED
 
-from utils.config import PROJECT
+import prepare_data
+import train_reward
+from utils.config import PROJECT, parse_config
 from utils.data import load_examples, load_rankings
 from utils.files import FILE_ENDINGS
+from utils.sources import parse_sources, sources_of
 
 CARD = (PROJECT / "data" / "README.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^##+ (.*)$", CARD, re.MULTILINE)
@@ -40,6 +45,18 @@ def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
         made.setdefault("completion", None)
         field = "actor_training_data" if made["completion"] else "rlhf_training_data"
         assert of_example(str(path), field) == made
+
+
+def test_mixtures_and_commands_are_understood():
+    [mixture] = re.findall(r"```yaml\n(.*?)```", CARD, re.DOTALL)
+    assert [source.name for source in sources_of(parse_sources(yaml.safe_load(mixture)["reward_training_data"]))] == [
+        "CarperAI/openai_summarize_comparisons", "Anthropic/hh-rlhf", "openai/summarize_from_feedback"]
+    commands = re.findall(r"python scripts/prepare_data.py (.*?)[\n`]", CARD)
+    for words in commands:
+        assert parse_config(prepare_data.PrepareConfig, None, words.split()).data
+    [words] = re.findall(r"`--reward_training_data (.*?)`", CARD)
+    config = parse_config(train_reward.RewardStageConfig, None, ["--reward_training_data", *shlex.split(words)])
+    assert commands and [source.weight for source in sources_of(config.reward_training_data)] == [1, 2]
 
 
 def anchor(heading):

@@ -150,6 +150,7 @@ def test_dialogues_that_part_too_early_are_reported_and_the_others_are_whole():
     said = []
     found = rankings(str(path), said)
     assert len(said) == 1 and "5 share no prompt" in said[0]
+    assert found.sets[0].meta["dropped"]["share no prompt"] == {"rows": 5, "first": odd}
     even = [row for number, row in enumerate(rows, start=1) if number not in odd]
     whole = {(row["chosen"].strip(), row["rejected"].strip()) for row in even}
     made = [(group.prompt + better, group.prompt + worse) for group in found for better, worse in pairs_of(group)]

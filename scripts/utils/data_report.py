@@ -44,16 +44,12 @@ class DataReport:
 
     def tokens(self, field: str, table: Dataset) -> None:
         """Note how long the rows of a data key are that are used, and how many of their prompts were cut."""
-        prompts, completions, cut = [], [], []
-        for batch in _batches(table):
-            prompts.append(_sizes(batch["prompt"]))
-            completions.append(_sizes(batch["completions"].flatten() if "completions" in batch else batch["completion"]))
-            cut.append(batch["cut"].to_numpy(zero_copy_only=False))
-        cut = np.concatenate(cut)
+        lengths = token_lengths(table)
+        cut = np.concatenate([batch["cut"].to_numpy(zero_copy_only=False) for batch in _batches(table.select_columns("cut"))])
         self.figures.setdefault(field, {}).update({
             "rows": len(cut), "prompts_cut": int(np.isin(cut, (CUT, CUT_INSIDE)).sum()),
             "prompts_cut_inside": int((cut == CUT_INSIDE).sum()),  # at no end of a sentence or turn
-            "prompt_tokens": _spread(prompts), "completion_tokens": _spread(completions),
+            **{f"{name}_tokens": _spread(sizes) for name, sizes in lengths.items()},
         })
 
     def groups(self, field: str, rows) -> None:
@@ -64,6 +60,16 @@ class DataReport:
                  f"{found['completions_per_post']:.2f} completions and {found['pairs_per_post']:.2f} pairs a post, "
                  f"{found['contradictions']} pairs labelled both ways; {found['tokens_grouped']} tokens in place of "
                  f"{found['tokens_ungrouped']}, a factor of {found['factor']:.2f}")
+
+
+def token_lengths(table: Dataset) -> dict[str, np.ndarray]:
+    """Tokens of every `prompt` after cutting, and of every `completion` with its EOS, in a table of `utils/tokens.py`."""
+    prompts, completions = [], []
+    for batch in _batches(table):
+        prompts.append(_sizes(batch["prompt"]))
+        completions.append(_sizes(batch["completions"].flatten() if "completions" in batch else batch["completion"]))
+    lengths = {"prompt": np.concatenate(prompts), "completion": np.concatenate(completions)}
+    return {name: sizes[sizes > 0] for name, sizes in lengths.items() if sizes.any()}  # prompts may stand alone
 
 
 def group_statistics(table: Dataset, posts: int) -> dict[str, float]:
@@ -104,7 +110,6 @@ def _sizes(lists: pa.Array) -> np.ndarray:
     return pc.list_value_length(lists).to_numpy(zero_copy_only=False)
 
 
-def _spread(parts: list[np.ndarray]) -> dict[str, float]:
-    sizes = np.concatenate(parts)
+def _spread(sizes: np.ndarray) -> dict[str, float]:
     low, middle, high = np.percentile(sizes, (5, 50, 95)).tolist()
     return {"mean": float(sizes.mean()), "p5": low, "p50": middle, "p95": high, "max": int(sizes.max())}
