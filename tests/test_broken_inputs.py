@@ -443,10 +443,11 @@ def test_an_option_that_makes_no_sense_is_named(case, refused, tmp_path):
      f"a.jsonl:1: column 'completion' is missing (found: prompt){OR_SKIP}"),
     ("train_reward.py", f"--model {MINI} --reward_training_data a.jsonl", b"\x1f\x8b\n",
      "a.jsonl:1: is no text but a .gz file; let its name end so"),
+    ("prepare_data.py", "--data no.jsonl", b"", "data: 'no.jsonl' does not exist (looked in {folder} and {project})"),
 ])
 def test_a_real_command_says_one_line_and_exits_with_2(script, words, content, expected, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(content)
     command = [sys.executable, str(PROJECT / "scripts" / script), "--output_dir", "run", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: {expected}\n")
+    assert (done.returncode, done.stderr) == (2, f"error: {expected}\n".format(folder=tmp_path, project=PROJECT))
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

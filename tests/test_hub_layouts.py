@@ -112,6 +112,18 @@ def test_the_script_trains_from_every_layout(role, name, ending, reward_model, t
     shutil.rmtree(run)  # a model each, in so many tests
 
 
+def test_the_script_trains_from_a_mixture_of_layouts(tmp_path):
+    """Dialogues, and a random half of the posts that stay when some are held out."""
+    names = "Anthropic/hh-rlhf", "CarperAI/openai_summarize_comparisons"
+    dialogues, posts = (write(tmp_path, rows_of(COMPARED[name], COUNT), name=name.replace("/", "-")) for name in names)
+    data = json.dumps([dialogues, {"name": posts, "weight": 0.5}], separators=(",", ":"))
+    run = train("reward", data, tmp_path / "run")
+    figures = json.loads((run / "data.json").read_text())["reward_training_data"]
+    assert [source["read"] for source in figures["sources"]] == [2 * COUNT, 2 * COUNT]
+    kept = 2 * COUNT - 4  # two posts each for validation and test
+    assert kept - COUNT // 2 <= figures["rows"] <= kept - (COUNT - 4) // 2
+
+
 def test_every_kind_of_file_is_trained_from():
     assert {ending for _, _, ending in TRAININGS} == set(ENDINGS)
 
