@@ -4,8 +4,8 @@
 
 It writes comparisons made of real posts (rows with subreddit, title, post, summary), reads, checks and groups them as
 training does, tokenises them, tokenises the same texts with the tokenizer alone, and starts a second time from the cache.
-Times are those of one process; run it as `taskset -c 0 ...` with OMP_NUM_THREADS=1 for one core, more than once on a
-machine that does other work. All that it writes is removed at the end.
+Times are processor seconds of one process, so that they are those of one core. Caches that other programs use too still cost
+time: on a busy machine take the best of several. All that it writes is removed at the end.
 """
 
 import json
@@ -64,9 +64,10 @@ def texts_of(stored: StoredSet) -> tuple[list[int], list[int]]:
 
 
 def seconds(call) -> float:
-    began = time.perf_counter()
+    """Processor seconds, all threads and the system's work for them included: other programs on the machine do not count."""
+    began = time.process_time()
     call()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def tokenizer_alone(stored: StoredSet, tokenizer) -> float:

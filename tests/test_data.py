@@ -252,7 +252,7 @@ class Words:
 
     bos = "<s>"
 
-    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
+    def __call__(self, text, add_special_tokens=True, **more):
         if isinstance(text, list):
             return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
         return {"input_ids": [self.bos] * add_special_tokens + text.replace("\n", " | ").split()}

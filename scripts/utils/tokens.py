@@ -76,7 +76,8 @@ def _of_texts(stored: StoredSet, numbers: list[int], measure) -> tuple[list, lis
 
 def _ids(tokenizer, text, add_special_tokens=True):
     """Token ids. A special token that somebody has written into a text is text: `</s>` in a post ends nothing (detail 4)."""
-    return tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+    return tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True,
+                     return_attention_mask=False)["input_ids"]  # a list of ones for each text costs time
 
 
 def prompt_tokens(tokenizer, prompts: list[str], max_tokens: int) -> list[list[int]]:
