@@ -24,12 +24,19 @@ from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments, set_seed
 
 from utils.config import PROJECT, UserError, key, start
-from utils.data import load_data, split_rows, tokenised
+from utils.data import load_data, refuse_overlap, split_rows, tokenised
 from utils.data_report import DataReport
 from utils.evaluation import print_stages, refuse_too_long, score_groups
 from utils.layouts import NOTES
 from utils.lora import add_adapter
-from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy, reliability
+from utils.metrics import (
+    bootstrap_interval,
+    expected_calibration_error,
+    label_ceiling,
+    pair_accuracy,
+    rank_correlation,
+    reliability,
+)
 from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
 from utils.plots import plot_calibration, plot_reward
 from utils.prompt_groups import pack
@@ -48,6 +55,8 @@ class RewardStageConfig(TrainerStageConfig):
                                                   "data.")
     reward_test_data: str | None = data_key(None, "Rankings that the final figures are taken on; none: held out too.")
     centring_data: str | None = data_key(None, "Examples whose references score 0 on average (detail 19); none: no shift.")
+    rating_data: str | None = data_key(None, "Rated answers (openai/summarize_from_feedback, axis): in the end, how far scores "
+                                       "agree with the overall ratings; none: not looked at.")
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
                                source="IG: K = 4 to 9", low=2)
     min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors advise 2.",
@@ -166,21 +175,27 @@ def baselines(rows) -> dict[str, float | None]:
 
 
 def load_splits(config, tokenizer, report):
-    """Training, validation and test rankings as tokens, no prompt in two of them; and the references for centring."""
+    """Training, validation and test rankings as tokens, no prompt in two of them; references for centring; rated answers."""
     keys = [f"reward_{split}_data" for split in ("training", "validation", "test")]
-    found = load_data(config, dict.fromkeys(keys, "rankings") | {"centring_data": "examples"}, tokenizer, report)
+    kinds = dict.fromkeys(keys, "rankings") | {"centring_data": "examples", "rating_data": "ratings"}
+    found = load_data(config, kinds, tokenizer, report)
     parts = [usable(rows, config, key, report) for key, rows in zip(keys, split_rows(config, "reward", found, report),
                                                                     strict=True)]
     report.groups("reward_training_data", parts[0])
     references = found.get("centring_data")
     if references is not None:
         references = tokenised(references[: config.test_rows], config.max_completion_tokens, report.say)
-    return *(rows.dataset() for rows in parts), references
+    ratings = found.get("rating_data")
+    if ratings is not None:
+        refuse_overlap({keys[0]: parts[0], "rating_data": ratings}, config.allow_overlap, report.say)
+        ratings = usable(ratings, config, "rating_data", report).dataset()
+    return *(rows.dataset() for rows in parts), references, ratings
 
 
 def usable(rows, config, name, report):
-    """Rankings without those that have a completion over the limit, or no pair, which are counted."""
-    kept = rows.select((rows.token_column("longest") <= config.max_completion_tokens) & (rows.pair_counts() > 0))
+    """Rankings without those that have a completion over the limit, or no pair, which are counted. (Ratings need no pair.)"""
+    paired = (rows.pair_counts() > 0) | (name == "rating_data")
+    kept = rows.select((rows.token_column("longest") <= config.max_completion_tokens) & paired)
     if len(kept) < len(rows):
         report.say(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with no pair or a completion of more "
                    f"than {config.max_completion_tokens} tokens")
@@ -204,7 +219,7 @@ def main(config: RewardStageConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     check_task(tokenizer, {"model": config.model})
     report = DataReport()
-    train, validation, test, references = load_splits(config, tokenizer, report)
+    train, validation, test, references, ratings = load_splits(config, tokenizer, report)
     report.tokens("reward_training_data", train)
     model = load_scalar_model(config.model, "model", new_head_seed=config.seed)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -232,7 +247,17 @@ def main(config: RewardStageConfig) -> None:
         run.stopped()
     if references is not None:
         centre(trainer.model, tokenizer, references, config, run.say)
+    if ratings is not None:
+        agreement, count = rating_agreement(trainer.model, tokenizer, ratings, config)
+        run.say(f"test, rank correlation of scores and overall ratings: {agreement:.3f} ({count} answers)")
     finish(run, config, trainer, tokenizer, test, seconds)
+
+
+def rating_agreement(model, tokenizer, ratings, config) -> tuple[float, int]:
+    """Spearman's correlation of the reward model's scores with the labellers' overall ratings, and the number of answers."""
+    found = score_groups(model, tokenizer, ratings["prompt"], ratings["completions"], config.eval_batch_size, "ratings")
+    rated = [rating for group in ratings["label_scores"] for rating in group]
+    return rank_correlation([score for group in found for score in group], rated), len(rated)
 
 
 def finish(run, config, trainer, tokenizer, test, seconds) -> None:

@@ -119,7 +119,8 @@ def main(config: SFTStageConfig) -> None:
     model = load_policy(config.model, initial_weights=config.initial_weights)
     if config.lora_rank:
         add_adapter(model, config)
-    refuse_too_long(model, max(max(rows["length"]), max(map(len, test.prompts)) + config.max_new_tokens), "actor_training_data")
+    longest = max(train.examples.token_column("length").max(), max(map(len, test.prompts)) + config.max_new_tokens)
+    refuse_too_long(model, longest, "actor_training_data")
     run = Run(config, "sft", report)
     run.catch_signals()
     trainer = SFTStageTrainer(

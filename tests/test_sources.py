@@ -139,6 +139,11 @@ def test_a_weight_says_how_often_each_row_is_taken(tmp_path):
     assert len(mixed(tmp_path, [0.3], rows=10)) == 3
 
 
+def test_weights_that_leave_nothing_are_refused(tmp_path):
+    with pytest.raises(UserError, match="^actor_training_data: its weights leave no row to train on"):
+        mixed(tmp_path, [0.01])
+
+
 def test_the_seed_fixes_which_part_is_taken(tmp_path):
     half = mixed(tmp_path, [0.5])
     assert half == mixed(tmp_path, [0.5]) != mixed(tmp_path, [0.5], seed=1)
@@ -165,7 +170,7 @@ def test_a_mixture_of_comparisons_trains_from_every_set(tmp_path):
                 + [{"prompt": "P1", "completions": ["x", "y", "z"]}])
     config = train_reward.RewardStageConfig(reward_training_data=[one, {"name": two, "weight": 2}], eval_rows=1, test_rows=1)
     report = DataReport()
-    train, validation, test, _ = train_reward.load_splits(config, TOKENIZER, report)
+    train, validation, test, *_ = train_reward.load_splits(config, TOKENIZER, report)
     prompts = Counter(TOKENIZER.decode(ids, skip_special_tokens=True).strip() for ids in train["prompt"])
     assert len(validation) == len(test) == 1
     assert all(count == (2 if prompt.startswith("Human") else 3 if prompt == "P1" else 1) for prompt, count in prompts.items())

@@ -86,7 +86,7 @@ class Rows(Sequence):
             own = np.flatnonzero((self.indices >= self.starts[number]) & (self.indices < self.starts[number + 1])).tolist()
             part = random.Random(f"{seed}-{number}").sample(own, round(len(own) * (weight % 1)))
             parts += own * int(weight) + sorted(part)
-        return self.select(parts)
+        return self.select(np.array(parts, dtype=np.int64))
 
     def dataset(self) -> Dataset:
         """The rows as token ids: the table of `utils/tokens.py`, which stays on the disk."""
@@ -206,7 +206,10 @@ def split_rows(config, role: str, found: dict[str, Rows], report: DataReport) ->
             train, held[field] = split_off(train, min(0.1, most / len(train)), config.seed)
         held[field] = held[field][:most]
     refuse_overlap({f"{role}_training_data": train, **held}, config.allow_overlap, report.say)
-    return train.weighed(config.seed), *held.values()
+    train = train.weighed(config.seed)
+    if not len(train):
+        raise UserError(f"{role}_training_data: its weights leave no row to train on; raise them")
+    return train, *held.values()
 
 
 def split_off(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:

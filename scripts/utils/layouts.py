@@ -83,10 +83,18 @@ def comparison_layout(row: dict) -> str | None:
     return None
 
 
+RATINGS = "info, summary (ratings)"
+
+
+def rating_layout(row: dict) -> str | None:
+    """The same for a row that rates one answer."""
+    return RATINGS if {"info", "summary"} <= row.keys() else None
+
+
 def _refuse_ratings(row: dict, where: str) -> None:
-    if {"info", "summary"} <= row.keys():
-        raise UserError(f"{where}: is a row of ratings ('summary' with 'axes'), which compares nothing; take the set's "
-                        "'comparisons'")
+    if rating_layout(row):
+        raise UserError(f"{where}: rates one summary ('axes') and compares nothing; name such a set as rating_data, or take its "
+                        "comparisons")
 
 
 def example_of(row: dict, where: str, need_completion: bool) -> Example:
@@ -115,7 +123,9 @@ def example_of(row: dict, where: str, need_completion: bool) -> Example:
 
 
 def prompt_of(row: dict, where: str) -> str | None:
-    """The prompt of a row of comparisons or rankings. None: its two dialogues share none."""
+    """The prompt of a row of comparisons, rankings or ratings. None: its two dialogues share none."""
+    if rating_layout(row):
+        return _openai_prompt(row["info"], where)
     return ranking_of(row, where).prompt if "completions" in row else comparison_of(row, where)[0]
 
 
@@ -209,11 +219,7 @@ def _openai_comparison(row: dict, where: str):
         raise UserError(f"{where}: columns 'info' and 'summaries' must be an object and a list of two objects with 'text'")
     if choice not in (0, 1) or isinstance(choice, bool):
         raise UserError(f"{where}: column 'choice' is {choice!r}; it must be 0 or 1, the better of the two summaries")
-    if info.get("article"):
-        prompt = f"{_column(info, 'article', where).strip()}\n\nTL;DR:"
-    else:
-        parts = {c: _text(info.get(c), f"column 'info': {c}", where).strip() for c in ("subreddit", "title", "post")}
-        prompt = TLDR_TEMPLATE.format(**parts)
+    prompt = _openai_prompt(info, where)
     texts = [summary.get("text") for summary in summaries]
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
@@ -224,6 +230,33 @@ def _openai_comparison(row: dict, where: str):
             "policies": " and ".join(sorted(policies)) if all(isinstance(policy, str) for policy in policies) else None}
     known = {column: str(note[column]) for column in NOTES if note[column] is not None}
     return prompt, spaced(texts[choice]), spaced(texts[1 - choice]), known
+
+
+def _openai_prompt(info, where: str) -> str:
+    if not isinstance(info, dict):
+        raise UserError(f"{where}: column 'info' is {_kind(info)}; an object with subreddit, title and post is needed")
+    if info.get("article"):
+        return _text(info["article"], "column 'info': article", where).strip() + "\n\nTL;DR:"
+    parts = {c: _text(info.get(c), f"column 'info': {c}", where).strip() for c in ("subreddit", "title", "post")}
+    return TLDR_TEMPLATE.format(**parts)
+
+
+def rating_of(row: dict, where: str) -> tuple[str, str, float | None]:
+    """Prompt, summary and overall rating (1 to 7) of a row of openai/summarize_from_feedback's axis part; None: not rated.
+
+    Raises:
+        UserError: naming `where`, the column and what is expected.
+    """
+    if not rating_layout(row):
+        raise UserError(f"{where}: has columns {sorted(row)}; needed are info, and summary with text and axes")
+    summary = row["summary"]
+    axes = summary.get("axes") if isinstance(summary, dict) else None
+    if not isinstance(axes, dict):
+        raise UserError(f"{where}: column 'summary' must be an object with 'text' and 'axes'")
+    overall = axes.get("overall")
+    if overall is not None and not _is_number(overall):
+        raise UserError(f"{where}: column 'summary': the overall rating is {overall!r}; a number is needed")
+    return _openai_prompt(row["info"], where), spaced(_text(summary.get("text"), "column 'summary': text", where)), overall
 
 
 def _shp_comparison(row: dict, where: str):

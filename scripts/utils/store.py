@@ -132,7 +132,7 @@ class StoredSet:
         """The row as the scripts know it; its kind is that of the set."""
         row = {name: self.table.column(name)[index].as_py() for name in self.table.column_names if name != "digest"}
         prompt, completions = self.text(row["prompt"]), [self.text(number) for number in row["completions"]]
-        if self.meta["kind"] == "rankings":
+        if self.meta["kind"] in ("rankings", "ratings"):
             notes = row["notes"] and [{name: value for name, value in note.items() if value is not None} for note in row["notes"]]
             return Ranking(prompt, completions, [tuple(pair) for pair in row["pairs"]], row["label_scores"], notes)
         return Example(prompt, completions[0] if completions else None, row["facts"] and json.loads(row["facts"]))

@@ -24,9 +24,9 @@ _TURN = "\n\nHuman: "
 def token_rows(stored: StoredSet, tokenizer, max_prompt_tokens: int) -> Dataset:
     """The rows of a stored set as token ids, on the disk and in the set's order.
 
-    Columns: `prompt`; `completion` (examples) or `completions`, `pairs`, `label_scores`, `notes` (rankings); `length`, the
-    tokens of all of it; `longest`, those of the longest completion; `cut`, what was done to the prompt. A prompt that is
-    TOO_LONG has no tokens. `prompts` without a completion have an empty one.
+    Columns: `prompt`; `completion` (examples, prompts) or `completions`, `pairs`, `label_scores`, `notes` (rankings,
+    ratings); `length`, the tokens of all of it; `longest`, those of the longest completion; `cut`, what was done to the
+    prompt. A prompt that is TOO_LONG has no tokens, and a completion that is missing none either.
     """
     key = [stored.folder.name, tokenizer_key(tokenizer), max_prompt_tokens]
     folder = cached("tokens", key, partial(_build, stored, tokenizer, max_prompt_tokens))
@@ -41,7 +41,7 @@ def tokenizer_key(tokenizer) -> str:
 
 
 def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -> None:
-    ranked = stored.meta["kind"] == "rankings"
+    ranked = stored.meta["kind"] in ("rankings", "ratings")
     extra = list(ROW_COLUMNS) if ranked else []
     schema = pa.schema([
         ("prompt", _IDS), ("completions", pa.list_(_IDS)) if ranked else ("completion", _IDS),

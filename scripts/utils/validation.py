@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from tqdm.auto import tqdm
 
@@ -20,12 +21,15 @@ from utils.cache import cached
 from utils.config import UserError
 from utils.files import BadRow
 from utils.layouts import (
+    RATINGS,
     comparison_layout,
     comparison_of,
     example_layout,
     example_of,
     prompt_of,
     ranking_of,
+    rating_layout,
+    rating_of,
     score_ratio,
 )
 from utils.sources import Opened, Source, open_source
@@ -39,7 +43,8 @@ def read_set(source: Source, field: str, kind: str, **limits) -> StoredSet:
 
     Args:
         field: the configuration key that names it.
-        kind: "examples" (a prompt with its completion), "prompts" (the completion may be missing), or "rankings".
+        kind: "examples" (a prompt with its completion), "prompts" (the completion may be missing), "rankings", or "ratings"
+            (answers with a number each).
         limits: for rankings, those of `_Rankings`.
 
     Raises:
@@ -70,7 +75,7 @@ def refuse_findings(findings: Iterator[dict], count: int) -> None:
 def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:
     layouts, read = Counter(), 0
     with SetWriter(folder) as writer:
-        taker = _Rankings(writer, **limits) if kind == "rankings" else _Examples(writer, kind == "examples")
+        taker = {"rankings": _Rankings, "ratings": _Ratings, "prompts": _Prompts, "examples": _Examples}[kind](writer, **limits)
         for number, row in _progress(opened):
             read += 1
             if isinstance(row, BadRow):
@@ -97,30 +102,68 @@ def _progress(opened: Opened):
 
 
 class _Examples:
-    """Stores examples; of comparisons, where a prompt alone is wanted, each prompt once."""
+    """Stores examples."""
 
-    def __init__(self, writer: SetWriter, need_completion: bool):
-        self.writer, self.need_completion, self.dropped = writer, need_completion, {}
-        self._compared = set()
+    need_completion = True
+
+    def __init__(self, writer: SetWriter):
+        self.writer, self.dropped = writer, {}
 
     def take(self, row: dict, number: int) -> str:
-        layout = example_layout(row)
-        if not self.need_completion and "completion" not in row and (compared := comparison_layout(row)):
-            prompt = prompt_of(row, str(number))
-            if prompt is None:
-                self.dropped.setdefault("share no prompt", []).append(number)
-            elif (text := self.writer.text(prompt)) not in self._compared:
-                self._compared.add(text)
-                self.writer.row(number, text, [])
-            return compared
         example = example_of(row, str(number), self.need_completion)
         completions = [] if example.completion is None else [self.writer.text(example.completion)]
         facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False)
         self.writer.row(number, self.writer.text(example.prompt), completions, facts=facts)
+        layout = example_layout(row)
         return layout if completions or layout == "messages" else layout.rpartition(", ")[0]
 
     def finish(self):
         pass
+
+
+class _Prompts(_Examples):
+    """Stores examples that may be without completion; of comparisons and ratings, whose prompts recur, each prompt once."""
+
+    need_completion = False
+
+    def __init__(self, writer: SetWriter):
+        super().__init__(writer)
+        self._seen = set()
+
+    def take(self, row: dict, number: int) -> str:
+        layout = None if "completion" in row else comparison_layout(row) or rating_layout(row)
+        if layout is None:
+            return super().take(row, number)
+        prompt = prompt_of(row, str(number))
+        if prompt is None:
+            self.dropped.setdefault("share no prompt", []).append(number)
+        elif (text := self.writer.text(prompt)) not in self._seen:
+            self._seen.add(text)
+            self.writer.row(number, text, [])
+        return layout
+
+
+class _Ratings:
+    """Stores the rated answers of each prompt as one row, an answer's mean rating as its label score."""
+
+    def __init__(self, writer: SetWriter):
+        self.writer, self.dropped = writer, {}
+        self._rated: dict[int, dict[int, list[float]]] = {}
+        self._numbers: dict[int, int] = {}
+
+    def take(self, row: dict, number: int) -> str:
+        prompt, completion, rating = rating_of(row, str(number))
+        if rating is None:
+            self.dropped.setdefault("no overall rating", []).append(number)
+            return RATINGS
+        text = self.writer.text(prompt)
+        self._numbers.setdefault(text, number)
+        self._rated.setdefault(text, {}).setdefault(self.writer.text(completion), []).append(rating)
+        return RATINGS
+
+    def finish(self):
+        for prompt, rated in self._rated.items():
+            self.writer.row(self._numbers[prompt], prompt, list(rated), label_scores=[fmean(values) for values in rated.values()])
 
 
 class _Rankings:
