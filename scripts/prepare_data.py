@@ -29,13 +29,14 @@ from utils.config import UserError, key, start
 from utils.data import Rows, load_data
 from utils.data_report import DataReport, token_lengths
 from utils.files import BadRow
-from utils.layouts import Example, Ranking, comparison_layout, example_layout
+from utils.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
 from utils.models import load_tokenizer
 from utils.plots import plot_lengths
 from utils.sources import Source, data_key, open_source, sources_of
 from utils.validation import SHOWN
 
-ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data", "prompts": "rlhf_training_data"}
+ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data", "prompts": "rlhf_training_data",
+         "ratings": "rating_data"}
 ENDS = 60  # tokens of a long text that are shown from each of its ends
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -58,7 +59,7 @@ class PrepareConfig:
 
 
 def kind_of(source: Source) -> str:
-    """What the first row of a known layout is: "rankings", "examples", or "prompts" when it has no completion."""
+    """What the first row of a known layout is: "rankings", "ratings", "examples", or "prompts" when it has no completion."""
     for _, row in open_source(source, "data").rows:
         if isinstance(row, BadRow):
             continue
@@ -66,6 +67,8 @@ def kind_of(source: Source) -> str:
             return "rankings"
         if layout := example_layout(row):
             return "examples" if _answered(row, layout) else "prompts"
+        if rating_layout(row):
+            return "ratings"
     raise UserError(f"data: '{source.name}' has no row of a known layout; data/README.md lists them")
 
 
@@ -80,7 +83,7 @@ def _answered(row: dict, layout: str) -> bool:
 
 
 def canonical(rows: Rows):
-    """Rows that the scripts load again to the same: examples, rankings, and pairs as one row each.
+    """Rows that the scripts load again to the same: examples, rankings, and pairs and ratings as one row each.
 
     A set of rankings keeps them; what was written as pairs stays pairs, since no ranking holds two contradicting labels
     or leaves two completions uncompared.
@@ -89,6 +92,8 @@ def canonical(rows: Rows):
     for row in rows:
         if isinstance(row, Example):
             yield {name: value for name, value in row._asdict().items() if value is not None}
+        elif rows.sets[0].meta["kind"] == "ratings":
+            yield from _rating_rows(row)
         elif ranked:
             yield _ranking_row(row)
         else:
@@ -105,6 +110,13 @@ def _ranking_row(row: Ranking) -> dict:
 def _pair_rows(row: Ranking):
     for (better, worse), note in zip(row.pairs, row.notes or [{}] * len(row.pairs), strict=True):
         yield {"prompt": row.prompt, "chosen": row.completions[better], "rejected": row.completions[worse], **note}
+
+
+def _rating_rows(row: Ranking):
+    """In the layout of articles, whose prompt may be any text before `TL;DR:`."""
+    info = {"article": row.prompt.removesuffix("\n\nTL;DR:")}
+    for text, rating in zip(row.completions, row.label_scores, strict=True):
+        yield {"info": info, "summary": {"text": text, "axes": {"overall": rating}}}
 
 
 def write(target: Path, rows: Rows, report: DataReport, figures: dict, lengths: dict) -> None:
@@ -216,10 +228,12 @@ def show_rows(console: Console, rows: Rows, tokenizer) -> None:
         console.print(Text("prompt: ", style="bold").append(marked(tokenizer, row["prompt"])), soft_wrap=True)
         completions = row["completions"] if "completions" in row else [row["completion"]] if row["completion"] else []
         for place, ids in enumerate(completions, start=1):
-            name = f"completion {place}: " if "pairs" in row else "completion: "
+            name = f"completion {place}: " if "completions" in row else "completion: "
             console.print(Text(name, style="bold").append(marked(tokenizer, ids)), soft_wrap=True)
-        if "pairs" in row:
+        if row.get("pairs"):
             console.print("better > worse: " + ", ".join(f"{better + 1} > {worse + 1}" for better, worse in row["pairs"]))
+        if row.get("label_scores"):
+            console.print("label scores: " + ", ".join(f"{score:g}" for score in row["label_scores"]))
 
 
 def main(config: PrepareConfig) -> None:

@@ -178,6 +178,16 @@ def ranking_with_ranks(story):
 # ------------------------------------------------------------------------------------------------------ prompts alone
 
 
+def openai_axis(story):
+    """Two labellers' ratings of the first summary, one of the second, and none of the third. Not for training."""
+    info = {"id": "t3_1x", "post": story.post, "title": story.title, "subreddit": story.subreddit, "site": None, "article": None}
+    rated = [(story.summaries[0], 7), (story.summaries[1], 3), (story.summaries[0], 4), (story.summaries[2], None)]
+    axes = {"accuracy": 6, "coverage": 5, "coherence": 7, "compatible": None}
+    rows = [{"info": info, "worker": "w1", "batch": "axis1", "split": "test", "summary": {
+        "text": f" {text}", "policy": "ref", "note": None, "axes": {"overall": overall, **axes}}} for text, overall in rated]
+    return Copy(rows, tldr(story))
+
+
 def prompt_alone(story):
     return Copy([{"prompt": tldr(story)}], tldr(story))
 
@@ -206,7 +216,8 @@ COMPARED = {
     "ranking": ranking,
     "ranking with ranks": ranking_with_ranks,
 }
-PROMPTS = {"prompt alone": prompt_alone, "messages without an answer": asked}
+PROMPTS = {"prompt alone": prompt_alone, "messages without an answer": asked,
+           "openai/summarize_from_feedback, axis": openai_axis}
 
 
 def rows_of(layout, count: int) -> list[dict]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,7 +12,8 @@ from hub_layouts import COMPARED, SUPERVISED
 import prepare_data
 import train_reward
 from utils.config import PROJECT, parse_config
-from utils.data import load_examples, load_rankings
+from utils.data import load_data, load_examples, load_rankings
+from utils.data_report import DataReport
 from utils.files import FILE_ENDINGS
 from utils.sources import parse_sources, sources_of
 
@@ -38,7 +40,12 @@ def of_example(path, field):
 def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
     path, made = tmp_path / "row.jsonl", json.loads(made)
     path.write_text(json.dumps(json.loads(row)) + "\n", encoding="utf-8")
-    if "pairs" in made:
+    if "ratings" in made:
+        config = SimpleNamespace(rating_data=str(path), on_bad_rows="error")
+        [rated] = load_data(config, {"rating_data": "ratings"}, None, DataReport())["rating_data"]
+        ratings = [list(pair) for pair in zip(rated.completions, rated.label_scores, strict=True)]
+        assert {"prompt": rated.prompt, "ratings": ratings} == made
+    elif "pairs" in made:
         assert of_ranking(str(path)) == made | {"pairs": sorted(made["pairs"])}
         assert of_example(str(path), "rlhf_training_data") == {"prompt": made["prompt"], "completion": None}
     else:

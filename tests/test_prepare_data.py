@@ -1,15 +1,17 @@
 """Looking at a set before training: its counts are those of a count by hand, and what is written loads again to the same."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from hub_layouts import COMPARED, PROMPTS, SUPERVISED, rows_of, stories, write
+from hub_layouts import COMPARED, PROMPTS, SUPERVISED, openai_axis, rows_of, stories, write
 from real_posts import data_folder
 from transformers import AutoTokenizer
 
 import prepare_data
 from utils.config import PROJECT, UserError, parse_config
-from utils.data import load_examples, load_rankings
+from utils.data import load_data, load_examples, load_rankings
+from utils.data_report import DataReport
 
 TOKENIZER = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
 COUNT = 5
@@ -38,7 +40,7 @@ def tokens(text):
 # ---------------------------------------------------------------------------------------------- what a set looks like
 
 
-@pytest.mark.parametrize("name", SUPERVISED | PROMPTS)
+@pytest.mark.parametrize("name", [*SUPERVISED, "prompt alone", "messages without an answer"])
 def test_examples_are_counted_and_load_again_to_the_same(name, tmp_path, capsys):
     layout = (SUPERVISED | PROMPTS)[name]
     data = write(tmp_path, rows_of(layout, COUNT))
@@ -73,6 +75,19 @@ def test_comparisons_are_counted_and_load_again_to_the_same(name, tmp_path):
     apart = sum(2 * (1 + tokens(prompt)) + tokens(better) + tokens(worse) + 2 for prompt, better, worse in pairs)
     assert (groups["tokens_grouped"], groups["tokens_ungrouped"]) == (grouped, apart)
     assert rankings(tmp_path / "out" / "rows.jsonl") == rankings(data)
+
+
+def test_ratings_are_counted_and_load_again_to_the_same(tmp_path):
+    data = write(tmp_path, rows_of(openai_axis, COUNT))
+    figures = prepare(data, tmp_path / "out")
+    assert figures["key"] == "rating_data" and figures["rows"] == COUNT and figures["sources"][0]["read"] == 4 * COUNT
+    assert figures["sources"][0]["dropped"]["no overall rating"]["rows"] == COUNT
+    limits = SimpleNamespace(max_prompt_tokens=512, on_bad_rows="error")
+    for path in (data, str(tmp_path / "out" / "rows.jsonl")):
+        limits.rating_data = path
+        found = load_data(limits, {"rating_data": "ratings"}, None, DataReport())["rating_data"]
+        assert [(row.prompt, row.completions, row.label_scores) for row in found] == [
+            (openai_axis(story).prompt, [f" {text}" for text in story.summaries[:2]], [5.5, 3]) for story in stories(COUNT)]
 
 
 def pair(better, worse, prompt="P", **more):
