@@ -358,6 +358,8 @@ SETS = {  # what is made, role, words, parts of the message
     "a split that a folder has not": (lambda folder: saved(folder / "mine", train=[good(1)]), "reward",
                                       """--reward_training_data {"name":"mine","split":"dev"}""",
                                       ["reward_training_data: ", "mine' has no split dev (it has train); take one of these"]),
+    "a weight that leaves nothing": (two_sets, "actor", """--actor_training_data {"name":"rows.jsonl","weight":0.001}""", [
+        "actor_training_data: its weights leave no row to train on; raise them"]),
     "half a list": (None, "actor", "--actor_training_data [a.jsonl", ["command line: 'actor_training_data' is not JSON"]),
     "one of several that is not there": (two_sets, "rlhf", """--rlhf_training_data ["rows.jsonl","no.jsonl"]""",
                                          ["rlhf_training_data: 'no.jsonl' does not exist"]),
