@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from utils.config import UserError, key, read_yaml, start
-from utils.data import load_examples, prompt_tokens
+from utils.data import load_examples
 from utils.evaluation import score_groups
 from utils.generation import sample
 from utils.gold import gold_score
@@ -37,6 +37,7 @@ from utils.metrics import best_of_n, best_of_n_kl
 from utils.models import load_policy, load_scalar_model, load_tokenizer
 from utils.plots import plot_over_optimisation
 from utils.run import finished_run, identity, output_file, read_whole_rows
+from utils.tokens import prompt_tokens
 
 SAMPLED_AT_ONCE = 256  # responses; with 4 times as many the caches grow and a response takes 1.5 times as long
 SCORED_IN_A_ROW = 16  # responses of one prompt; with all 64 the attention takes twice as long

@@ -28,9 +28,10 @@ from transformers import set_seed
 
 from utils.checkpoints import Keeper
 from utils.config import PROJECT, StageConfig, UserError, key, start
-from utils.data import load_examples, refuse_overlap, split_off
+from utils.data import Rows, Tokenised, load_data, split_rows, tokenised
+from utils.data_report import DataReport
 from utils.distributed import agreed, build_accelerator, world
-from utils.evaluation import Tokenised, print_stages, tokenise
+from utils.evaluation import print_stages
 from utils.judging import Judge, load_rules, refuse_missing_facts
 from utils.metrics import length_controlled_win_rate, win_rate
 from utils.models import load_tokenizer
@@ -40,6 +41,7 @@ from utils.ppo_models import Models, load_models, prepare
 from utils.prompt_groups import PromptGroups, pack
 from utils.rollout import Carried, MicroBatch, collect_rollout, rollout_metrics
 from utils.run import Run, check_task, refuse_impossible, stage_folders
+from utils.sources import data_key
 
 
 @dataclass
@@ -49,9 +51,9 @@ class PPOStageConfig(StageConfig):
     model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
     reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.",
                             source="N+ detail 22")
-    rlhf_training_data: str = key("trl-lib/tldr", "Prompts: file, folder or hub name.")
-    rlhf_validation_data: str | None = key(None, "Prompts that choose the policy; none: held out of the training data.")
-    rlhf_test_data: str | None = key(None, "Prompts that the final figures are taken on; none: held out too.")
+    rlhf_training_data: str = data_key("trl-lib/tldr", "Prompts.")
+    rlhf_validation_data: str | None = data_key(None, "Prompts that choose the policy; none: held out of the training data.")
+    rlhf_test_data: str | None = data_key(None, "Prompts that the final figures are taken on; none: held out too.")
     gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.")
     total_episodes: int = key(100_000, "Responses sampled in the whole run.", unit="episodes", low=1)
     prompts_per_update: int = key(128, "Prompts of one update, over all processes.", unit="prompts", low=1)
@@ -86,7 +88,7 @@ class PPOStageConfig(StageConfig):
                                   unit="nats a token", low=0.0)
     ptx_coef: float = key(0.0, "Weight of the SFT loss on actor_training_data, added in each step; 0: off.",
                           source="IG detail 34", low=0.0)
-    actor_training_data: str | None = key(None, "SFT examples for ptx_coef: file, folder or hub name.")
+    actor_training_data: str | None = data_key(None, "SFT examples for ptx_coef.")
     max_completion_tokens: int = key(64, "SFT examples with longer completions are dropped.", unit="tokens", low=2)
     ema_decay: float = key(0.0, "Judge and keep an exponential average of the policy (IG: .992 a step); 0: the policy itself.",
                            source="IG detail 35", low=0.0, high=0.999999)
@@ -196,36 +198,31 @@ def batch_loss(trained, batch: MicroBatch, tokens: torch.Tensor, config, example
 # ------------------------------------------------------------------------------------------------- the script
 
 
-def load_splits(config, tokenizer, gold_rules: dict | None):
-    """Training, validation and test prompts as tokens, no prompt in two of them."""
-    train = load_examples(config.rlhf_training_data, "rlhf_training_data", need_completion=False)
-    held, limits = {}, {"validation": config.eval_rows, "test": config.test_rows}
-    for split, rows in limits.items():
-        name = getattr(config, f"rlhf_{split}_data")
-        if name:
-            held[split] = load_examples(name, f"rlhf_{split}_data", need_completion=False)[:rows]
-        else:
-            train, held[split] = split_off(train, min(0.1, rows / len(train)), config.seed)
-    refuse_overlap({"rlhf_training_data": train, **{f"rlhf_{k}_data": v for k, v in held.items()}})
+def load_splits(config, tokenizer, report, gold_rules: dict | None):
+    """Training, validation and test prompts as tokens, no prompt in two of them; and the examples of `ptx_coef`."""
+    keys = [f"rlhf_{split}_data" for split in ("training", "validation", "test")]
+    kinds = dict.fromkeys(keys, "prompts") | ({"actor_training_data": "examples"} if config.ptx_coef else {})
+    found = load_data(config, kinds, tokenizer, report)
+    train, validation, test = split_rows(config, "rlhf", found, report)
     if gold_rules is not None:
-        refuse_missing_facts(gold_rules, [example for part in held.values() for example in part])
-    return [tokenise(tokenizer, part, config) for part in (train, *held.values())]
+        refuse_missing_facts(gold_rules, [*validation, *test])
+    supervised = found.get("actor_training_data")
+    if supervised is not None:
+        supervised = supervised_examples(config, supervised, [validation, test], report)
+    return *(tokenised(rows, None, report.say) for rows in (train, validation, test)), supervised
 
 
-def load_supervised(config, tokenizer, held_out: list[Tokenised], notes: list[str]) -> Tokenised | None:
-    """The examples of `ptx_coef` without the posts that the policy is judged on; None when it is 0."""
-    if not config.ptx_coef:
-        return None
-    examples = load_examples(config.actor_training_data, "actor_training_data")
-    judged = {example.prompt for split in held_out for example in split.examples}
-    kept = [example for example in examples if example.prompt not in judged]
+def supervised_examples(config, examples: Rows, held_out: list[Rows], report) -> Tokenised:
+    """The examples of `ptx_coef` without the posts that the policy is judged on."""
+    judged = {mark for rows in held_out for mark in rows.prompts()}
+    kept = examples.select([mark not in judged for mark in examples.prompts()])
     if len(kept) < len(examples):
-        notes.append(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} examples, whose prompts "
-                     "are held out for validation or test")
-    if not kept:
+        report.say(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} examples, whose prompts "
+                   "are held out for validation or test")
+    if not len(kept):
         raise UserError(f"actor_training_data: every prompt in '{config.actor_training_data}' is held out for validation or "
                         "test; name the data that train_sft.py learnt from")
-    return tokenise(tokenizer, kept, config, config.max_completion_tokens, notes.append)
+    return tokenised(kept.weighed(config.seed), config.max_completion_tokens, report.say)
 
 
 def prompts_of(update: int, prompts: list, config, accelerator) -> list:
@@ -412,11 +409,11 @@ def main(config: PPOStageConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     check_task(tokenizer, {"model": config.model, "reward_model": config.reward_model})
     gold_rules = load_rules(config.gold_rules) if config.gold_rules else None
-    prompts, validation, test = load_splits(config, tokenizer, gold_rules)
-    notes = []
-    supervised = load_supervised(config, tokenizer, [validation, test], notes)
+    report = DataReport()
+    prompts, validation, test, supervised = load_splits(config, tokenizer, report, gold_rules)
+    report.tokens("rlhf_training_data", prompts.examples.dataset())
     models = load_models(config)
-    run = Run(config, "ppo", notes)
+    run = Run(config, "ppo", report)
     accelerator = build_accelerator(config, run.folder)
     run.use_tracker(accelerator)
     run.catch_signals()

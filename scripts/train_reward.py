@@ -20,20 +20,28 @@ from functools import partial
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments, set_seed
 
 from utils.config import PROJECT, UserError, key, start
-from utils.data import completion_tokens, load_examples, load_rankings, prompt_tokens, refuse_overlap, split_off
-from utils.evaluation import print_stages, refuse_too_long, score_groups, tokenise
+from utils.data import load_data, refuse_overlap, split_rows, tokenised
+from utils.data_report import DataReport
+from utils.evaluation import print_stages, refuse_too_long, score_groups
 from utils.layouts import NOTES
 from utils.lora import add_adapter
-from utils.metrics import bootstrap_interval, expected_calibration_error, label_ceiling, pair_accuracy, reliability
+from utils.metrics import (
+    bootstrap_interval,
+    expected_calibration_error,
+    label_ceiling,
+    pair_accuracy,
+    rank_correlation,
+    reliability,
+)
 from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
 from utils.plots import plot_calibration, plot_reward
 from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_impossible, stage_folders
+from utils.sources import data_key
 from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
 
 
@@ -42,11 +50,13 @@ class RewardStageConfig(TrainerStageConfig):
     """The reward model. Defaults: OPT on TL;DR comparisons."""
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
-    reward_training_data: str = key("CarperAI/openai_summarize_comparisons",
-                                    "Comparisons or rankings: file, folder or hub name.")
-    reward_validation_data: str | None = key(None, "Rankings to watch during training; none: held out of the training data.")
-    reward_test_data: str | None = key(None, "Rankings that the final figures are taken on; none: held out too.")
-    centring_data: str | None = key(None, "Examples whose references score 0 on average; none: no shift.", source="detail 19")
+    reward_training_data: str = data_key("CarperAI/openai_summarize_comparisons", "Comparisons or rankings.")
+    reward_validation_data: str | None = data_key(None, "Rankings to watch during training; none: held out of the training "
+                                                  "data.")
+    reward_test_data: str | None = data_key(None, "Rankings that the final figures are taken on; none: held out too.")
+    centring_data: str | None = data_key(None, "Examples whose references score 0 on average (detail 19); none: no shift.")
+    rating_data: str | None = data_key(None, "Rated answers (openai/summarize_from_feedback, axis): in the end, how far scores "
+                                       "agree with the overall ratings; none: not looked at.")
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
                                source="IG: K = 4 to 9", low=2)
     min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors advise 2.",
@@ -164,41 +174,34 @@ def baselines(rows) -> dict[str, float | None]:
             "label_ceiling": label_ceiling(rows["label_scores"], rows["pairs"]) if known else None}
 
 
-def tokenised(rankings, tokenizer, config, name, say) -> Dataset:
-    """Rankings as token ids; groups with a completion over the limit are dropped and counted."""
-    prompts = prompt_tokens(tokenizer, [r.prompt for r in rankings], config.max_prompt_tokens)
-    flat = iter(completion_tokens(tokenizer, [text for r in rankings for text in r.completions]))
-    rows = []
-    for ranking, prompt in zip(rankings, prompts, strict=True):
-        completions = [next(flat) for _ in ranking.completions]
-        if max(map(len, completions)) <= config.max_completion_tokens and ranking.pairs:
-            rows.append({"prompt": prompt, "completions": completions, "pairs": ranking.pairs,
-                         "label_scores": ranking.label_scores, "notes": ranking.notes,
-                         "length": len(prompt) + sum(map(len, completions))})
-    if len(rows) < len(rankings):
-        say(f"{name}: dropped {len(rankings) - len(rows)} of {len(rankings)} groups with no pair or a completion of more "
-            f"than {config.max_completion_tokens} tokens")
-    if not rows:
+def load_splits(config, tokenizer, report):
+    """Training, validation and test rankings as tokens, no prompt in two of them; references for centring; rated answers."""
+    keys = [f"reward_{split}_data" for split in ("training", "validation", "test")]
+    kinds = dict.fromkeys(keys, "rankings") | {"centring_data": "examples", "rating_data": "ratings"}
+    found = load_data(config, kinds, tokenizer, report)
+    parts = [usable(rows, config, key, report) for key, rows in zip(keys, split_rows(config, "reward", found, report),
+                                                                    strict=True)]
+    report.groups("reward_training_data", parts[0])
+    references = found.get("centring_data")
+    if references is not None:
+        references = tokenised(references[: config.test_rows], config.max_completion_tokens, report.say)
+    ratings = found.get("rating_data")
+    if ratings is not None:
+        refuse_overlap({keys[0]: parts[0], "rating_data": ratings}, config.allow_overlap, report.say)
+        ratings = usable(ratings, config, "rating_data", report).dataset()
+    return *(rows.dataset() for rows in parts), references, ratings
+
+
+def usable(rows, config, name, report):
+    """Rankings without those that have a completion over the limit, or no pair, which are counted. (Ratings need no pair.)"""
+    paired = (rows.pair_counts() > 0) | (name == "rating_data")
+    kept = rows.select((rows.token_column("longest") <= config.max_completion_tokens) & paired)
+    if len(kept) < len(rows):
+        report.say(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with no pair or a completion of more "
+                   f"than {config.max_completion_tokens} tokens")
+    if not len(kept):
         raise UserError(f"{name}: no group is left; raise max_completion_tokens ({config.max_completion_tokens})")
-    return Dataset.from_list(rows)
-
-
-def load_splits(config, tokenizer, say):
-    """Training, validation and test rankings as tokens, no prompt in two of them."""
-    def load(name, field):
-        return load_rankings(name, field, config.max_completions, say, config.min_score_ratio, config.max_pairs_per_prompt)
-
-    train = load(config.reward_training_data, "reward_training_data")
-    held = {}
-    for split, rows in (("validation", config.eval_rows), ("test", config.test_rows)):
-        name = getattr(config, f"reward_{split}_data")
-        if name:
-            held[split] = load(name, f"reward_{split}_data")[:rows]
-        else:
-            train, held[split] = split_off(train, min(0.1, rows / len(train)), config.seed)
-    refuse_overlap({"reward_training_data": train, **{f"reward_{k}_data": v for k, v in held.items()}})
-    return [tokenised(part, tokenizer, config, name, say)
-            for name, part in {"reward_training_data": train, **held}.items()]
+    return kept
 
 
 def centre(model, tokenizer, references, config, say) -> None:
@@ -215,17 +218,15 @@ def main(config: RewardStageConfig) -> None:
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     check_task(tokenizer, {"model": config.model})
-    notes = []
-    train, validation, test = load_splits(config, tokenizer, notes.append)
-    if config.centring_data:
-        references = tokenise(tokenizer, load_examples(config.centring_data, "centring_data")[: config.test_rows], config,
-                              config.max_completion_tokens, notes.append)
+    report = DataReport()
+    train, validation, test, references, ratings = load_splits(config, tokenizer, report)
+    report.tokens("reward_training_data", train)
     model = load_scalar_model(config.model, "model", new_head_seed=config.seed)
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.lora_rank:
         add_adapter(model, config)
     refuse_too_long(model, config.max_prompt_tokens + config.max_completion_tokens, "max_prompt_tokens + max_completion_tokens")
-    run = Run(config, "reward", notes)
+    run = Run(config, "reward", report)
     run.catch_signals()
     trainer = RewardStageTrainer(
         model=model,
@@ -245,9 +246,19 @@ def main(config: RewardStageConfig) -> None:
     seconds = time.time() - began
     if run.stop_signal is not None:
         run.stopped()
-    if config.centring_data:
+    if references is not None:
         centre(trainer.model, tokenizer, references, config, run.say)
+    if ratings is not None:
+        agreement, count = rating_agreement(trainer.model, tokenizer, ratings, config)
+        run.say(f"test, rank correlation of scores and overall ratings: {agreement:.3f} ({count} answers)")
     finish(run, config, trainer, tokenizer, test, seconds)
+
+
+def rating_agreement(model, tokenizer, ratings, config) -> tuple[float, int]:
+    """Spearman's correlation of the reward model's scores with the labellers' overall ratings, and the number of answers."""
+    found = score_groups(model, tokenizer, ratings["prompt"], ratings["completions"], config.eval_batch_size, "ratings")
+    rated = [rating for group in ratings["label_scores"] for rating in group]
+    return rank_correlation([score for group in found for score in group], rated), len(rated)
 
 
 def finish(run, config, trainer, tokenizer, test, seconds) -> None:

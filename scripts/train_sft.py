@@ -16,19 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from datasets import Dataset
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from utils.config import PROJECT, key, start
-from utils.data import load_examples, refuse_overlap, split_off
-from utils.evaluation import print_stages, refuse_too_long, summarise, tokenise
+from utils.data import load_data, split_rows, tokenised
+from utils.data_report import DataReport
+from utils.evaluation import print_stages, refuse_too_long, summarise
 from utils.lora import add_adapter
 from utils.metrics import SummaryRouge
 from utils.models import load_policy, load_tokenizer, response_logprobs
 from utils.plots import plot_sft
 from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_impossible, stage_folders
+from utils.sources import data_key
 from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
 
 
@@ -40,9 +41,10 @@ class SFTStageConfig(TrainerStageConfig):
     initial_weights: str = key("pretrained", "Where training starts: the checkpoint's weights, fresh random ones, or fresh ones "
                                "in which copying is sketched (OPT; for pretraining).",
                                choices=["pretrained", "random", "induction"], source="own")
-    actor_training_data: str = key("trl-lib/tldr", "Examples to learn from: file, folder or hub name.")
-    actor_validation_data: str | None = key(None, "Examples that choose the checkpoint; none: held out of the training data.")
-    actor_test_data: str | None = key(None, "Examples that the final figures are taken on; none: held out too.")
+    actor_training_data: str = data_key("trl-lib/tldr", "Examples to learn from.")
+    actor_validation_data: str | None = data_key(None, "Examples that choose the checkpoint; none: held out of the training "
+                                                 "data.")
+    actor_test_data: str | None = data_key(None, "Examples that the final figures are taken on; none: held out too.")
     loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13", choices=["completion", "sequence"])
     max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens", low=2)
     max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="N+ detail 3", low=1)
@@ -96,20 +98,12 @@ def rouge_of(model, tokenizer, posts, config, title):
     return {**figures, "ended": ended, "tokens": length}, summaries
 
 
-def load_splits(config, tokenizer, say):
+def load_splits(config, tokenizer, report):
     """Training, validation and test examples as tokens, no prompt in two of them."""
-    train = load_examples(config.actor_training_data, "actor_training_data")
-    held = {}
-    for split, rows in (("validation", config.eval_rows), ("test", config.test_rows)):
-        name = getattr(config, f"actor_{split}_data")
-        if name:
-            held[split] = load_examples(name, f"actor_{split}_data")
-        else:
-            train, held[split] = split_off(train, min(0.1, rows / len(train)), config.seed)
-    refuse_overlap({"actor_training_data": train, **{f"actor_{k}_data": v for k, v in held.items()}})
-    limits = {"validation": config.eval_rows, "test": config.test_rows}
-    cut = partial(tokenise, tokenizer, config=config, max_completion_tokens=config.max_completion_tokens, say=say)
-    return cut(train), *(cut(held[split][: limits[split]]) for split in ("validation", "test"))
+    keys = [f"actor_{split}_data" for split in ("training", "validation", "test")]
+    found = load_data(config, dict.fromkeys(keys, "examples"), tokenizer, report)
+    parts = split_rows(config, "actor", found, report)
+    return [tokenised(rows, config.max_completion_tokens, report.say) for rows in parts]
 
 
 def main(config: SFTStageConfig) -> None:
@@ -117,20 +111,17 @@ def main(config: SFTStageConfig) -> None:
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     check_task(tokenizer, {"model": config.model})
-    notes = []
-    train, validation, test = load_splits(config, tokenizer, notes.append)
+    report = DataReport()
+    train, validation, test = load_splits(config, tokenizer, report)
+    rows = train.examples.dataset()
+    report.tokens("actor_training_data", rows)
     model = load_policy(config.model, initial_weights=config.initial_weights)
     if config.lora_rank:
         add_adapter(model, config)
-    longest = max(len(p) + len(c) for p, c in zip(train.prompts, train.completions, strict=True))
-    refuse_too_long(model, max(longest, max(map(len, test.prompts)) + config.max_new_tokens), "actor_training_data")
-    run = Run(config, "sft", notes)
+    longest = max(train.examples.token_column("length").max(), max(map(len, test.prompts)) + config.max_new_tokens)
+    refuse_too_long(model, longest, "actor_training_data")
+    run = Run(config, "sft", report)
     run.catch_signals()
-    rows = Dataset.from_dict({
-        "prompt": train.prompts,
-        "completion": train.completions,
-        "length": [len(p) + len(c) for p, c in zip(train.prompts, train.completions, strict=True)],
-    })
     trainer = SFTStageTrainer(
         model=model,
         args=training_arguments(
@@ -166,8 +157,7 @@ def finish(run, config, trainer, tokenizer, test, figures, summaries, seconds) -
         {"prompt": example.prompt, "reference": example.completion, "base": base, "sft": sft}
         for example, base, sft in zip(test.examples[:20], summaries[0].texts, summaries[1].texts, strict=False)
     ])
-    tokens = sum(map(len, trainer.train_dataset["prompt"])) + sum(map(len, trainer.train_dataset["completion"]))
-    seen = tokens / len(trainer.train_dataset) * trainer.rows_trained()
+    seen = sum(trainer.train_dataset["length"]) / len(trainer.train_dataset) * trainer.rows_trained()
     run.finish({**{name: after[name] for name in ("rouge1", "rouge2", "rougeL", "rouge_avg")},
                 "base_rouge_avg": before["rouge_avg"], "seconds": time.time() - run.started,
                 "tokens_per_second": seen / seconds})

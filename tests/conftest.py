@@ -2,8 +2,11 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
+CACHE = tempfile.TemporaryDirectory(prefix="opt-rlhf-tests-")  # removed at exit
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))

@@ -55,10 +55,10 @@ def write_splits(source: Path, target: Path) -> dict[str, list[dict]]:
 
 def write_rankings(rows: list[dict], policy: Path, target: Path, count: int) -> Path:
     """The real TL;DR above one that the policy sampled and one of another post; these two are not compared."""
-    from utils.data import prompt_tokens
     from utils.generation import sample
     from utils.layouts import TLDR_TEMPLATE
     from utils.models import load_policy, load_tokenizer
+    from utils.tokens import prompt_tokens
 
     rows = rows[-count:]
     tokenizer = load_tokenizer(str(policy))

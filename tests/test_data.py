@@ -9,18 +9,14 @@ from pathlib import Path
 import datasets
 import pytest
 
+from utils import data
 from utils.config import PROJECT, UserError
-from utils.data import (
-    completion_tokens,
-    load_examples,
-    load_rankings,
-    prompt_tokens,
-    read_rows,
-    refuse_overlap,
-    split_off,
-)
+from utils.data import load_rankings, refuse_overlap, split_off
+from utils.data_report import DataReport
 from utils.layouts import Example, Ranking
 from utils.models import load_tokenizer
+from utils.sources import Source, open_source
+from utils.tokens import completion_tokens, prompt_tokens
 
 TLDR = "SUBREDDIT: r/tea\n\nTITLE: Which pot\n\nPOST: I have two pots.\nOne leaks.\n\nTL;DR:"
 SHARED = Path(os.environ.get("TLDR_DATA_DIR", PROJECT.parent / "shared" / "data"))
@@ -32,8 +28,18 @@ def write(folder, *rows, name="rows.jsonl"):
     return str(path)
 
 
+def load_examples(*args, **more):
+    return list(data.load_examples(*args, **more))
+
+
 def rankings(path, cap=9, said=None):
-    return load_rankings(path, "reward_training_data", cap, [].append if said is None else said.append)
+    return list(load_rankings(path, "reward_training_data", cap, [].append if said is None else said.append))
+
+
+def rows_of(name, field):
+    """What a source gives: the rows with their places."""
+    opened = open_source(Source(name), field)
+    return [(f"{opened.label}:{number}", row) for number, row in opened.rows]
 
 
 def tokenizer_of(name):
@@ -163,7 +169,7 @@ def test_comparisons_of_every_layout_read_alike(layout, tmp_path):
 def test_gzip_reads_like_plain_text_and_blank_lines_are_nothing(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}'))
-    found = list(read_rows(str(path), "actor_training_data"))
+    found = rows_of(str(path), "actor_training_data")
     assert found == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2})]
 
 
@@ -197,8 +203,8 @@ def test_every_real_dialogue_is_a_pair_or_counted():
 )
 def test_hub_splits_are_chosen_by_role(field, splits, expected, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: splits)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"split": split}])
-    assert list(read_rows("some/dataset", field)) == [(f"some/dataset[{expected}]:1", {"split": expected})]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([{"split": split}]))
+    assert rows_of("some/dataset", field) == [(f"some/dataset[{expected}]:1", {"split": expected})]
 
 
 @pytest.mark.parametrize("error", [ConnectionError("offline"), RuntimeError("Dataset scripts are no longer supported")])
@@ -208,7 +214,7 @@ def test_an_unreachable_hub_is_a_users_error(error, monkeypatch):
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
     with pytest.raises(UserError, match=f"actor_training_data: 'some/dataset' .*{error}"):
-        list(read_rows("some/dataset", "actor_training_data"))
+        rows_of("some/dataset", "actor_training_data")
 
 
 # -------------------------------------------------------------------------------------------------- tokens
@@ -246,7 +252,7 @@ class Words:
 
     bos = "<s>"
 
-    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
+    def __call__(self, text, add_special_tokens=True, **more):
         if isinstance(text, list):
             return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
         return {"input_ids": [self.bos] * add_special_tokens + text.replace("\n", " | ").split()}
@@ -363,20 +369,30 @@ def test_a_file_with_no_usable_pair_is_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------- splits
 
 
-def test_split_off_holds_whole_prompts_out():
-    rows = [Example(f"P{i % 20}", str(i), None) for i in range(60)]
+def test_split_off_holds_whole_prompts_out(tmp_path):
+    rows = data.load_examples(write(tmp_path, *({"prompt": f"P{i % 20}", "completion": str(i)} for i in range(60))), "x")
     stay, held = split_off(rows, 0.25, seed=3)
-    assert len({row.prompt for row in held}) == 5 and sorted(stay + held) == sorted(rows)
+    assert len({row.prompt for row in held}) == 5 and sorted([*stay, *held]) == sorted(rows)
     assert not {row.prompt for row in held} & {row.prompt for row in stay}
-    assert (stay, held) == split_off(rows, 0.25, seed=3) != split_off(rows, 0.25, seed=4)
-    assert split_off(rows, 0.0, seed=3)[1], "never nothing"
+    again, other = split_off(rows, 0.25, seed=3), split_off(rows, 0.25, seed=4)
+    assert list(held) == list(again[1]) != list(other[1])
+    assert len(split_off(rows, 0.0, seed=3)[1]), "never nothing"
 
 
-def test_overlap_is_refused():
-    one, two = [Example("P", "a", None)], [Example("Q", "a", None), Example("P", "b", None)]
-    refuse_overlap({"train": one * 2, "test": two[:1]})
-    with pytest.raises(UserError, match="the same prompt stands in train and in test: 'P'"):
-        refuse_overlap({"train": one, "test": two})
+def test_overlap_is_refused_with_its_places_or_said(tmp_path):
+    first = write(tmp_path, *({"prompt": f"P{i}"} for i in range(9)), name="a.jsonl")
+    second = write(tmp_path, {"prompt": "Q"}, *({"prompt": f"P{i}"} for i in range(8, 2, -1)), name="b.jsonl")
+    one, two = (data.load_examples(path, "x", False) for path in (first, second))
+    said = []
+    refuse_overlap({"train": one, "test": two[:1]}, False, said.append)
+    assert not said
+    clash = (f"the same prompt stands in train and in test: 'P8' ({first}:9 and {second}:2), 'P7' ({first}:8 and {second}:3), "
+             f"'P6' ({first}:7 and {second}:4) and 3 more")
+    with pytest.raises(UserError) as caught:
+        refuse_overlap({"train": one, "test": two}, False, said.append)
+    assert str(caught.value) == clash + "; remove it from one, or accept it with allow_overlap: true"
+    refuse_overlap({"train": one, "test": two}, True, said.append)
+    assert said == [clash + " (allow_overlap)"]
 
 
 @pytest.mark.parametrize(("stage", "kind", "role"), [
@@ -391,7 +407,7 @@ def test_every_stage_refuses_a_prompt_in_two_splits(stage, kind, role, split, tm
     script = importlib.import_module(f"train_{stage}")
     config = getattr(script, kind)(**files)
     with pytest.raises(UserError, match=f"^the same prompt stands in {role}_training_data and in {role}_{split}_data: 'P1'"):
-        script.load_splits(config, tokenizer_of("opt-mini"), None if role == "rlhf" else print)
+        script.load_splits(config, tokenizer_of("opt-mini"), DataReport(), *([None] if role == "rlhf" else []))
 
 
 # ---------------------------------------------------------------------------------------------- broken rows

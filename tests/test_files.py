@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from utils.config import UserError
-from utils.data import load_examples, load_rankings, read_rows
+from utils.data import load_examples, load_rankings
 from utils.files import FILE_ENDINGS, read_file
+from utils.sources import Source, open_source
 
 ROWS = [
     {"prompt": 'Where is it?\nShe said "here", I think; ☂', "completions": [" There.", " Here, by the door."], "ranks": [2, 1]},
@@ -20,6 +21,12 @@ ROWS = [
     {"prompt": "When?", "completions": [" Now, they say.", " Then."], "ranks": [1, 2]},
 ]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)}
+
+
+def read_rows(name, field):
+    """What a source gives: the rows with their places."""
+    opened = open_source(Source(name), field)
+    return [(f"{opened.label}:{number}", row) for number, row in opened.rows]
 
 
 def as_jsonl(rows):
@@ -54,7 +61,7 @@ def test_every_kind_of_file_holds_the_same_rows(ending, tmp_path):
     path = tmp_path / f"rows{ending}"
     path.write_bytes(PACK[packed](WRITE[kind](ROWS)))
     assert [row for _, row in read_file(path, "data")] == ROWS
-    assert all(where.startswith(f"{path}:") for where, _ in read_file(path, "data"))
+    assert [number for number, _ in read_file(path, "data")] == ([2, 4, 7] if kind == ".csv" else [1, 2, 3])
     assert [group.completions for group in load_rankings(str(path), "reward_training_data", 9, print)] == [
         row["completions"] for row in ROWS]
 
@@ -95,7 +102,7 @@ def test_comparisons_of_the_hub_are_the_same_in_every_kind_of_file(kind, row, tm
 def test_a_row_is_named_by_the_line_it_begins_at(tmp_path):
     """The first two CSV rows are two and three lines long."""
     (tmp_path / "a.csv").write_bytes(as_csv(ROWS))
-    assert [where.rsplit(":", 1)[1] for where, _ in read_file(tmp_path / "a.csv", "data")] == ["2", "4", "7"]
+    assert [number for number, _ in read_file(tmp_path / "a.csv", "data")] == [2, 4, 7]
 
 
 def test_a_folder_that_datasets_saved(tmp_path):
@@ -128,7 +135,7 @@ BROKEN = {
     "csv not UTF-8": ("a.csv", b"prompt,completion\np,c\np,\xff\n", ":3: is not UTF-8"),
     "csv list that is none": ("a.csv", b'prompt,completions\np,"[1, 2"\n', ":2: is not JSON .*; column 'completions' needs JSON"),
     "json cut off": ("a.json", b'[{"prompt": "p"},\n {"pro', ":2: is not JSON .*; a list of objects is needed"),
-    "json list of texts": ("a.json", b'["p", "q"]', ":1: must be a JSON object"),
+    "json list of texts": ("a.json", b'["p"]', ":1: must be a JSON object"),
     "json not UTF-8": ("a.json", b'[{"prompt":\n "\xff"}]', ":2: is not UTF-8"),
     "json half an emoji": ("a.json", b'[{"prompt": "a"}, {"prompt": "\\ud83d"}]', ":2: holds half of an emoji"),
     "json empty list": ("a.json", b"[]", "' is empty; it needs rows"),

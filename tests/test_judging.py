@@ -10,8 +10,10 @@ from families import EOS, PAD, policy, random_groups, scalar_model
 import train_ppo
 from utils import evaluation
 from utils.config import UserError
-from utils.evaluation import Tokenised
+from utils.data import Tokenised, load_data, tokenised
+from utils.data_report import DataReport
 from utils.judging import Judge, load_rules, refuse_missing_facts
+from utils.models import load_tokenizer
 
 PROMPTS = random_groups([5, 1, 8, 3, 6], [[1]] * 5)[0]
 POSTS = Tokenised([SimpleNamespace(prompt="p", completion=" w3 w4.", facts=None) for _ in PROMPTS], PROMPTS, None)
@@ -102,20 +104,19 @@ def test_an_evaluations_kl_and_score_are_of_the_right_summaries():
     assert offered == [(3, 0.01, 7.0)]
 
 
-def test_examples_whose_completion_is_too_long_are_dropped_and_counted():
-    class Words:
-        eos_token_id = EOS
-
-        def __call__(self, texts, add_special_tokens=True, split_special_tokens=False):
-            return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
-
-    examples = [SimpleNamespace(prompt="p q", completion=text) for text in (" a b c", " a b", " a b c d")]
-    said = []
-    found = evaluation.tokenise(Words(), examples, SimpleNamespace(max_prompt_tokens=9), 4, said.append)
-    assert found.completions == [[1, 1, 1, EOS], [1, 1, EOS]] and found.examples == examples[:2] and len(found.prompts) == 2
-    assert said == ["dropped 1 of 3 examples with more than 4 completion tokens"]
+def test_examples_whose_completion_is_too_long_are_dropped_and_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "p q", "completion": text}) + "\n" for text in (" a a a", " a a", " a a a a")))
+    tokenizer = load_tokenizer("assets/opt-mini")
+    config = SimpleNamespace(data=str(path), max_prompt_tokens=9, on_bad_rows="error")
+    rows = load_data(config, {"data": "examples"}, tokenizer, DataReport())["data"]
+    said, word = [], tokenizer(" a", add_special_tokens=False)["input_ids"]
+    found = tokenised(rows, 3 * len(word) + 1, said.append)
+    assert list(found.completions) == [3 * word + [EOS], 2 * word + [EOS]] and len(found.prompts) == 2
+    assert [example.completion for example in found.examples] == [" a a a", " a a"]
+    assert said == [f"dropped 1 of 3 examples with more than {3 * len(word) + 1} completion tokens"]
     with pytest.raises(UserError, match="^max_completion_tokens: no completion has 2 tokens"):
-        evaluation.tokenise(Words(), examples, SimpleNamespace(max_prompt_tokens=9), 2, said.append)
+        tokenised(rows, 2, said.append)
 
 
 RULES = {"slots": {"who": {"weight": 1.0, "values": ["my sister"]}}, "need_words": 5,

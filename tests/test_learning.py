@@ -18,8 +18,8 @@ import train_ppo
 import train_reward
 import train_sft
 from utils.config import PROJECT
-from utils.data import load_examples
-from utils.evaluation import tokenise
+from utils.data import load_data, tokenised
+from utils.data_report import DataReport
 from utils.models import load_policy
 
 # each is one token of the mini tokenizer when a space stands before it
@@ -129,7 +129,8 @@ def test_sft_learns_eight_rows_by_heart(base, tmp_path):
     )
     train_sft.main(config)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    learnt = tokenise(tokenizer, load_examples(files["training"], "actor_training_data"), config)
+    found = load_data(config, {"actor_training_data": "examples"}, tokenizer, DataReport())
+    learnt = tokenised(found["actor_training_data"], None, print)
     figures, _ = train_sft.rouge_of(load_policy(str(tmp_path / "sft" / "final")), tokenizer, learnt, config, "")
     assert json.loads((tmp_path / "sft" / "summary.json").read_text())["base_rouge_avg"] < 0.3
     assert figures["rouge_avg"] > 0.9

@@ -17,8 +17,8 @@ from test_ppo_update import PROMPTS, TOKENIZER, made, rollout, updated
 
 import train_ppo
 from utils.config import UserError
-from utils.data import load_examples
-from utils.evaluation import Tokenised
+from utils.data import Tokenised, load_data
+from utils.data_report import DataReport
 from utils.models import load_tokenizer, response_logprobs, response_values, scores
 from utils.ppo import Rollout
 from utils.prompt_groups import pack
@@ -350,15 +350,14 @@ def test_held_out_posts_never_get_into_ptx(config, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = replace(config, ptx_coef=0.1, actor_training_data=str(path), max_completion_tokens=64, max_prompt_tokens=64)
     tokenizer = load_tokenizer("assets/opt-mini")
-    held_out = [Tokenised([example], None, None) for example in load_examples(str(path), "data")[2:4]]
-    notes = []
-    kept = train_ppo.load_supervised(config, tokenizer, held_out, notes)
+    report = DataReport()
+    rows_found = load_data(config, {"actor_training_data": "examples"}, tokenizer, report)["actor_training_data"]
+    kept = train_ppo.supervised_examples(config, rows_found, [rows_found[2:3], rows_found[3:4]], report)
     assert [example.prompt for example in kept.examples] == [rows[n]["prompt"] for n in (0, 1, 4, 5)]
-    assert notes == ["actor_training_data: left out 2 of 6 examples, whose prompts are held out for validation or test"]
-    everything = [Tokenised(load_examples(str(path), "data"), None, None)]
+    assert len(kept.prompts) == len(kept.completions) == 4
+    assert report.notes == ["actor_training_data: left out 2 of 6 examples, whose prompts are held out for validation or test"]
     with pytest.raises(UserError, match="^actor_training_data: every prompt in .* is held out"):
-        train_ppo.load_supervised(config, tokenizer, everything, notes)
-    assert train_ppo.load_supervised(replace(config, ptx_coef=0.0), tokenizer, [], notes) is None
+        train_ppo.supervised_examples(config, rows_found, [rows_found], report)
 
 
 CONTRADICTIONS = {

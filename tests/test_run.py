@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from families import policy, scalar_model
 
 from utils.config import StageConfig, UserError, read_yaml, save_config
+from utils.data_report import DataReport
 from utils.distributed import build_accelerator
 from utils.evaluation import print_stages
 from utils.models import load_policy, load_tokenizer
@@ -25,10 +26,16 @@ class Toy(StageConfig):
     """A stage's configuration."""
 
 
+def report_of(*notes):
+    report = DataReport()
+    report.notes += notes
+    return report
+
+
 def start(folder, resume=False, stage="sft", notes=()):
     config = Toy(output_dir=str(folder), resume=resume, seed=7)
     refuse_used_folder(config)
-    return Run(config, stage, list(notes))
+    return Run(config, stage, report_of(*notes))
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def test_a_new_or_empty_folder_is_opened_and_holds_the_configuration(exists, tmp
     if exists:
         folder.mkdir(parents=True)
     run = start(folder)
-    assert contents(folder) == ["config.yaml", "plots", "train.log"]
+    assert contents(folder) == ["config.yaml", "data.json", "plots", "train.log"]
     assert read_yaml(folder / "config.yaml")[0] == {**Toy().__dict__, "output_dir": str(folder), "seed": 7}
     assert run.folder == folder
 
@@ -180,7 +187,7 @@ def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
     start(tmp_path)
     monkeypatch.setattr("utils.run.world", lambda: SimpleNamespace(is_main_process=False))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    other = Run(Toy(output_dir=str(tmp_path)), "sft", ["a note"])
+    other = Run(Toy(output_dir=str(tmp_path)), "sft", report_of("a note"))
     other.say("hello")
     other.metrics(1, {"a": 1})
     other.samples([{"a": 1}])

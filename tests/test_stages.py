@@ -25,8 +25,8 @@ REWARD_KEYS = {"accuracy", "accuracy_low", "accuracy_high", "label_ceiling", "lo
 PPO_KEYS = {"score_before", "score_after", "gold_before", "gold_after", "gold_win_rate", "gold_win_rate_low",
             "gold_win_rate_high", "gold_win_rate_greedy", "kl", "rouge_avg", "episodes", "seconds", "episodes_per_second"}
 EVERY_STAGE = {"peak_memory_mb", "seed"}
-FILES = {"config.yaml", "metrics.jsonl", "samples.jsonl", "train.log", "summary.json", "plots", "checkpoints", "final",
-         "tensorboard"}
+FILES = {"config.yaml", "data.json", "metrics.jsonl", "samples.jsonl", "train.log", "summary.json", "plots", "checkpoints",
+         "final", "tensorboard"}
 
 QUICK = {
     train_sft: "--max_steps 4 --eval_steps 2 --eval_rows 4 --test_rows 4 --logging_steps 1",

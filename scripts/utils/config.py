@@ -35,16 +35,20 @@ class UserError(Exception):
 class _Help(str):
     """A key's help text that carries its valid range: the parser passes any other metadata on to argparse."""
 
-    low = high = choices = None
+    low = high = choices = parse = None
 
 
-def key(default, help, *, unit="", source="own", low=None, high=None, choices=None):
-    """A configuration field: its default, what it means, its unit, where the default comes from ("own": us), its range."""
+def key(default, help, *, unit="", source="own", low=None, high=None, choices=None, parse=None):
+    """A configuration field: its default, what it means, its unit, where the default comes from ("own": us), its range.
+
+    Args:
+        parse: for a value that is no text or number: returns it checked, or raises ValueError saying what is wrong.
+    """
     if choices:
         help += f" One of: {', '.join(choices)}."
     text = help + (f" [{unit}]" if unit else "") + f" (source: {source})"
     described = _Help(text.replace("%", "%%"))
-    described.low, described.high, described.choices = low, high, choices
+    described.low, described.high, described.choices, described.parse = low, high, choices, parse
     metadata = {"help": described}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -189,6 +193,11 @@ def _checked(field, declared, value, where):
         return value
     if type(None) in kinds and value in (None, "none", "null"):  # the command line has no other way to say it
         return None
+    if parse := field.metadata["help"].parse:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise UserError(f"{where}: '{field.name}' {error}") from None
     kind = kinds[0]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -306,6 +315,10 @@ class StageConfig:
     output_dir: str = key("outputs/run/stage", "Folder of this run; must be new or empty unless `resume`.")
     resume: bool = key(False, "Go on from the newest checkpoint in `output_dir`.")
     seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)
+    on_bad_rows: str = key("error", "Rows of the data that cannot be used: stop before training, or skip them and write them to "
+                           "rejected_rows.jsonl.", choices=["error", "skip"])
+    allow_overlap: bool = key(False, "Accept that a prompt stands in two of training, validation and test data.",
+                              source="detail 7")
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="N+ detail 1", low=8)
     per_device_batch_size: int = key(8, "Rows (prompt groups) in one forward pass.", unit="rows", low=1)
     learning_rate: float = key(3e-6, "Peak learning rate.", source="N+ detail 9", low=0.0)

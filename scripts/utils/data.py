@@ -1,227 +1,265 @@
-"""Reading data sets and turning text into tokens, once.
+"""The data of a run: every set that its configuration names, read, checked and tokenised before a weight is loaded.
 
-Two kinds of rows: examples (a prompt, perhaps with its reference completion) and rankings (a prompt with K
-completions and the pairs of them that somebody compared). `utils/layouts.py` says what a row means.
+`utils/layouts.py` says what a row means, `utils/validation.py` reads, `utils/tokens.py` tokenises; both keep their results
+on the disk. What the scripts hold is numbers of rows.
 """
 
-import bisect
 import random
-import re
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
-import pyarrow
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
 
-from utils.config import UserError, find_input, find_local, is_hub_name
-from utils.files import FILE_ENDINGS, read_file
-from utils.layouts import (
-    TLDR,
-    TLDR_TEMPLATE,
-    Example,
-    Ranking,
-    comparison_of,
-    example_of,
-    ranking_of,
-    score_ratio,
-)
-
-_SPLITS = {"training": ["train"], "validation": ["validation", "valid", "valid1"], "test": ["test", "valid2"]}
+from utils.config import UserError
+from utils.data_report import DataReport
+from utils.layouts import Example, Ranking
+from utils.sources import sources_of
+from utils.store import StoredSet
+from utils.tokens import TOO_LONG, cannot_fit, token_rows
+from utils.validation import read_set, refuse_findings
 
 
-def load_examples(name: str, field: str, need_completion: bool = True) -> list[Example]:
-    """Every example of a data set.
+class Tokenised(NamedTuple):
+    """Examples with their token ids; a completion ends with EOS. Columns of a `datasets` table stay on the disk."""
+
+    examples: Sequence[Example]
+    prompts: Sequence[list[int]]
+    completions: Sequence[list[int]] | None
+
+
+class Rows(Sequence):
+    """Rows of one or several stored sets, read from the disk when they are asked for: `Example`s or `Ranking`s.
 
     Args:
-        name: a file, a folder saved by `datasets`, or a hub name.
-        field: the configuration key it came from, such as `actor_training_data`, for messages and hub splits.
+        sets: what is mixed.
+        tokens: the same rows as token ids, a table for each set; None where only text is wanted.
+        weights: how often the rows of each set are to be taken in training.
+        indices: (N,) rows, counted through all sets; None: all.
+    """
+
+    def __init__(self, sets: list[StoredSet], tokens: list[Dataset] | None, weights: list[float], indices=None):
+        self.sets, self.tokens, self.weights = sets, tokens, weights
+        self.starts = np.cumsum([0] + [stored.table.num_rows for stored in sets])
+        self.indices = np.arange(self.starts[-1]) if indices is None else np.asarray(indices, dtype=np.int64)
+
+    def select(self, indices) -> "Rows":
+        """Some of these rows by their places among them, in that order; or those where a mask is True."""
+        return Rows(self.sets, self.tokens, self.weights, self.indices[indices])
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(index)
+        stored, row = self._find(index)
+        return stored.row(row)
+
+    def __iter__(self) -> Iterator[Example | Ranking]:
+        return (self[index] for index in range(len(self)))
+
+    def _find(self, index: int) -> tuple[StoredSet, int]:
+        number = int(self.indices[index])
+        owner = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.sets[owner], number - int(self.starts[owner])
+
+    def place(self, index: int) -> str:
+        """Where a row stands, `file:line`; of a group the first of its rows."""
+        stored, row = self._find(index)
+        return stored.place(row)
+
+    def prompts(self) -> np.ndarray:
+        """(N,) 16 bytes that stand for each row's prompt."""
+        marks = [mark for stored in self.sets for mark in stored.table.column("digest").to_pylist()]
+        return np.array(marks, dtype=object)[self.indices]
+
+    def weighed(self, seed: int) -> "Rows":
+        """The rows as often as the weights of their sets say; where a part of a set is taken, `seed` says which."""
+        if all(weight == 1 for weight in self.weights):
+            return self
+        parts = []
+        for number, weight in enumerate(self.weights):
+            own = np.flatnonzero((self.indices >= self.starts[number]) & (self.indices < self.starts[number + 1])).tolist()
+            part = random.Random(f"{seed}-{number}").sample(own, round(len(own) * (weight % 1)))
+            parts += own * int(weight) + sorted(part)
+        return self.select(np.array(parts, dtype=np.int64))
+
+    def dataset(self) -> Dataset:
+        """The rows as token ids: the table of `utils/tokens.py`, which stays on the disk."""
+        table = self.tokens[0] if len(self.tokens) == 1 else concatenate_datasets(self.tokens)
+        return table if np.array_equal(self.indices, np.arange(len(table))) else table.select(self.indices)
+
+    def pair_counts(self) -> np.ndarray:
+        """(N,) compared pairs of each row."""
+        counts = [pc.list_value_length(stored.table.column("pairs")).to_numpy() for stored in self.sets]
+        return np.concatenate(counts)[self.indices]
+
+    def finding_count(self) -> int:
+        """How many rows cannot be used: those that are none, and those whose prompt cannot fit."""
+        unfit = np.count_nonzero(self.token_column("cut") == TOO_LONG) if self.tokens else 0
+        return sum(stored.meta["rejected"] for stored in self.sets) + int(unfit)
+
+    def findings(self, config) -> Iterator[dict]:
+        """These rows: `place`, `reason`, `row`."""
+        for stored in self.sets:
+            yield from stored.rejected()
+        for index in np.flatnonzero(self.token_column("cut") == TOO_LONG).tolist() if self.tokens else ():
+            yield {"place": self.place(index), "reason": cannot_fit(config.max_prompt_tokens), "row": self[index]._asdict()}
+
+    def token_column(self, name: str) -> np.ndarray:
+        """(N,) a column of numbers of the token table: `length`, `longest` or `cut`."""
+        return np.concatenate([table.data.column(name).to_numpy() for table in self.tokens])[self.indices]
+
+
+def load_data(config, kinds: dict[str, str], tokenizer, report: DataReport) -> dict[str, Rows]:
+    """Every set that a configuration names, checked and tokenised.
+
+    Args:
+        kinds: configuration key -> what its rows are, see `read_set`. A key whose value is none is left out.
+        tokenizer: None where only text is wanted.
+        report: gets what was dropped, and the figures.
+
+    Raises:
+        UserError: with the findings in all of them, unless `on_bad_rows` is skip; or when nothing is left of one.
+    """
+    limits = {name: getattr(config, name) for name in ("max_completions", "min_score_ratio", "max_pairs_per_prompt")
+              if "rankings" in kinds.values()}
+    found = {}
+    for field, kind in kinds.items():
+        if (value := getattr(config, field)) is not None:
+            sources = sources_of(value)
+            sets = [read_set(source, field, kind, **(limits if kind == "rankings" else {})) for source in sources]
+            tokens = tokenizer and [token_rows(stored, tokenizer, config.max_prompt_tokens) for stored in sets]
+            found[field] = Rows(sets, tokens, [source.weight for source in sources])
+    if config.on_bad_rows == "error":
+        refuse_findings((one for rows in found.values() for one in rows.findings(config)),
+                        sum(rows.finding_count() for rows in found.values()))
+    return {field: _usable(rows, field, config, report) for field, rows in found.items()}
+
+
+def _usable(rows: Rows, field: str, config, report: DataReport) -> Rows:
+    """The rows without those that cannot be used; what is left out is reported."""
+    whole = rows
+    report.read(field, rows)
+    if count := rows.finding_count():
+        report.leave_out(field, count, partial(rows.findings, config))
+    if rows.tokens:
+        rows = rows.select(rows.token_column("cut") != TOO_LONG)
+    if not len(rows):
+        what = "comparison" if rows.sets[0].meta["kind"] == "rankings" else "row"
+        names = ", ".join(stored.label for stored in rows.sets)
+        why = f"; the first is {bad['place']}: {bad['reason']}" if (bad := next(whole.findings(config), None)) else ""
+        raise UserError(f"{field}: '{names}' holds no usable {what}{why}")
+    return rows
+
+
+def load_examples(value, field: str, need_completion: bool = True) -> Rows:
+    """The text of every example of a data set.
+
+    Args:
+        value: that of a data key: a file, a folder, a hub name, or a mixture.
+        field: the configuration key it came from, such as `actor_training_data`, for messages and the choice of a split.
         need_completion: False for prompts only (PPO).
 
     Raises:
         UserError: naming file and line, for anything that is not an example.
     """
-    return [example_of(row, where, need_completion) for where, row in read_rows(name, field)]
+    kind = "examples" if need_completion else "prompts"
+    return load_data(SimpleNamespace(**{field: value}, on_bad_rows="error"), {field: kind}, None, DataReport())[field]
 
 
-def load_rankings(
-    name: str, field: str, max_completions: int, say, min_score_ratio: float = 1.0, max_pairs_per_prompt: int | None = None
-) -> list[Ranking]:
-    """Every ranking of a data set; pairwise rows are grouped by prompt, so that a prompt is computed once.
+def load_rankings(value, field: str, max_completions: int, say, min_score_ratio: float = 1.0,
+                  max_pairs_per_prompt: int | None = None) -> Rows:
+    """The text of every ranking of a data set; pairwise rows are grouped by prompt. The limits are those of `_Rankings`.
 
     Args:
-        max_completions: larger groups are split so that each pair stands in one of the parts.
         say: called with a line about what was dropped and why (detail 6).
-        min_score_ratio: rows with a smaller `score_ratio` are dropped (SHP: votes of the better over those of the worse).
-        max_pairs_per_prompt: of pairwise rows, the first so many of a prompt are taken.
+
+    Raises:
+        UserError: naming file and line, for anything that is not a comparison.
     """
-    rankings, pairs_of, dropped = [], {}, Counter()
-    for where, row in read_rows(name, field):
-        if "completions" in row:
-            rankings += _capped(ranking_of(row, where), max_completions)
-            continue
-        prompt, chosen, rejected, note = comparison_of(row, where)
-        if score_ratio(row, where) < min_score_ratio:
-            dropped["a score_ratio that is too small"] += 1
-        elif prompt is None:
-            dropped["share no prompt"] += 1
-        elif chosen.strip() == rejected.strip():
-            dropped["equal answers"] += 1
-        elif not chosen.strip() or not rejected.strip():
-            dropped["an empty answer"] += 1
-        elif len(pairs_of.setdefault(prompt, [])) == max_pairs_per_prompt:
-            dropped["more pairs of one prompt than max_pairs_per_prompt"] += 1
-        else:
-            pairs_of[prompt].append((chosen, rejected, note))
-    for prompt, pairs in pairs_of.items():
-        rankings += _grouped(prompt, pairs, max_completions)
-    if dropped:
-        say(f"{name}: dropped {sum(dropped.values())} pairs (" + ", ".join(f"{n} {why}" for why, n in dropped.items()) + ")")
-    if not rankings:
-        raise UserError(f"{field}: '{name}' holds no usable comparison")
-    return rankings
+    config = SimpleNamespace(**{field: value}, on_bad_rows="error", max_completions=max_completions,
+                             min_score_ratio=min_score_ratio, max_pairs_per_prompt=max_pairs_per_prompt)
+    report = DataReport()
+    rows = load_data(config, {field: "rankings"}, None, report)[field]
+    for note in report.notes:
+        say(note)
+    return rows
 
 
-def read_rows(name: str, field: str) -> Iterator[tuple[str, dict]]:
-    """Rows of a local file (`utils/files.py`), a folder saved by `datasets`, or a hub data set, each with where it stands."""
-    if is_hub_name(name) and not name.endswith(FILE_ENDINGS) and find_local(name) is None:
-        return _read_hub(name, field)
-    path = find_input(name, field)
-    return _read_saved(path, field) if path.is_dir() else read_file(path, field)
+def split_rows(config, role: str, found: dict[str, Rows], report: DataReport) -> tuple[Rows, Rows, Rows]:
+    """Training, validation and test rows, no prompt in two of them (detail 7). What is not named is held out.
+
+    Args:
+        role: the first part of the configuration keys: actor, reward or rlhf.
+        found: what `load_data` found.
+    """
+    train, held = found[f"{role}_training_data"], {}
+    for split, most in (("validation", config.eval_rows), ("test", config.test_rows)):
+        field = f"{role}_{split}_data"
+        held[field] = found.get(field)
+        if held[field] is None:
+            train, held[field] = split_off(train, min(0.1, most / len(train)), config.seed)
+        held[field] = held[field][:most]
+    refuse_overlap({f"{role}_training_data": train, **held}, config.allow_overlap, report.say)
+    train = train.weighed(config.seed)
+    if not len(train):
+        raise UserError(f"{role}_training_data: its weights leave no row to train on; raise them")
+    return train, *held.values()
 
 
-def _read_saved(path: Path, field: str):
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        rows = load_from_disk(str(path))
-    except (OSError, ValueError, RuntimeError, pyarrow.ArrowException):
-        raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one of "
-                        f"{', '.join(FILE_ENDINGS)}") from None
-    where = str(path)
-    if isinstance(rows, DatasetDict):
-        split = _split_of(list(rows), field, where)
-        rows, where = rows[split], f"{path}[{split}]"
-    yield from ((f"{where}:{number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _read_hub(name: str, field: str):
-    from datasets import get_dataset_split_names, load_dataset
-
-    try:
-        split = _split_of(get_dataset_split_names(name), field, name)
-        rows = load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # Runtime: loading scripts
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{field}: '{name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
-                        "without a network, name a local copy: a file, or a folder saved by `datasets`") from None
-    yield from ((f"{name}[{split}]:{number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _split_of(splits: list[str], field: str, name: str) -> str:
-    """The split that serves the role of a configuration key."""
-    wanted = next((names for role, names in _SPLITS.items() if role in field), _SPLITS["validation"])
-    found = next((split for split in wanted if split in splits), None)
-    if found is None:
-        raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)} (it has {', '.join(splits)}); name a local file "
-                        "instead")
-    return found
-
-
-def _capped(ranking: Ranking, max_completions: int) -> list[Ranking]:
-    """The ranking itself, or parts of it that hold each pair once."""
-    texts, strength = ranking.completions, ranking.label_scores
-    if len(texts) <= max_completions:
-        return [ranking]
-    parts = _grouped(ranking.prompt, [(texts[i], texts[j], {}) for i, j in ranking.pairs], max_completions)
-    if strength is None:
-        return parts
-    known = dict(zip(texts, strength, strict=True))
-    return [part._replace(label_scores=[known[text] for text in part.completions]) for part in parts]
-
-
-def _grouped(prompt: str, pairs: list[tuple[str, str, dict]], max_completions: int) -> list[Ranking]:
-    groups: list[tuple[dict, list, list]] = []
-    for chosen, rejected, note in pairs:
-        group = next((g for g in groups if len({*g[0], chosen, rejected}) <= max_completions), None)
-        if group is None:
-            group = ({}, [], [])
-            groups.append(group)
-        texts, indices, notes = group
-        for text in (chosen, rejected):
-            texts.setdefault(text, len(texts))
-        indices.append((texts[chosen], texts[rejected]))
-        notes.append(note)
-    return [Ranking(prompt, list(texts), indices, None, notes if any(notes) else None) for texts, indices, notes in groups]
-
-
-def split_off(rows: list, share: float, seed: int) -> tuple[list, list]:
+def split_off(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """Hold some prompts out: (rows that stay, rows held out). No prompt is in both (detail 7)."""
-    prompts = sorted({row.prompt for row in rows})
+    marks = rows.prompts()
+    prompts = sorted(set(marks))
     if len(prompts) < 4:
-        raise UserError(f"{len(prompts)} different prompts are too few to hold some out; name validation and test data too")
+        names = ", ".join(stored.label for stored in rows.sets)
+        raise UserError(f"{names}: {len(prompts)} different prompts are too few to hold some out; name validation and test data "
+                        "too")
     random.Random(seed).shuffle(prompts)
     held = set(prompts[: max(1, round(len(prompts) * share))])
-    return [row for row in rows if row.prompt not in held], [row for row in rows if row.prompt in held]
+    mask = np.array([mark in held for mark in marks])
+    return rows.select(~mask), rows.select(mask)
 
 
-def refuse_overlap(splits: dict[str, list]) -> None:
-    """Raise UserError when one prompt stands in two of the named splits (detail 7)."""
-    owner = {}
+def refuse_overlap(splits: dict[str, Rows], allow: bool, say) -> None:
+    """Raise UserError, or `say` when it is allowed, when one prompt stands in two of the named splits (detail 7)."""
+    owner, clashes = {}, {}
     for name, rows in splits.items():
-        for prompt in {row.prompt for row in rows}:
-            if owner.setdefault(prompt, name) != name:
-                raise UserError(f"the same prompt stands in {owner[prompt]} and in {name}: {prompt[:80]!r}...; "
-                                "remove it from one")
+        for index, mark in enumerate(rows.prompts()):
+            first, place = owner.setdefault(mark, (name, index))
+            if first != name:
+                clashes.setdefault((first, name), {}).setdefault(mark, (place, index))
+    if not clashes:
+        return
+    lines = []
+    for (first, second), places in clashes.items():
+        shown = [f"{splits[second][b].prompt[:40]!r} ({splits[first].place(a)} and {splits[second].place(b)})"
+                 for a, b in list(places.values())[:3]]
+        more = f" and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
+        lines.append(f"the same prompt stands in {first} and in {second}: {', '.join(shown)}{more}")
+    if allow:
+        say("; ".join(lines) + " (allow_overlap)")
+    else:
+        raise UserError("; ".join(lines) + "; remove it from one, or accept it with allow_overlap: true")
 
 
-def prompt_tokens(tokenizer, prompts: list[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt, special tokens in front as the tokenizer has them, cut to `max_tokens`."""
-    return [
-        ids if len(ids) <= max_tokens else _cut_prompt(tokenizer, prompt, max_tokens)
-        for prompt, ids in zip(prompts, _ids(tokenizer, prompts), strict=True)
-    ]
+def tokenised(rows: Rows, max_completion_tokens: int | None, say) -> Tokenised:
+    """Examples with their tokens; those whose completion is longer than the limit are dropped and counted.
 
-
-def _ids(tokenizer, text, add_special_tokens=True):
-    """Token ids. A special token that somebody has written into a text is text: `</s>` in a post ends nothing (detail 4)."""
-    return tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
-
-
-def _cut_prompt(tokenizer, prompt: str, max_tokens: int) -> list[int]:
-    """Cut the *post* at its last newline, then at its last sentence, then at a word; never `TL;DR:` (detail 1).
-
-    A prompt of another layout keeps its end, since that is where the question stands.
+    Args:
+        max_completion_tokens: None: only the prompts are wanted.
     """
-    match = TLDR.fullmatch(prompt)
-    if not match:
-        ids = _ids(tokenizer, prompt)
-        special = len(ids) - len(_ids(tokenizer, prompt, add_special_tokens=False))
-        return ids[:special] + ids[len(ids) - max_tokens + special :]
-    post = match[3]
-
-    def cut_at(end: int) -> list[int]:
-        shorter = TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=post[:end].rstrip())
-        return _ids(tokenizer, shorter)
-
-    for breaks in _breaks(post):
-        # the further the cut, the longer the prompt: find the last one that fits by bisection
-        last = bisect.bisect_left(breaks, True, key=lambda end: len(cut_at(end)) > max_tokens) - 1
-        if last >= 0:
-            return cut_at(breaks[last])
-    raise UserError(f"a prompt cannot fit into max_prompt_tokens={max_tokens} even without its post: {prompt[:60]!r}...")
-
-
-def _breaks(post: str) -> list[list[int]]:
-    """Where a post may be cut: at newlines; else behind sentences of its first paragraph; else at words; else wholly."""
-    first = post.split("\n", 1)[0]
-    return [
-        [found.start() for found in re.finditer(r"(?<=\S)\n", post)],
-        [found.start() for found in re.finditer(r"(?<=[.?!]) ", first)],
-        [0] + [found.start() for found in re.finditer(r"(?<=\S) ", first)],
-    ]
-
-
-def completion_tokens(tokenizer, completions: list[str]) -> list[list[int]]:
-    """Token ids of each completion, followed by EOS."""
-    ids = _ids(tokenizer, completions, add_special_tokens=False)
-    return [tokens + [tokenizer.eos_token_id] for tokens in ids]
+    if max_completion_tokens is None:
+        return Tokenised(rows, rows.dataset()["prompt"], None)
+    kept = rows.select(rows.token_column("longest") <= max_completion_tokens)
+    if len(kept) < len(rows):
+        say(f"dropped {len(rows) - len(kept)} of {len(rows)} examples with more than {max_completion_tokens} completion tokens")
+    if not len(kept):
+        raise UserError(f"max_completion_tokens: no completion has {max_completion_tokens} tokens or fewer; raise it")
+    table = kept.dataset()
+    return Tokenised(kept, table["prompt"], table["completion"])

@@ -1,6 +1,7 @@
 """Everything that knows of more than one process. With one process each function is the identity."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -36,6 +37,19 @@ def agreed(number: int | None) -> int | None:
     if state.num_processes == 1:
         return number
     return int(reduce(torch.tensor(number or 0, device=state.device), "max")) or None
+
+
+@contextmanager
+def first_of_a_node():
+    """The body is run by one process of each node, then by the others, also when it fails in the first."""
+    state = world()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
 
 
 def my_share(items: list) -> list:

@@ -11,7 +11,6 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from utils.config import UserError
-from utils.data import completion_tokens, prompt_tokens
 from utils.distributed import collect, my_share, world
 from utils.generation import sample
 from utils.models import scores
@@ -25,29 +24,6 @@ class Summaries(NamedTuple):
     texts: list[str]
     ended: list[bool]
     logprobs: list[list[float]]  # of each token, at the temperature it was sampled at
-
-
-class Tokenised(NamedTuple):
-    """Examples with their token ids; a completion ends with EOS."""
-
-    examples: list
-    prompts: list[list[int]]
-    completions: list[list[int]] | None
-
-
-def tokenise(tokenizer, examples, config, max_completion_tokens=None, say=None) -> Tokenised:
-    """Turn examples into tokens once; those whose completion is longer than the limit are dropped and counted."""
-    prompts = prompt_tokens(tokenizer, [e.prompt for e in examples], config.max_prompt_tokens)
-    if max_completion_tokens is None:
-        return Tokenised(examples, prompts, None)
-    completions = completion_tokens(tokenizer, [e.completion for e in examples])
-    kept = [i for i, ids in enumerate(completions) if len(ids) <= max_completion_tokens]
-    if len(kept) < len(examples):
-        say(f"dropped {len(examples) - len(kept)} of {len(examples)} examples with more than "
-            f"{max_completion_tokens} completion tokens")
-    if not kept:
-        raise UserError(f"max_completion_tokens: no completion has {max_completion_tokens} tokens or fewer; raise it")
-    return Tokenised(*([column[i] for i in kept] for column in (examples, prompts, completions)))
 
 
 def refuse_too_long(model, tokens: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a local file, one at a time, each with where it stands: JSON lines, JSON, CSV or Parquet, packed or not."""
+"""Rows of a local file, one at a time, each with its line: JSON lines, JSON, CSV or Parquet, packed or not."""
 
 import csv
 import gzip
@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -26,16 +27,24 @@ _CSV_JSON = ("completions", "ranks", "label_scores", "messages", "facts", "label
              "choice", "extra")
 
 
-def read_file(path: Path, field: str) -> Iterator[tuple[str, dict]]:
-    """Rows of a file with `file:line` each (Parquet: `file:row`).
+class BadRow(NamedTuple):
+    """Something in a file that is no row: what is wrong with it, and as much of it as could be read."""
+
+    reason: str
+    raw: object
+
+
+def read_file(path: Path, field: str) -> Iterator[tuple[int, dict | BadRow]]:
+    """Rows of a file, each with the number of its line (Parquet and lists: of the row).
 
     A .json file holds a list of objects, or one object a line as .jsonl does. In CSV the first line names the columns.
+    One row at a time is in memory; of a .json list and a packed Parquet file, whose end must be known, all are.
 
     Args:
         field: the configuration key it came from, for messages.
 
     Raises:
-        UserError: naming file and line, for what is not what the file's name says.
+        UserError: naming the file, when it cannot be read on. A row that is none is a `BadRow`, and reading goes on.
     """
     if not path.name.endswith(FILE_ENDINGS):
         raise UserError(f"{field}: '{path}' is not a file of rows; its name must end with one of {', '.join(FILE_ENDINGS)}")
@@ -45,9 +54,11 @@ def read_file(path: Path, field: str) -> Iterator[tuple[str, dict]]:
     number, empty = 0, True
     try:
         with _PACKED.get(packed, open)(path, "rb") as file:
+            if not packed and kind != ".parquet":
+                _refuse_binary(file, path)
             for number, row in read(file, path):
                 empty = False
-                yield f"{path}:{number}", row
+                yield number, row
     except (EOFError, zlib.error, OSError) as error:
         if getattr(error, "errno", None) is not None:  # of the disk, not of what is on it
             raise
@@ -56,60 +67,110 @@ def read_file(path: Path, field: str) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{field}: '{path}' is empty; it needs rows")
 
 
-def _text_lines(file, path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, decoded one by one: a text file decodes ahead, and the line would not be known."""
-    for number, line in enumerate(file, start=1):
-        try:
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs put a mark in front
-        except UnicodeDecodeError:
-            raise UserError(f"{path}:{number}: is not UTF-8; save the file as UTF-8 text") from None
+_BINARY = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}  # how such files begin
+
+
+def _refuse_binary(file, path) -> None:
+    """A packed file under a text file's name would be thousands of bad rows."""
+    begin = file.peek(4)[:4]
+    ending = next((ending for mark, ending in _BINARY.items() if begin.startswith(mark)), None)
+    if ending:
+        raise UserError(f"{path}:1: is no text but a {ending} file; let its name end so")
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}:1: is UTF-16; save the file as UTF-8 text")
+
+
+_NOT_UTF8 = "is not UTF-8; save the file as UTF-8 text"
+
+
+def _decoded(line: bytes, number: int) -> str | BadRow:
+    """A line as text; a text file would decode ahead, and the line would not be known."""
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs put a mark in front
+    except UnicodeDecodeError:
+        return BadRow(_NOT_UTF8, line.decode("utf-8", "replace"))
 
 
 def _read_json_lines(file, path):
-    yield from _objects(_text_lines(file, path), path)
+    return _objects(enumerate(file, start=1))
 
 
 def _read_json(file, path):
-    lines = _text_lines(file, path)
-    first = next((numbered for numbered in lines if numbered[1].strip()), (1, ""))
-    if not first[1].lstrip().startswith("["):
-        yield from _objects(itertools.chain([first], lines), path)
+    lines = enumerate(file, start=1)
+    first = next((numbered for numbered in lines if numbered[1].strip()), (1, b""))
+    if not first[1].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _objects(itertools.chain([first], lines))
         return
-    text = first[1] + "".join(line for _, line in lines)
+    texts = []
+    for number, line in itertools.chain([first], lines):
+        texts.append(_decoded(line, number))
+        if isinstance(texts[-1], BadRow):
+            raise UserError(f"{path}:{number}: {_NOT_UTF8}")
+    text = "".join(texts)
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{first[0] + error.lineno - 1}: is not JSON ({error.msg} at column {error.colno}); a list of "
-                        "objects is needed") from None
+    except (ValueError, RecursionError) as error:
+        line = first[0] + getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}:{line}: is not JSON ({_problem(error)}); a list of objects is needed") from None
+    suspect = _may_hold_half(text)
     for number, row in enumerate(rows, start=1):
-        yield number, _object(row, text, f"{path}:{number}")
+        yield number, BadRow(_HALF_EMOJI, str(row)) if suspect and _holds_half(row) else _object(row, row)
 
 
-def _objects(lines, path):
+def _objects(lines):
     """One object a line; blank lines are nothing."""
     for number, line in lines:
-        if line.strip():
-            where = f"{path}:{number}"
-            yield number, _object(_parsed(line, where, "one object a line is needed"), line, where)
+        if not line or line.isspace():
+            continue
+        text = _decoded(line.rstrip(b"\r\n"), number)
+        yield number, text if isinstance(text, BadRow) else _object(_parsed(text, "one object a line is needed"), text)
 
 
 def _read_csv(file, path):
-    reader = csv.reader((line for _, line in _text_lines(file, path)), strict=True)
     csv.field_size_limit(2**31 - 1)  # a post may be long
-    header, place = None, 1
+    damaged = False
+
+    def lines():  # csv must be given every line, or it would take an open quote for the end of the file
+        nonlocal damaged
+        for number, line in enumerate(file, start=1):
+            text = _decoded(line, number)
+            damaged = damaged or isinstance(text, BadRow)
+            yield line.decode("utf-8", "surrogateescape") if isinstance(text, BadRow) else text
+
+    reader, header, place = csv.reader(lines(), strict=True), None, 1
     try:
         for cells in reader:
             if header is None:
-                header = cells
+                header = _header(cells, damaged, path)
             elif cells:
-                if len(cells) != len(header):
-                    raise UserError(f"{path}:{place}: has {len(cells)} cells, but the first line names {len(header)} columns")
-                row = dict(zip(header, cells, strict=True))
-                yield place, row | {name: _parsed(row[name], f"{path}:{place}", f"column '{name}' needs JSON")
-                                    for name in _CSV_JSON if row.get(name)}
-            place = reader.line_num + 1
+                yield place, _csv_row(cells, header, damaged)
+            place, damaged = reader.line_num + 1, False
     except csv.Error as error:
         raise UserError(f"{path}:{place}: is not CSV ({error})") from None
+
+
+def _header(names: list[str], damaged: bool, path) -> list[str]:
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if damaged:
+        raise UserError(f"{path}:1: {_NOT_UTF8}")
+    if twice is not None:
+        raise UserError(f"{path}:1: names the column '{twice}' twice; give each column its own name")
+    return names
+
+
+def _csv_row(cells: list[str], header: list[str], damaged: bool) -> dict | BadRow:
+    if damaged:
+        return BadRow(_NOT_UTF8, [cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for cell in cells])
+    if len(cells) != len(header):
+        return BadRow(f"has {len(cells)} cells, but the first line names {len(header)} columns", cells)
+    row = dict(zip(header, cells, strict=True))
+    for name in _CSV_JSON:
+        if row.get(name):
+            value = _parsed(row[name], f"column '{name}' needs JSON")
+            if isinstance(value, BadRow):
+                return value._replace(raw=row)
+            row[name] = value
+    return row
 
 
 def _read_parquet(file, path):
@@ -125,19 +186,39 @@ def _read_parquet(file, path):
         raise UserError(f"{path}:1: is no whole Parquet file ({str(error).splitlines()[0]:.100})") from None
 
 
-def _parsed(text, where, needed):
+def _parsed(text: str, needed: str):
+    """What a JSON text says, or the `BadRow` that it is."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not JSON ({error.msg} at column {error.colno}); {needed}") from None
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON; a number of thousands of digits; thousands of brackets
+        return BadRow(f"is not JSON ({_problem(error)}); {needed}", text)
+    return BadRow(_HALF_EMOJI, text) if _may_hold_half(text) and _holds_half(value) else value
 
 
-def _object(row, text: str, where: str) -> dict:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: must be a JSON object such as {{\"prompt\": ..., \"completion\": ...}}")
-    if "\\ud" in text.lower():  # emoji are pairs of these; half a pair is no text, and no tokenizer takes it
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: holds half of an emoji (a lone surrogate such as \\ud83d); remove it") from None
-    return row
+def _problem(error) -> str:
+    """What Python says of a text that is no JSON, in words for the one who wrote it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+
+
+# emoji are pairs of such escapes; half a pair is no text, and no tokenizer takes it
+_HALF_EMOJI = "holds half of an emoji (a lone surrogate such as \\ud83d); remove it"
+
+
+def _may_hold_half(text: str) -> bool:
+    return "\\ud" in text or "\\uD" in text
+
+
+def _holds_half(value) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _object(row, raw) -> dict | BadRow:
+    if isinstance(row, dict | BadRow):
+        return row
+    return BadRow("must be a JSON object such as {\"prompt\": ..., \"completion\": ...}", raw)

@@ -4,7 +4,8 @@ Each measure stands alone, because each costs a pass of a model or more: a calle
 """
 
 from utils.config import UserError, find_input
-from utils.evaluation import Summaries, Tokenised, measure_groups, score_groups, summarise
+from utils.data import Tokenised
+from utils.evaluation import Summaries, measure_groups, score_groups, summarise
 from utils.gold import gold_score, load_gold
 from utils.metrics import SummaryRouge
 from utils.models import response_logprobs

@@ -5,14 +5,12 @@ better and a worse one). `where` (`file:line`) is for messages; whatever is not 
 """
 
 import math
-import re
 from typing import NamedTuple
 
 from utils.config import UserError
 
 # ST and N+ write prompts so; a completion starts with one space and ends with EOS (details 1 and 2).
 TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
-TLDR = re.compile(r"SUBREDDIT: r/(.*?)\n+TITLE: (.*?)\n+POST: (.*?)\s*(?:\n+TL;DR:\s*)?", re.DOTALL)
 
 
 class Example(NamedTuple):
@@ -40,32 +38,95 @@ class Ranking(NamedTuple):
 NOTES = ("confidence", "policies", "batch", "worker")  # columns of a comparison that say who compared what, and how sure
 
 
-def _text(row: dict, column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        found = "is empty" if value in ("", None) or isinstance(value, str) else f"is a {type(value).__name__}"
-        raise UserError(f"{where}: column '{column}' {found}; text is needed")
-    return value
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes",
+          type(None): "empty"}
+
+
+def _kind(value) -> str:
+    """What a value is that should be text."""
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _text(value, what: str, where: str) -> str:
+    """The value if it is text, and more than white space. `what` it is: its column."""
+    if isinstance(value, str) and value.strip():
+        return value
+    raise UserError(f"{where}: {what} is {'empty' if isinstance(value, str) else _kind(value)}; text is needed")
+
+
+def _column(row: dict, column: str, where: str) -> str:
+    return _text(row[column], f"column '{column}'", where)
+
+
+def example_layout(row: dict) -> str | None:
+    """The name of the layout that the columns of a row of examples show; None when they show none."""
+    if "messages" in row:
+        return "messages"
+    if {"subreddit", "title", "post"} <= row.keys():
+        return "subreddit, title, post, summary"
+    if "prompt" in row:
+        return "prompt, label" if "label" in row and "completion" not in row else "prompt, completion"
+    return None
+
+
+def comparison_layout(row: dict) -> str | None:
+    """The same for a row of comparisons or rankings."""
+    columns = row.keys()
+    if "completions" in columns:
+        return "prompt, completions"
+    if {"info", "summaries", "choice"} <= columns:
+        return "info, summaries, choice"
+    if {"history", "human_ref_A", "human_ref_B", "labels"} <= columns:
+        return "history, human_ref_A, human_ref_B, labels"
+    if {"chosen", "rejected"} <= columns:
+        return "prompt, chosen, rejected" if "prompt" in columns else "chosen, rejected (dialogues)"
+    return None
+
+
+RATINGS = "info, summary (ratings)"
+
+
+def rating_layout(row: dict) -> str | None:
+    """The same for a row that rates one answer."""
+    return RATINGS if {"info", "summary"} <= row.keys() else None
+
+
+def _refuse_ratings(row: dict, where: str) -> None:
+    if rating_layout(row):
+        raise UserError(f"{where}: rates one summary ('axes') and compares nothing; name such a set as rating_data, or take its "
+                        "comparisons")
 
 
 def example_of(row: dict, where: str, need_completion: bool) -> Example:
-    facts = row.get("facts")
-    if "messages" in row:
+    """The example that a row is.
+
+    Raises:
+        UserError: naming `where`, the column and what is expected.
+    """
+    layout, facts = example_layout(row), row.get("facts")
+    if layout == "messages":
         return _dialogue_example(row["messages"], where, need_completion)
-    if {"subreddit", "title", "post"} <= row.keys():
-        prompt = TLDR_TEMPLATE.format(**{c: _text(row, c, where) for c in ("subreddit", "title", "post")})
-        column = "summary"
-    elif "prompt" in row:
-        prompt = tldr_layout(_text(row, "prompt", where)).rstrip()
-        column = "label" if "label" in row and "completion" not in row else "completion"
-    else:
+    if layout is None:
+        _refuse_ratings(row, where)
         raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt and completion, prompt and label, "
                         "subreddit, title, post and summary, or messages")
-    if column not in row:
-        if need_completion:
-            raise UserError(f"{where}: column '{column}' is missing (found: {', '.join(sorted(row))})")
+    if layout.startswith("subreddit"):
+        prompt = TLDR_TEMPLATE.format(**{c: _column(row, c, where).strip() for c in ("subreddit", "title", "post")})
+    else:
+        prompt = tldr_layout(_column(row, "prompt", where)).rstrip()
+    column = layout.rpartition(", ")[2]
+    if column not in row and need_completion:
+        raise UserError(f"{where}: column '{column}' is missing (found: {', '.join(sorted(row))})")
+    if row.get(column) is None and not need_completion:
         return Example(prompt, None, facts)
-    return Example(prompt, spaced(_text(row, column, where)), facts)
+    return Example(prompt, spaced(_column(row, column, where)), facts)
+
+
+def prompt_of(row: dict, where: str) -> str | None:
+    """The prompt of a row of comparisons, rankings or ratings. None: its two dialogues share none."""
+    if rating_layout(row):
+        return _openai_prompt(row["info"], where)
+    return ranking_of(row, where).prompt if "completions" in row else comparison_of(row, where)[0]
 
 
 _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
@@ -77,7 +138,8 @@ def _dialogue_example(messages, where: str, need_completion: bool) -> Example:
     if not whole or not messages:
         raise UserError(f"{where}: column 'messages' must be a list of {{role, content}} objects; roles are "
                         f"{', '.join(_SPEAKERS)}")
-    texts = [_text({"content": message.get("content")}, "content", where).strip() for message in messages]
+    texts = [_text(message.get("content"), f"column 'messages': content of message {number}", where).strip()
+             for number, message in enumerate(messages, start=1)]
     answered = messages[-1]["role"] == "assistant"
     asked = len(messages) - answered
     if not asked or (need_completion and not answered):
@@ -87,12 +149,17 @@ def _dialogue_example(messages, where: str, need_completion: bool) -> Example:
 
 
 def ranking_of(row: dict, where: str) -> Ranking:
+    """The ranking that a row of `completions` is.
+
+    Raises:
+        UserError: naming `where`, the column and what is expected.
+    """
     if "prompt" not in row:
         raise UserError(f"{where}: column 'prompt' is missing beside 'completions'")
     completions, ranks = row["completions"], row.get("ranks")
     if not isinstance(completions, list) or len(completions) < 2:
         raise UserError(f"{where}: column 'completions' must be a list of two or more texts, best first")
-    texts = [spaced(_text({"completions": text}, "completions", where)) for text in completions]
+    texts = [spaced(_text(text, "a text in column 'completions'", where)) for text in completions]
     if len(set(texts)) < len(texts):
         raise UserError(f"{where}: column 'completions' holds the same text twice")
     if ranks is None:
@@ -103,7 +170,7 @@ def ranking_of(row: dict, where: str) -> Ranking:
         if numbers is not None and not whole:
             raise UserError(f"{where}: column '{column}' must hold one number for each of the {len(texts)} completions")
     pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-    return Ranking(tldr_layout(_text(row, "prompt", where)).rstrip(), texts, pairs, strengths)
+    return Ranking(tldr_layout(_column(row, "prompt", where)).rstrip(), texts, pairs, strengths)
 
 
 def _is_number(value) -> bool:
@@ -111,24 +178,30 @@ def _is_number(value) -> bool:
 
 
 def comparison_of(row: dict, where: str):
-    """Prompt, better and worse answer, and what the row says besides. Prompt None: the two dialogues share none."""
-    if {"info", "summaries", "choice"} <= row.keys():
+    """Prompt, better and worse answer, and what the row says besides. Prompt None: the two dialogues share none.
+
+    Raises:
+        UserError: naming `where`, the column and what is expected.
+    """
+    layout = comparison_layout(row)
+    if layout == "info, summaries, choice":
         return _openai_comparison(row, where)
-    if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
+    if layout == "history, human_ref_A, human_ref_B, labels":
         return _shp_comparison(row, where)
     note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
-    if not {"chosen", "rejected"} <= row.keys():
+    if layout is None:
+        _refuse_ratings(row, where)
         raise UserError(f"{where}: has columns {sorted(row)}; needed are prompt, chosen and rejected; chosen and rejected "
                         "(dialogues); or prompt and completions, best first")
     for column in ("chosen", "rejected"):
         if not isinstance(row[column], str):
-            raise UserError(f"{where}: column '{column}' is a {type(row[column]).__name__}; text is needed")
+            raise UserError(f"{where}: column '{column}' is {_kind(row[column])}; text is needed")
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" not in row:
         if "\n\nAssistant:" not in chosen:
             raise UserError(f"{where}: column 'prompt' is missing, and 'chosen' is no dialogue with 'Assistant:' turns")
         return *_shared_dialogue(chosen, rejected), note
-    prompt = _text(row, "prompt", where)
+    prompt = _column(row, "prompt", where)
     if chosen.startswith("TL;DR:") and rejected.startswith("TL;DR:"):
         prompt = f"{prompt.rstrip()}\n\nTL;DR:"
         chosen, rejected = chosen.removeprefix("TL;DR:"), rejected.removeprefix("TL;DR:")
@@ -146,20 +219,44 @@ def _openai_comparison(row: dict, where: str):
         raise UserError(f"{where}: columns 'info' and 'summaries' must be an object and a list of two objects with 'text'")
     if choice not in (0, 1) or isinstance(choice, bool):
         raise UserError(f"{where}: column 'choice' is {choice!r}; it must be 0 or 1, the better of the two summaries")
-    if info.get("article"):
-        prompt = f"{_text(info, 'article', where).strip()}\n\nTL;DR:"
-    else:
-        prompt = TLDR_TEMPLATE.format(**{c: _text({c: info.get(c)}, c, where).strip() for c in ("subreddit", "title", "post")})
+    prompt = _openai_prompt(info, where)
     texts = [summary.get("text") for summary in summaries]
-    for text in texts:
+    for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
-            raise UserError(f"{where}: a summary has no 'text'")
+            raise UserError(f"{where}: column 'summaries': text of summary {number} is {_kind(text)}; text is needed")
     extra = row.get("extra") if isinstance(row.get("extra"), dict) else {}
     policies = [summary.get("policy") for summary in summaries]
     note = {"confidence": extra.get("confidence"), "batch": row.get("batch"), "worker": row.get("worker"),
             "policies": " and ".join(sorted(policies)) if all(isinstance(policy, str) for policy in policies) else None}
     known = {column: str(note[column]) for column in NOTES if note[column] is not None}
     return prompt, spaced(texts[choice]), spaced(texts[1 - choice]), known
+
+
+def _openai_prompt(info, where: str) -> str:
+    if not isinstance(info, dict):
+        raise UserError(f"{where}: column 'info' is {_kind(info)}; an object with subreddit, title and post is needed")
+    if info.get("article"):
+        return _text(info["article"], "column 'info': article", where).strip() + "\n\nTL;DR:"
+    parts = {c: _text(info.get(c), f"column 'info': {c}", where).strip() for c in ("subreddit", "title", "post")}
+    return TLDR_TEMPLATE.format(**parts)
+
+
+def rating_of(row: dict, where: str) -> tuple[str, str, float | None]:
+    """Prompt, summary and overall rating (1 to 7) of a row of openai/summarize_from_feedback's axis part; None: not rated.
+
+    Raises:
+        UserError: naming `where`, the column and what is expected.
+    """
+    if not rating_layout(row):
+        raise UserError(f"{where}: has columns {sorted(row)}; needed are info, and summary with text and axes")
+    summary = row["summary"]
+    axes = summary.get("axes") if isinstance(summary, dict) else None
+    if not isinstance(axes, dict):
+        raise UserError(f"{where}: column 'summary' must be an object with 'text' and 'axes'")
+    overall = axes.get("overall")
+    if overall is not None and not _is_number(overall):
+        raise UserError(f"{where}: column 'summary': the overall rating is {overall!r}; a number is needed")
+    return _openai_prompt(row["info"], where), spaced(_text(summary.get("text"), "column 'summary': text", where)), overall
 
 
 def _shp_comparison(row: dict, where: str):
@@ -169,9 +266,9 @@ def _shp_comparison(row: dict, where: str):
     answers = [row["human_ref_A"], row["human_ref_B"]]
     for column, answer in zip("AB", answers, strict=True):
         if not isinstance(answer, str):
-            raise UserError(f"{where}: column 'human_ref_{column}' is a {type(answer).__name__}; text is needed")
+            raise UserError(f"{where}: column 'human_ref_{column}' is {_kind(answer)}; text is needed")
     chosen, rejected = answers if row["labels"] == 1 else reversed(answers)
-    return _text(row, "history", where).rstrip(), spaced(chosen), spaced(rejected), {}
+    return _column(row, "history", where).rstrip(), spaced(chosen), spaced(rejected), {}
 
 
 def score_ratio(row: dict, where: str) -> float:
@@ -192,10 +289,28 @@ def _shared_dialogue(chosen: str, rejected: str):
     return (head + turn).strip(), spaced(answer), spaced(other)
 
 
+def tldr_parts(prompt: str) -> tuple[str, str, str] | None:
+    """Subreddit, title and post of a prompt that is in one of the spellings of the TL;DR layout, else None.
+
+    `SUBREDDIT: r/...`, newlines, `TITLE: ...`, newlines, `POST: ...`, and perhaps newlines and `TL;DR:`. (A pattern that
+    looks for the end at each character of the post costs more than everything else that is done to a row.)
+    """
+    if not prompt.startswith("SUBREDDIT: r/"):
+        return None
+    subreddit, _, rest = prompt[len("SUBREDDIT: r/"):].partition("\nTITLE: ")
+    title, found, text = rest.partition("\nPOST: ")
+    if not found:
+        return None
+    text = text.rstrip()
+    if text.endswith("\nTL;DR:"):
+        text = text.removesuffix("TL;DR:").rstrip()
+    return subreddit.rstrip("\n"), title.rstrip("\n"), text
+
+
 def tldr_layout(prompt: str) -> str:
     """The prompt in the TL;DR layout when it is one of its spellings, else unchanged."""
-    match = TLDR.fullmatch(prompt)
-    return TLDR_TEMPLATE.format(subreddit=match[1], title=match[2], post=match[3]) if match else prompt
+    parts = tldr_parts(prompt)
+    return TLDR_TEMPLATE.format(subreddit=parts[0], title=parts[1], post=parts[2]) if parts else prompt
 
 
 def spaced(completion: str) -> str:

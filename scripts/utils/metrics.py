@@ -197,3 +197,16 @@ def best_of_n_kl(n: int) -> float:
     Exact where no two samples are equal, else an upper bound (Beirami et al., 2401.01879).
     """
     return math.log(n) - (n - 1) / n
+
+
+def rank_correlation(first, second) -> float:
+    """Spearman's correlation of two columns of numbers, (N,) each: that of their ranks, equal numbers sharing their mean rank.
+
+    Not a number when one column is constant.
+    """
+    ranks = []
+    for values in (first, second):
+        _, places, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[places])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.corrcoef(*ranks)[0, 1])

@@ -81,6 +81,22 @@ def plot_calibration(run, curves: dict[str, list[tuple[float, float, int]]]) -> 
     plt.close(figure)
 
 
+def plot_lengths(path, lengths: dict[str, np.ndarray]) -> None:
+    """Histograms side by side of how many tokens something has, by its name; a dotted line at the median."""
+    lengths = {name: sizes for name, sizes in lengths.items() if len(sizes)}
+    figure, axes = plt.subplots(1, len(lengths), figsize=(4.4 * len(lengths), 3.4), squeeze=False)
+    for axis, (name, sizes) in zip(axes[0], lengths.items(), strict=True):
+        step = -(-int(sizes.max() - sizes.min() + 1) // 40)  # whole, or some bars would count more lengths than others
+        axis.hist(sizes, bins=np.arange(sizes.min(), sizes.max() + step + 1, step) - 0.5)
+        axis.axvline(np.median(sizes), color="black", linestyle=":", label=f"median {np.median(sizes):g}")
+        axis.set_title(f"{len(sizes)} {name}s")
+        axis.set_xlabel("tokens")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_ppo(run) -> None:
     """Score, KL, length and gold score against the update."""
     rows = run.read_metrics()

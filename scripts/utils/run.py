@@ -1,6 +1,7 @@
 """The run directory is the experiment: configuration, metrics, samples, log, summary, plots, checkpoints, final."""
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from accelerate.utils import LoggerType
 from transformers.integrations import get_available_reporting_integrations
 
 from utils.config import PROJECT, UserError, find_input, find_local, read_yaml, save_config
+from utils.data_report import DataReport
 from utils.distributed import world
 from utils.layouts import TLDR_TEMPLATE
 from utils.lora import merge_adapter
@@ -29,15 +32,18 @@ from utils.models import load_tokenizer
 class Run:
     """One stage's run directory. Made when all inputs have been checked, so that a mistake leaves nothing behind."""
 
-    def __init__(self, config, stage: str, notes: list[str]):
+    def __init__(self, config, stage: str, report: DataReport):
         self.config, self.stage, self.is_main = config, stage, world().is_main_process
         self.folder = Path(config.output_dir).expanduser()
         self.started = time.time()
         if self.is_main:
             self._open()
         self.log = self._logger()
-        for note in notes:
+        for note in report.notes:
             self.say(note)
+        if self.is_main:
+            _write_json(self.folder / "data.json", report.figures)
+            self._write_all("rejected_rows.jsonl", report.rejected())
         self.stop_signal = None
         self._tracker = None
 
@@ -82,8 +88,14 @@ class Run:
     def samples(self, rows: list[dict]) -> None:
         """All of samples.jsonl."""
         if self.is_main:
-            (self.folder / "samples.jsonl").unlink(missing_ok=True)  # of a run that was killed between this and final/
-            _append(self.folder / "samples.jsonl", rows)
+            self._write_all("samples.jsonl", rows)
+
+    def _write_all(self, name: str, rows: Iterable[dict]) -> None:
+        """A whole file of rows, none when there is no row; one of the run that this one goes on with is replaced."""
+        (self.folder / name).unlink(missing_ok=True)
+        first = next(rows := iter(rows), None)
+        if first is not None:
+            _append(self.folder / name, itertools.chain([first], rows))
 
     def read_metrics(self) -> list[dict]:
         return read_whole_rows(self.folder / "metrics.jsonl")
@@ -174,7 +186,8 @@ def refuse_used_folder(config) -> None:
 
 def _nothing_trained(folder: Path) -> bool:
     """Whether a run ended here before its first step, by a mistake say: nothing to lose, and nothing to go on with."""
-    ours = {"config.yaml", "metrics.jsonl", "train.log", "plots", "tensorboard", "checkpoints"}
+    ours = {"config.yaml", "data.json", "rejected_rows.jsonl", "metrics.jsonl", "train.log", "plots", "tensorboard",
+            "checkpoints"}
     names = {path.name for path in folder.iterdir()}
     if "config.yaml" not in names or not names <= ours:
         return False
@@ -318,7 +331,7 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _append(path: Path, rows: list[dict]) -> None:
+def _append(path: Path, rows: Iterable[dict]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

@@ -1,0 +1,276 @@
+"""What a data set looks like before anything is trained: layout, bad rows, lengths, groups, and rows as the model sees them.
+
+    python scripts/prepare_data.py --data data/tldr_mini/reward_train.jsonl.gz
+    python scripts/prepare_data.py --data my.jsonl --model facebook/opt-125m --output_dir prepared/mine
+    python scripts/prepare_data.py --data '{"name": "Anthropic/hh-rlhf", "data_dir": "helpful-base", "split": "test"}'
+
+It reads with the code that training reads with. Bad rows are shown and left out. `output_dir` gets
+
+    rows.jsonl            the rows in one layout, which the three scripts load again to the same
+    rejected_rows.jsonl   the bad rows: where, why, and the row
+    lengths.png           how long prompts and completions are, in tokens of the model
+    data.json             all figures
+
+It trains nothing and loads no weights; a model is named for its tokenizer. Weights of a mixture are not applied.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from utils.config import UserError, key, start
+from utils.data import Rows, load_data
+from utils.data_report import DataReport, token_lengths
+from utils.files import BadRow
+from utils.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
+from utils.models import load_tokenizer
+from utils.plots import plot_lengths
+from utils.sources import Source, data_key, open_source, sources_of
+from utils.validation import SHOWN
+
+ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data", "prompts": "rlhf_training_data",
+         "ratings": "rating_data"}
+ENDS = 60  # tokens of a long text that are shown from each of its ends
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class PrepareConfig:
+    """The set, the tokenizer, and the limits that training has too."""
+
+    data: str | None = data_key(None, "The data set.")
+    output_dir: str | None = key(None, "Folder for what is made of it; must be new or empty. None: nothing is written.")
+    model: str = key("assets/opt-mini", "The model whose tokenizer counts: a folder or a hub name.")
+    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="N+ detail 1", low=8)
+    max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
+                               source="IG: K = 4 to 9", low=2)
+    min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors advise 2.",
+                                 source="SHP", low=0.0)
+    max_pairs_per_prompt: int | None = key(None, "Of a prompt's pairwise rows the first so many; SHP's authors advise 5.",
+                                           unit="pairs", source="SHP", low=1)
+    on_bad_rows = "skip"  # no key: they are what one wants to see here
+
+
+def kind_of(source: Source) -> str:
+    """What the first row of a known layout is: "rankings", "ratings", "examples", or "prompts" when it has no completion."""
+    for _, row in open_source(source, "data").rows:
+        if isinstance(row, BadRow):
+            continue
+        if comparison_layout(row):
+            return "rankings"
+        if layout := example_layout(row):
+            return "examples" if _answered(row, layout) else "prompts"
+        if rating_layout(row):
+            return "ratings"
+    raise UserError(f"data: '{source.name}' has no row of a known layout; data/README.md lists them")
+
+
+def _answered(row: dict, layout: str) -> bool:
+    if layout == "messages":
+        turns = row["messages"]
+        return isinstance(turns, list) and bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant"
+    return layout.rpartition(", ")[2] in row
+
+
+# ------------------------------------------------------------------------------------------------ canonical rows
+
+
+def canonical(rows: Rows):
+    """Rows that the scripts load again to the same: examples, rankings, and pairs and ratings as one row each.
+
+    A set of rankings keeps them; what was written as pairs stays pairs, since no ranking holds two contradicting labels
+    or leaves two completions uncompared.
+    """
+    ranked = all(set(stored.meta["layouts"]) == {"prompt, completions"} for stored in rows.sets)
+    for row in rows:
+        if isinstance(row, Example):
+            yield {name: value for name, value in row._asdict().items() if value is not None}
+        elif rows.sets[0].meta["kind"] == "ratings":
+            yield from _rating_rows(row)
+        elif ranked:
+            yield _ranking_row(row)
+        else:
+            yield from _pair_rows(row)
+
+
+def _ranking_row(row: Ranking) -> dict:
+    """A completion's rank is the number of better ones, which equals that of its ties."""
+    ranks = [sum(worse == index for _, worse in row.pairs) for index in range(len(row.completions))]
+    scores = {} if row.label_scores is None else {"label_scores": row.label_scores}
+    return {"prompt": row.prompt, "completions": row.completions, "ranks": ranks, **scores}
+
+
+def _pair_rows(row: Ranking):
+    for (better, worse), note in zip(row.pairs, row.notes or [{}] * len(row.pairs), strict=True):
+        yield {"prompt": row.prompt, "chosen": row.completions[better], "rejected": row.completions[worse], **note}
+
+
+def _rating_rows(row: Ranking):
+    """In the layout of articles, whose prompt may be any text before `TL;DR:`."""
+    info = {"article": row.prompt.removesuffix("\n\nTL;DR:")}
+    for text, rating in zip(row.completions, row.label_scores, strict=True):
+        yield {"info": info, "summary": {"text": text, "axes": {"overall": rating}}}
+
+
+def write(target: Path, rows: Rows, report: DataReport, figures: dict, lengths: dict) -> None:
+    """All files, under another name first, so that the folder is whole or not there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"output_dir: '{target}' cannot be written to ({error.strerror}); name another") from None
+    try:
+        _write_lines(aside / "rows.jsonl", canonical(rows))
+        if figures["rejected"]:
+            _write_lines(aside / "rejected_rows.jsonl", report.rejected())
+        (aside / "data.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        plot_lengths(aside / "lengths.png", lengths)
+        aside.chmod(0o755)  # a temporary folder is its owner's alone
+        os.rename(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_lines(path: Path, rows) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def whole_groups(config, kind: str, rows: Rows) -> Rows:
+    """The rows with every prompt's group in one piece, whatever `max_completions` is."""
+    if kind != "rankings" or len(rows) == len(set(rows.prompts())):
+        return rows
+    return load_data(replace(config, max_completions=2**31 - 1), {"data": kind}, None, DataReport())["data"]
+
+
+# -------------------------------------------------------------------------------------------------- what is shown
+
+
+def pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token; tokens that only together make a character are one piece."""
+    found, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            continue
+        found.append(text[len(before):])
+        before = text
+    return found
+
+
+def marked(tokenizer, ids: list[int]) -> Text:
+    """A text with a line between its tokens, its middle left out when it is long."""
+    parts = pieces(tokenizer, ids)
+    if len(parts) > 2 * ENDS:
+        parts = [*parts[:ENDS], f" ... {len(parts) - 2 * ENDS} more ... ", *parts[-ENDS:]]
+    shown = Text()
+    for number, part in enumerate(parts):
+        shown.append("│" if number else "", style="dim")
+        shown.append(part.replace("\n", "\\n"), style="bold" if number % 2 else "cyan")
+    return shown
+
+
+def show_set(console: Console, kind: str, figures: dict) -> None:
+    """What the set is, what was left out, what prompt groups save."""
+    table = Table(title=f"{kind}, for {ROLES[kind]}", title_justify="left", show_header=False)
+    for source in figures["sources"]:
+        table.add_row("set", source["name"])
+        table.add_row("layout", "; ".join(f"{name} ({count} rows)" for name, count in source["layouts"].items()))
+        table.add_row("rows", f"{source['read']} read, {source['rejected']} rejected")
+        for reason, found in source["dropped"].items():
+            table.add_row("dropped", f"{found['rows']} {reason}, the first in row {found['first'][0]}")
+    table.add_row("used", f"{figures['rows']} {'prompt groups' if kind == 'rankings' else 'rows'}")
+    cut, inside = figures["prompts_cut"], figures["prompts_cut_inside"]
+    table.add_row("prompts cut", f"{cut} ({cut / figures['rows']:.1%}), {inside} of them inside a sentence or turn")
+    console.print(table)
+
+
+def show_rejected(console: Console, figures: dict, report: DataReport) -> None:
+    """The first bad rows, and how many there are besides."""
+    for found, _ in zip(report.rejected(), range(SHOWN), strict=False):
+        console.print(f"rejected: {found['place']}: {found['reason']}", soft_wrap=True)
+    if figures["rejected"] > SHOWN:
+        console.print(f"and {figures['rejected'] - SHOWN} more")
+
+
+def show_lengths(console: Console, figures: dict, lengths: dict) -> None:
+    """Lengths as they are trained on: prompts after cutting, completions with their EOS."""
+    table = Table(title="Lengths in tokens", title_justify="left")
+    for column in ("", "mean", "5 %", "median", "95 %", "longest", "from 0 to the longest"):
+        table.add_column(column)
+    for name, sizes in lengths.items():
+        spread = figures[f"{name}_tokens"]
+        table.add_row(name, *(f"{spread[part]:.1f}" for part in ("mean", "p5", "p50", "p95")), str(spread["max"]), bars(sizes))
+    console.print(table)
+
+
+def bars(sizes, columns=40) -> str:
+    """A histogram in a line of text."""
+    counts = [0] * columns
+    for size in sizes.tolist():
+        counts[size * columns // (int(sizes.max()) + 1)] += 1
+    return "".join(BARS[-(-count * 8 // max(counts))] for count in counts)
+
+
+def show_rows(console: Console, rows: Rows, tokenizer) -> None:
+    """The first, the middle and the last row, as the model gets them."""
+    table = rows.dataset()
+    for number in sorted({0, len(rows) // 2, len(rows) - 1}):
+        row = table[number]
+        console.rule(rows.place(number), align="left")
+        console.print(Text("prompt: ", style="bold").append(marked(tokenizer, row["prompt"])), soft_wrap=True)
+        completions = row["completions"] if "completions" in row else [row["completion"]] if row["completion"] else []
+        for place, ids in enumerate(completions, start=1):
+            name = f"completion {place}: " if "completions" in row else "completion: "
+            console.print(Text(name, style="bold").append(marked(tokenizer, ids)), soft_wrap=True)
+        if row.get("pairs"):
+            console.print("better > worse: " + ", ".join(f"{better + 1} > {worse + 1}" for better, worse in row["pairs"]))
+        if row.get("label_scores"):
+            console.print("label scores: " + ", ".join(f"{score:g}" for score in row["label_scores"]))
+
+
+def main(config: PrepareConfig) -> None:
+    if config.data is None:
+        raise UserError("data: name a data set: --data FILE, folder or hub name (data/README.md lists the layouts)")
+    if config.output_dir is not None:
+        refuse_used(Path(config.output_dir).expanduser())
+    tokenizer = load_tokenizer(config.model)
+    kind, report = kind_of(sources_of(config.data)[0]), DataReport()
+    rows = load_data(config, {"data": kind}, tokenizer, report)["data"]
+    lengths = token_lengths(rows.dataset())
+    report.tokens("data", rows.dataset())
+    if kind == "rankings":
+        report.groups("data", rows)
+    figures = {"key": ROLES[kind], "model": config.model, "max_prompt_tokens": config.max_prompt_tokens,
+               "rejected": sum(1 for _ in report.rejected()), **report.figures["data"]}
+    console = Console(width=110, markup=False, highlight=False)  # brackets are text
+    show_set(console, kind, figures)
+    show_rejected(console, figures, report)
+    show_lengths(console, figures, lengths)
+    if kind == "rankings":
+        console.print(report.notes[-1].removeprefix("data: "))  # of the groups
+    show_rows(console, rows, tokenizer)
+    if config.output_dir is not None:
+        write(Path(config.output_dir).expanduser(), whole_groups(config, kind, rows), report, figures, lengths)
+        console.print(f"\nwritten; train with {ROLES[kind]}: {Path(config.output_dir) / 'rows.jsonl'}", soft_wrap=True)
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise UserError unless the folder is new or empty."""
+    try:
+        used = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    except OSError as error:
+        raise UserError(f"output_dir: '{folder}' cannot be used ({error.strerror}); name another") from None
+    if used:
+        raise UserError(f"output_dir: '{folder}' is in use; name a new one")
+
+
+if __name__ == "__main__":
+    start(main, PrepareConfig, None, __doc__)

@@ -1,0 +1,88 @@
+"""The data card is true: each row that it shows is read as the block below it says, and its links lead somewhere."""
+
+import json
+import re
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hub_layouts import COMPARED, SUPERVISED
+
+import prepare_data
+import train_reward
+from utils.config import PROJECT, parse_config
+from utils.data import load_data, load_examples, load_rankings
+from utils.data_report import DataReport
+from utils.files import FILE_ENDINGS
+from utils.sources import parse_sources, sources_of
+
+CARD = (PROJECT / "data" / "README.md").read_text(encoding="utf-8")
+HEADINGS = re.findall(r"^##+ (.*)$", CARD, re.MULTILINE)
+SECTIONS = re.split(r"^##+ .*$", CARD, flags=re.MULTILINE)[1:]
+# (heading, row, what is made of it)
+SHOWN = [(heading, *pair) for heading, text in zip(HEADINGS, SECTIONS, strict=True)
+         for pair in re.findall(r"```json\n(.*?)```\n```json\n(.*?)```", text, re.DOTALL)]
+
+
+def of_ranking(path):
+    [group] = load_rankings(path, "reward_training_data", 9, print)
+    made = {"prompt": group.prompt, "pairs": sorted([group.completions[b], group.completions[w]] for b, w in group.pairs)}
+    return made | ({"notes": group.notes} if group.notes else {})
+
+
+def of_example(path, field):
+    [example] = load_examples(path, field, need_completion=field == "actor_training_data")
+    return {"prompt": example.prompt, "completion": example.completion}
+
+
+@pytest.mark.parametrize(("heading", "row", "made"), SHOWN, ids=[f"{n} {shown[0]}" for n, shown in enumerate(SHOWN)])
+def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
+    path, made = tmp_path / "row.jsonl", json.loads(made)
+    path.write_text(json.dumps(json.loads(row)) + "\n", encoding="utf-8")
+    if "ratings" in made:
+        config = SimpleNamespace(rating_data=str(path), on_bad_rows="error")
+        [rated] = load_data(config, {"rating_data": "ratings"}, None, DataReport())["rating_data"]
+        ratings = [list(pair) for pair in zip(rated.completions, rated.label_scores, strict=True)]
+        assert {"prompt": rated.prompt, "ratings": ratings} == made
+    elif "pairs" in made:
+        assert of_ranking(str(path)) == made | {"pairs": sorted(made["pairs"])}
+        assert of_example(str(path), "rlhf_training_data") == {"prompt": made["prompt"], "completion": None}
+    else:
+        made.setdefault("completion", None)
+        field = "actor_training_data" if made["completion"] else "rlhf_training_data"
+        assert of_example(str(path), field) == made
+
+
+def test_mixtures_and_commands_are_understood():
+    [mixture] = re.findall(r"```yaml\n(.*?)```", CARD, re.DOTALL)
+    assert [source.name for source in sources_of(parse_sources(yaml.safe_load(mixture)["reward_training_data"]))] == [
+        "CarperAI/openai_summarize_comparisons", "Anthropic/hh-rlhf", "openai/summarize_from_feedback"]
+    commands = re.findall(r"python scripts/prepare_data.py (.*?)[\n`]", CARD)
+    for words in commands:
+        assert parse_config(prepare_data.PrepareConfig, None, words.split()).data
+    [words] = re.findall(r"`--reward_training_data (.*?)`", CARD)
+    config = parse_config(train_reward.RewardStageConfig, None, ["--reward_training_data", *shlex.split(words)])
+    assert commands and [source.weight for source in sources_of(config.reward_training_data)] == [1, 2]
+
+
+def anchor(heading):
+    """As GitHub makes it."""
+    return re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", CARD):
+        if target.startswith("#"):
+            assert target[1:] in set(map(anchor, HEADINGS)), target
+        else:
+            assert (PROJECT / "data" / target).exists(), target
+
+
+def test_nothing_is_left_out():
+    """Each block belongs to a pair; each public set has its heading, each kind of file its mention."""
+    assert CARD.count("```json") == 2 * len(SHOWN)
+    names = [name for name in SUPERVISED | COMPARED if "/" in name and not name.endswith("CNN/DM")]
+    assert names and set(names) <= set(HEADINGS)
+    for ending in FILE_ENDINGS:
+        assert all(f"`{part}`" in CARD for part in re.findall(r"\.\w+", ending)), ending
