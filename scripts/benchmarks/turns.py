@@ -1,0 +1,69 @@
+"""How a measured process and the one that measures talk: a line "go" on stdin, a JSON line on stdout for each repetition.
+
+While it waits a process sleeps in a read, so it takes nothing from the other side's repetition.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+
+class Turns:
+    """The measured process's end. Whatever else it prints goes to stderr."""
+
+    def __init__(self):
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.began, self.held = 0.0, None
+
+    def wait(self) -> bool:
+        """Sleep until the next repetition is asked for, and start the clock; False: there is none."""
+        if self.held is None:
+            self.held = memory_mb("VmRSS")
+        more = sys.stdin.readline() == "go\n"
+        self.began = time.perf_counter()
+        return more
+
+    def report(self, **figures) -> None:
+        """Stop the clock; `figures` say what was done."""
+        seconds = time.perf_counter() - self.began
+        answer = {"seconds": seconds, "memory": memory_mb("VmHWM"), "held": self.held, **figures}
+        self.answers.write(json.dumps(answer) + "\n")
+        self.answers.flush()
+
+
+def memory_mb(name: str) -> float:
+    """A line of /proc/self/status in MiB: VmHWM is the most resident memory so far, VmRSS that of now."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+class OneStepATurn(TrainerCallback):
+    """Makes an optimizer step of a `Trainer` a repetition: all from one step's log to the next, data and logging too.
+
+    Args:
+        model: what is trained; each of its forward passes is counted.
+        unit: the name of what is counted.
+        count: how many of them are in a forward pass, from its arguments.
+    """
+
+    def __init__(self, turns: Turns, model, unit: str, count):
+        self.turns, self.unit, self.done = turns, unit, 0
+
+        def add(module, args, batch):
+            self.done += int(count(batch))
+
+        model.register_forward_pre_hook(add, with_kwargs=True)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.turns.wait()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.turns.report(loss=logs["loss"], **{self.unit: self.done})
+            self.done = 0
+            control.should_training_stop = not self.turns.wait()
