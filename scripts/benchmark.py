@@ -12,26 +12,26 @@ update or one round of sampling, of each side, on the same posts. After a turn t
 median over turns of their time over ours; its low and high are the smallest and the largest. Before that the two must have
 done the same: as many tokens, pairs or episodes, and the same loss where the algorithm is the same.
 
+    python scripts/benchmark.py --profile --k 4 --shape mini             # where the time goes
+    python scripts/benchmark.py --cost --figure outputs/cost.png         # time and memory against the work
+
 Memory is the peak of the whole process. Utilisation is that of ours: the floating-point operations that the algorithm needs
 (benchmarks/flops.py), divided by the time and by the float32 matrix-product rate measured in the same turn.
 Models have random weights. Threads are torch's default; OMP_NUM_THREADS sets them.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import flops
-from benchmarks.pairing import PEER_ENVIRONMENT, figures, refuse_unequal_work, take_turns
-from benchmarks.plan import KS, PEERS, UNITS, Comparison, comparisons
-from benchmarks.posts import Batch, all_posts, batch_of
-from benchmarks.report import plot_ratios, print_table
-from benchmarks.shapes import SHAPES, save_models
-from benchmarks.tasks import PPO_EPOCHS, RESPONSE_TOKENS, Task
-from utils.config import PROJECT, UserError, key, start
+from benchmarks.cost import costs
+from benchmarks.measure import row_of, turns_of
+from benchmarks.plan import KS, PEERS, comparisons
+from benchmarks.posts import all_posts, batch_of
+from benchmarks.report import plot_costs, plot_ratios, print_profile, print_table
+from benchmarks.shapes import SHAPES
+from utils.config import UserError, key, start
 from utils.run import output_file
 
 
@@ -45,8 +45,12 @@ class BenchmarkConfig:
     k: list[int] = key([], "Completions for each prompt; none: all that a stage is measured with.")
     quick: bool = key(False, "The mini shape with K = 4 and few repetitions only.")
     repetitions: int | None = key(None, "Turns that are counted; none: more for smaller models.", unit="turns", low=1)
+    prompt_length: int | None = key(None, "Give every prompt this length; none: those of real posts.", unit="tokens", low=1,
+                                    high=1900)
+    profile: bool = key(False, "Say besides where each side's time goes: generation, scoring, update, data, other.")
+    cost: bool = key(False, "Measure in place of ratios how time and memory of ours grow with K, prompt, posts and model.")
     output: str | None = key(None, "The rows of the table: a .json file.")
-    figure: str | None = key(None, "The ratios: a .png file.")
+    figure: str | None = key(None, "The ratios, or the costs: a .png file.")
 
 
 def refuse_unknown(config: BenchmarkConfig) -> None:
@@ -59,61 +63,41 @@ def refuse_unknown(config: BenchmarkConfig) -> None:
                 raise UserError(f"{name}: '{value}' is none; there are: {' | '.join(map(str, valid))}")
 
 
-def needed_flops(comparison: Comparison, batch: Batch) -> int:
-    """Floating-point operations of one repetition."""
-    size, (prompts, completions) = SHAPES[comparison.shape]["size"], batch.lengths
-    if comparison.stage == "ppo":
-        return flops.ppo(size, prompts, comparison.k, RESPONSE_TOKENS, PPO_EPOCHS)
-    if comparison.stage == "generation":
-        return flops.generation(size, prompts, comparison.k, RESPONSE_TOKENS)
-    return {"sft": flops.sft, "reward": flops.reward}[comparison.stage](size, prompts, completions)
+def paths_of(config: BenchmarkConfig) -> tuple[Path | None, Path | None]:
+    """Where the rows and the figure go.
 
-
-def peer_python(stage: str) -> Path | str:
-    """The interpreter of the peer: that of .venv-bench for PPO, which is made where it is missing."""
-    if stage != "ppo":
-        return sys.executable
-    python = PEER_ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        print(f"making {PEER_ENVIRONMENT} from requirements-bench.txt")
-        for command in ([sys.executable, "-m", "venv", PEER_ENVIRONMENT],
-                        [python, "-m", "pip", "install", "--quiet", "-r", PROJECT / "requirements-bench.txt"]):
-            if subprocess.run(command, check=False).returncode:
-                raise UserError(f"{PEER_ENVIRONMENT}: cannot be made; remove it and make it as requirements-bench.txt says, or "
-                                "leave ppo out of --stage")
-    return python
-
-
-def measure(comparison: Comparison, batch: Batch, folder: Path) -> dict:
-    """One row of the result."""
-    models, work = folder / comparison.shape, Path(tempfile.mkdtemp(dir=folder))
-    if not models.exists():
-        save_models(comparison.shape, models)
-    for name in ("policy", "reward"):
-        (work / name).symlink_to(models / name)
-    task = work / "task.json"
-    Task(comparison.stage, comparison.peer, comparison.k, str(work), batch.prompts, batch.completions,
-         comparison.repetitions + 1).save(task)
-    turns = take_turns(task, peer_python(comparison.stage), comparison.repetitions)
-    refuse_unequal_work(turns[0], comparison.peer in ("SFTTrainer", "RewardTrainer"))
-    unit = UNITS[comparison.stage]
-    found = figures(turns[1:], unit, needed_flops(comparison, batch))
-    return {"stage": comparison.stage, "shape": comparison.shape, "k": comparison.k, "peer": comparison.peer, "unit": unit,
-            **found._asdict()}
+    Raises:
+        UserError: before anything is measured, for a name that cannot be written to or a result that has no such file.
+    """
+    if config.output and (config.profile or config.cost):
+        raise UserError("output: it holds the rows of comparisons; leave it out with --profile or --cost")
+    if config.figure and config.profile:
+        raise UserError("figure: a profile has none; leave it out with --profile")
+    return (output_file(config.output, "output", ".json") if config.output else None,
+            output_file(config.figure, "figure", ".png") if config.figure else None)
 
 
 def main(config: BenchmarkConfig) -> None:
     refuse_unknown(config)
-    output = output_file(config.output, "output", ".json") if config.output else None
-    figure = output_file(config.figure, "figure", ".png") if config.figure else None
+    output, figure = paths_of(config)
     plan = comparisons(config.stage, config.shape, config.peer, config.k, config.repetitions, config.quick)
     if not plan:
         raise UserError("k: no comparison is left; leave out one of --stage, --shape, --peer, --k")
-    posts, rows = all_posts(), []
+    posts, rows, profiles = all_posts(), [], []
     with tempfile.TemporaryDirectory() as folder:
+        if config.cost:
+            points = costs(config.stage, config.shape, config.repetitions or 2, posts, Path(folder))
+            if figure:
+                plot_costs(figure, points)
+            return
         for comparison in plan:
-            rows.append(measure(comparison, batch_of(posts, comparison.posts, comparison.k), Path(folder)))
+            batch = batch_of(posts, comparison.posts, comparison.k, config.prompt_length)
+            turns = turns_of(comparison, batch, Path(folder), config.profile)
+            rows.append(row_of(comparison, batch, turns))
+            profiles.append(turns)
             print(json.dumps(rows[-1]), flush=True)
+    if config.profile:
+        print_profile(plan, profiles)
     print_table(rows, [comparison.goal for comparison in plan])
     if output:
         output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

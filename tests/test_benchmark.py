@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import benchmark
-from benchmarks import flops
+from benchmarks import clock, flops
+from benchmarks.cost import BASE, MODEL, settings
 from benchmarks.pairing import Turn, figures, product_rate, refuse_unequal_work
 from benchmarks.plan import GOALS, KS, PEERS, POSTS, REPETITIONS, comparisons
 from benchmarks.posts import COMPLETION_QUANTILES, PROMPT_QUANTILES, batch_of, synthetic_posts
@@ -93,6 +94,39 @@ def test_the_product_rate_is_a_rate():
     assert 1e8 < product_rate() < 1e16
 
 
+def test_the_time_in_a_function_is_not_that_of_its_caller_too(monkeypatch):
+    """Hands of a made-up clock: outer runs 10 s, of which inner 3 s twice; 5 s belong to nobody."""
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+
+    class Work:
+        def inner(self):
+            now[0] += 3
+
+        def outer(self):
+            now[0] += 4
+            self.inner()
+            self.inner()
+
+        def failing(self):
+            now[0] += 1
+            raise ValueError
+
+    work, watch, stage = Work(), clock.Clock(), ["scoring"]
+    watch.watch(work, "inner", lambda: stage[0])
+    watch.watch(work, "outer", "update")
+    watch.watch(work, "failing", "data")
+    work.outer()
+    now[0] += 5
+    assert watch.take(15.0) == {"generation": 0, "scoring": 6, "update": 4, "data": 0, "other": 5}
+    stage[0] = "generation"
+    work.inner()
+    with pytest.raises(ValueError):
+        work.failing()
+    work.inner()
+    assert watch.take(7.0) == {"generation": 6, "scoring": 0, "update": 0, "data": 1, "other": 0}
+
+
 # --------------------------------------------------------------------------------------------------------- same work
 
 
@@ -144,7 +178,10 @@ def test_a_batch_stands_for_all_posts():
     assert all(len(group) == 2 for group in batch.completions)
     [middle] = batch_of(posts[:3], 1, 1).prompts
     assert len(middle) == 5
-    assert list(map(len, batch_of(posts, 2, 1, prompt_length=11).prompts)) == [11, 11]
+    fixed = batch_of(posts, 2, 2, prompt_length=11, completion_length=6)
+    assert fixed.lengths == ([11, 11], [[6, 6], [6, 6]])
+    [short], [long] = batch_of([([3, 4, 5], [6])], 1, 1, prompt_length=2).prompts, batch_of([([3, 4, 5], [6])], 1, 1, 7).prompts
+    assert (short, long) == ([3, 4], [3, 4, 5, 3, 4, 5, 3])
     assert PAD not in {token for prompt in batch.prompts for token in prompt}
 
 
@@ -161,6 +198,19 @@ def test_every_comparison_has_its_amount_of_work():
         ("sft", 1), ("reward", 4), ("ppo", 4), ("generation", 4)}
 
 
+def test_a_sweep_changes_one_quantity():
+    found = settings("reward", ["mini", "30m"])
+    for quantity, x, shape, values in found:
+        changed = {name: value for name, value in values.items() if value != BASE[name]}
+        assert changed in ({}, {quantity: x})
+        assert shape == "mini" or (quantity == MODEL and not changed)
+    assert {x for quantity, x, *_ in found if quantity == "K"} == {2, 4, 8}  # one completion has no pair
+    # layers: 4 of 12 x 192^2 weights, 6 of 12 x 384^2
+    assert [x for quantity, x, *_ in found if quantity == MODEL] == [1_769_472, 10_616_832]
+    assert {quantity for quantity, *_ in settings("sft", ["mini"])} == {"prompt [tokens]", "posts"}
+    assert all(values["K"] == 1 for *_, values in settings("sft", ["mini"]))
+
+
 # --------------------------------------------------------------------------------------------------------- all of it
 
 
@@ -170,14 +220,16 @@ def run(*words):
 
 
 @pytest.mark.parametrize("words", [["--stage", "dpo"], ["--shape", "large"], ["--peer", "DPOTrainer"], ["--k", "3"],
-                                   ["--output", "rows.txt"], ["--stage", "reward", "--k", "1"]])
+                                   ["--output", "rows.txt"], ["--stage", "reward", "--k", "1"],
+                                   ["--output", "rows.json", "--cost"], ["--figure", "a.png", "--profile"]])
 def test_mistakes(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
     with pytest.raises(SystemExit) as left:
         benchmark.start(benchmark.main, benchmark.BenchmarkConfig, None, benchmark.__doc__)
     assert left.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and words[-2].lstrip("-") in error and error.count("\n") == 1
+    named = [word.removeprefix("--") for word in words if word in ("--stage", "--shape", "--peer", "--k", "--output", "--figure")]
+    assert error.startswith(f"error: {named[-1]}: ") and error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -185,6 +237,7 @@ def test_a_row_from_outside(tmp_path):
     done = run("--stage", "reward", "--shape", "mini", "--k", 2, "--repetitions", 1, "--output", tmp_path / "rows.json",
                "--figure", tmp_path / "ratios.png")
     assert done.returncode == 0, done.stderr
+    assert "RewardTrainer" in done.stdout and "torch" in done.stdout
     [row] = json.loads((tmp_path / "rows.json").read_text())
     assert list(row) == ["stage", "shape", "k", "peer", "unit", "ours", "theirs", "ratio", "ratio_low", "ratio_high",
                          "memory_ratio", "utilisation"]

@@ -13,6 +13,8 @@ from trl import SFTConfig
 import train_ppo
 import train_reward
 import train_sft
+import utils.generation
+import utils.rollout
 from benchmarks.shapes import PAD, VOCABULARY, small_tokenizer
 from benchmarks.tasks import (
     ADAM_EPS,
@@ -27,7 +29,6 @@ from benchmarks.tasks import (
     whole_share,
 )
 from benchmarks.turns import OneStepATurn, Turns
-from utils.generation import sample
 from utils.models import load_policy, load_scalar_model
 from utils.ppo_models import load_models, prepare
 from utils.rollout import Carried, collect_rollout, rollout_metrics
@@ -50,7 +51,7 @@ def sft(task: Task, turns: Turns) -> None:
         data_collator=partial(train_sft.collate, pad_id=PAD, loss_on="completion"),
         processing_class=small_tokenizer(), run=run, config=config, validation=None,
     )
-    trainer.add_callback(OneStepATurn(turns, trainer.model, "tokens", lambda batch: (batch["segments"] >= 0).sum()))
+    trainer.add_callback(OneStepATurn(turns, trainer, "tokens", lambda batch: (batch["segments"] >= 0).sum()))
     trainer.train()
 
 
@@ -66,7 +67,7 @@ def reward(task: Task, turns: Turns) -> None:
         data_collator=partial(train_reward.collate, pad_id=PAD),
         processing_class=small_tokenizer(), run=run, config=config, validation=None,
     )
-    trainer.add_callback(OneStepATurn(turns, trainer.model, "pairs", lambda batch: len(batch["better"])))
+    trainer.add_callback(OneStepATurn(turns, trainer, "pairs", lambda batch: len(batch["better"])))
     trainer.train()
 
 
@@ -83,6 +84,10 @@ def ppo(task: Task, turns: Turns) -> None:
     scored = []
     models.reward_model.base_model.register_forward_hook(lambda *_: scored.append(1))
     carried = Carried(config.kl_coef)
+    if turns.clock:
+        for name, part in (("sample", "generation"), ("judged", "scoring"), ("pack", "data")):
+            turns.clock.watch(utils.rollout, name, part)
+        turns.clock.watch(train_ppo, "ppo_update", "update")
     for update in range(task.repetitions):
         if not turns.wait():
             return
@@ -96,10 +101,13 @@ def ppo(task: Task, turns: Turns) -> None:
 
 def generation(task: Task, turns: Turns) -> None:
     policy = load_policy(f"{task.folder}/policy").eval()
+    if turns.clock:
+        turns.clock.watch(utils.generation, "sample", "generation")
     number = len(task.prompts) * task.k
     while turns.wait():
-        samples = sample(policy, task.prompts, k=task.k, max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE,
-                         seeds=list(range(number)), eos_id=TOKENIZER.eos_token_id, pad_id=PAD, batch_size=len(task.prompts))
+        samples = utils.generation.sample(policy, task.prompts, k=task.k, max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE,
+                                          seeds=list(range(number)), eos_id=TOKENIZER.eos_token_id, pad_id=PAD,
+                                          batch_size=len(task.prompts))
         turns.report(tokens=sum(map(len, samples.responses)))
 
 

@@ -58,7 +58,7 @@ class Side:
 
 
 class Turn(NamedTuple):
-    """One repetition of both sides, and the machine's matrix-product rate beside it [FLOPs a second]."""
+    """One repetition of both sides, and the machine's matrix-product rate before and after ours [FLOPs a second]."""
 
     ours: dict
     theirs: dict
@@ -69,10 +69,15 @@ def take_turns(task_path: Path, peer_python: str | Path, repetitions: int) -> li
     """Ours, theirs, ours, theirs ... The first turn is the warm-up: the caller checks it and leaves it out of the figures."""
     ours, theirs = Side("ours", task_path), Side("peers", task_path, peer_python)
     try:
-        return [Turn(ours.repetition(), theirs.repetition(), product_rate()) for _ in range(repetitions + 1)]
+        return [_turn(ours, theirs) for _ in range(repetitions + 1)]
     finally:
         ours.close()
         theirs.close()
+
+
+def _turn(ours: Side, theirs: Side) -> Turn:
+    before, done, after = product_rate(), ours.repetition(), product_rate()
+    return Turn(done, theirs.repetition(), (before + after) / 2)
 
 
 def refuse_unequal_work(turn: Turn, compare_losses: bool) -> None:
@@ -82,7 +87,7 @@ def refuse_unequal_work(turn: Turn, compare_losses: bool) -> None:
         turn: the first one, in which the weights are still equal.
         compare_losses: whether both sides compute the same loss.
     """
-    measured = {"seconds", "memory", "held", "loss"}
+    measured = {"seconds", "memory", "held", "loss", "parts"}
     ours, theirs = ({name: value for name, value in side.items() if name not in measured} for side in (turn.ours, turn.theirs))
     if ours != theirs or not ours:
         raise UserError(f"the sides did not do the same work: ours {ours}, theirs {theirs}")

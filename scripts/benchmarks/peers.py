@@ -41,7 +41,7 @@ def reward(task: Task, turns: Turns) -> None:
         args=RewardConfig(**_arguments(task, rows, len(pairs) // rows), max_length=None),
         train_dataset=Dataset.from_list(pairs * task.repetitions), processing_class=small_tokenizer(),
     )
-    trainer.add_callback(OneStepATurn(turns, trainer.model, "pairs", lambda batch: len(batch["input_ids"]) // 2))
+    trainer.add_callback(OneStepATurn(turns, trainer, "pairs", lambda batch: len(batch["input_ids"]) // 2))
     trainer.train()
 
 
@@ -68,7 +68,7 @@ def sft(task: Task, turns: Turns) -> None:
         train_dataset=Dataset.from_list(rows * task.repetitions), processing_class=small_tokenizer(),
     )
     # without padding there is no mask
-    trainer.add_callback(OneStepATurn(turns, trainer.model, "tokens",
+    trainer.add_callback(OneStepATurn(turns, trainer, "tokens",
                                       lambda batch: batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()))
     trainer.train()
 
@@ -78,6 +78,8 @@ def generation(task: Task, turns: Turns) -> None:
     policy = _load(AutoModelForCausalLM, task, "policy").eval()
     policy.generation_config.eos_token_id = None  # responses of a fixed length
     batch = small_tokenizer().pad({"input_ids": task.prompts}, return_tensors="pt")
+    if turns.clock:
+        turns.clock.watch(policy, "generate", "generation")
     while turns.wait():
         with torch.no_grad():
             found = policy.generate(**batch, do_sample=True, num_return_sequences=task.k, max_new_tokens=RESPONSE_TOKENS,
@@ -88,7 +90,7 @@ def generation(task: Task, turns: Turns) -> None:
 def ppo(task: Task, turns: Turns) -> None:
     """trl's last PPOTrainer. It samples one response a prompt, so that each prompt is given K times."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     episodes = len(task.prompts) * task.k
     rows = whole_share(episodes, ROWS)
@@ -104,6 +106,12 @@ def ppo(task: Task, turns: Turns) -> None:
         value_model=_load(AutoModelForSequenceClassification, task, "reward"),
         train_dataset=Dataset.from_list([{"input_ids": prompt} for prompt in task.prompts for _ in range(task.k)]),
     )
+    if turns.clock:
+        turns.clock.watch(ppo_trainer, "batch_generation", "generation")
+        turns.clock.watch(ppo_trainer, "get_reward", "scoring")
+        turns.clock.watch(ppo_trainer, "forward", lambda: "update" if torch.is_grad_enabled() else "scoring")
+        turns.clock.watch(trainer.accelerator, "backward", "update")
+        turns.clock.watch(trainer.optimizer, "step", "update")
     scored = []
     trainer.reward_model.base_model.register_forward_hook(lambda *_: scored.append(1))
     trainer.add_callback(OneUpdateATurn(turns, trainer, scored))

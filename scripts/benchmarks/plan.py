@@ -8,7 +8,7 @@ UNITS = {"sft": "tokens", "reward": "pairs", "ppo": "episodes", "generation": "t
 KS = {"sft": [1], "reward": [2, 4, 9], "ppo": [1, 4], "generation": [1, 4]}
 # posts of a repetition: so many that the peer takes seconds, at 125m a minute or two
 POSTS = {
-    "mini": {("sft", 1): 8, ("reward", 2): 16, ("reward", 4): 8, ("reward", 9): 4, ("ppo", 1): 8, ("ppo", 4): 4,
+    "mini": {("sft", 1): 8, ("reward", 2): 16, ("reward", 4): 8, ("reward", 9): 4, ("ppo", 1): 8, ("ppo", 4): 2,
              ("generation", 1): 16, ("generation", 4): 8},
     "30m": {("sft", 1): 8, ("reward", 2): 8, ("reward", 4): 8, ("reward", 9): 2, ("ppo", 1): 8, ("ppo", 4): 2,
             ("generation", 1): 16, ("generation", 4): 8},
@@ -17,6 +17,7 @@ POSTS = {
 }
 # measured after one that is not
 REPETITIONS = {"mini": 5, "30m": 3, "125m": 2}
+PPO_REPETITIONS = 3  # at most
 QUICK_REPETITIONS = 2
 # the least ratio that we want: (stage, peer, K), then by shape; None: every shape
 GOALS = {
@@ -56,8 +57,9 @@ def comparisons(stages: list[str], shapes: list[str], peers: list[str], ks: list
             for k in [max(k for k in KS[stage] if k <= 4)] if quick else KS[stage]:
                 if ks and k not in ks:
                     continue
-                count = repetitions or (QUICK_REPETITIONS if quick else REPETITIONS[shape])
-                posts = POSTS[shape][stage, k] // (2 if quick and stage in ("ppo", "sft") else 1)
+                usual = min(REPETITIONS[shape], PPO_REPETITIONS) if stage == "ppo" else REPETITIONS[shape]
+                count = repetitions or (QUICK_REPETITIONS if quick else usual)
+                posts = POSTS[shape][stage, k] // (2 if quick and stage == "sft" else 1)
                 found += [Comparison(stage, shape, k, peer, posts, count)
                           for peer in PEERS[stage] if not peers or peer in peers]
     return found

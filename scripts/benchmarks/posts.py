@@ -71,19 +71,23 @@ def all_posts(seed: int = 0) -> list[tuple[list[int], list[int]]]:
     return real_posts(folder, SAMPLE, seed) if folder else synthetic_posts(SAMPLE, seed)
 
 
-def batch_of(posts: list[tuple[list[int], list[int]]], count: int, k: int, prompt_length: int | None = None) -> Batch:
+def batch_of(posts: list[tuple[list[int], list[int]]], count: int, k: int, prompt_length: int | None = None,
+             completion_length: int | None = None) -> Batch:
     """A batch whose lengths stand for all: a post from the middle of each of `count` equal shares, ordered by length.
 
     Args:
-        prompt_length: give each prompt this length, by cutting or repeating it; None: as it is.
+        prompt_length, completion_length: give each prompt or completion this length, by cutting or repeating it; None: as
+            it is.
     """
     ordered = sorted(posts, key=lambda post: len(post[0]) + len(post[1]))
     places = [int((share + 0.5) / count * len(ordered)) for share in range(count)]
     chosen = random.Random(0).sample(places, count)
     others = random.Random(1).sample(range(len(posts)), count * (k - 1))
-    prompts = [ordered[place][0] for place in chosen]
-    if prompt_length is not None:
-        prompts = [(prompt * (prompt_length // len(prompt) + 1))[:prompt_length] for prompt in prompts]
+    prompts = [_of_length(ordered[place][0], prompt_length) for place in chosen]
     completions = [[ordered[place][1], *(posts[other][1] for other in others[i * (k - 1) : (i + 1) * (k - 1)])]
                    for i, place in enumerate(chosen)]
-    return Batch(prompts, completions)
+    return Batch(prompts, [[_of_length(completion, completion_length) for completion in group] for group in completions])
+
+
+def _of_length(tokens, length):
+    return tokens if length is None else (tokens * (length // len(tokens) + 1))[:length]

@@ -3,6 +3,7 @@
 import datetime
 import os
 import re
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.clock import PARTS
+from benchmarks.cost import Point
+from benchmarks.pairing import Turn
 from benchmarks.plan import Comparison
 
 matplotlib.use("Agg")
@@ -37,6 +41,46 @@ def print_table(rows: list[dict], goals: list[float | None]) -> None:
             f"{goal:g}" if goal else "-", f"{row['memory_ratio']:.2f}", f"{row['utilisation']:.0%}",
         )
     Console(width=150).print(table)
+
+
+def print_profile(plan: list[Comparison], turns: list[list[Turn]]) -> None:
+    """Seconds of a turn by part, means over the turns, of each side."""
+    table = Table(title="Where the time goes [seconds a turn]", title_justify="left")
+    for name in ("stage", "shape", "K", "side", *PARTS, "together"):
+        table.add_column(name, justify="left" if name in ("stage", "shape", "side") else "right")
+    for comparison, found in zip(plan, turns, strict=True):
+        for side, answers in (("ours", [t.ours for t in found]), (comparison.peer, [t.theirs for t in found])):
+            seconds = [statistics.fmean(answer["parts"][part] for answer in answers) for part in PARTS]
+            cells = [f"{value:.2f} ({value / sum(seconds):.0%})" for value in seconds]
+            table.add_row(comparison.stage, comparison.shape, str(comparison.k), side, *cells, f"{sum(seconds):.2f}")
+    Console(width=150).print(table)
+
+
+def plot_costs(path: Path, points: list[Point]) -> None:
+    """A row of panels for each stage, a column for each quantity: seconds on the left axis, peak memory on the right."""
+    stages, quantities = (list(dict.fromkeys(column)) for column in list(zip(*points, strict=True))[:2])
+    figure, axes = plt.subplots(len(stages), len(quantities), figsize=(3.6 * len(quantities), 2.8 * len(stages)), squeeze=False)
+    for stage, row in zip(stages, axes, strict=True):
+        for quantity, axis in zip(quantities, row, strict=True):
+            part = sorted((point for point in points if (point.stage, point.quantity) == (stage, quantity)), key=lambda p: p.x)
+            axis.set_visible(bool(part))
+            x = [point.x for point in part]
+            axis.plot(x, [point.seconds for point in part], color="C0", marker="o", label="time [s]")
+            axis.plot(x, [point.needed for point in part], color="C0", linestyle=":", label="needed at the product rate [s]")
+            memory = axis.twinx()
+            memory.plot(x, [point.memory / 1024 for point in part], color="C1", marker="s", linestyle="--")
+            axis.plot([], [], color="C1", marker="s", linestyle="--", label="peak memory [GiB], right axis")
+            axis.set_ylim(bottom=0)
+            memory.set_ylim(bottom=0)
+            axis.set_xlim(left=0)
+            axis.set_xlabel(quantity)
+            axis.set_title(stage)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(machine(), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_ratios(path: Path, rows: list[dict], plan: list[Comparison]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import transformers
 
+from benchmarks.clock import Clock
 from benchmarks.tasks import Task
 from benchmarks.turns import Turns
 
@@ -19,6 +20,8 @@ def main(side: str, path: str) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     task = Task.load(Path(path))
+    if task.profile:
+        turns.clock = Clock()
     getattr(importlib.import_module(f"benchmarks.{side}"), task.stage)(task, turns)
 
 

@@ -21,6 +21,7 @@ class Task(NamedTuple):
     prompts: list[list[int]]
     completions: list[list[list[int]]]  # K for each prompt
     repetitions: int  # at most
+    profile: bool = False  # report where the time goes
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self._asdict()), encoding="utf-8")

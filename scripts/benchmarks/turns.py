@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 
 
 class Turns:
-    """The measured process's end. Whatever else it prints goes to stderr."""
+    """The measured process's end. Whatever else it prints goes to stderr. With a `clock` the answers say where the time went."""
 
     def __init__(self):
+        self.clock = None
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self.began, self.held = 0.0, None
@@ -26,6 +27,8 @@ class Turns:
         if self.held is None:
             self.held = memory_mb("VmRSS")
         more = sys.stdin.readline() == "go\n"
+        if self.clock:
+            self.clock.take(0.0)  # what ran before is not of this repetition
         self.began = time.perf_counter()
         return more
 
@@ -33,6 +36,8 @@ class Turns:
         """Stop the clock; `figures` say what was done."""
         seconds = time.perf_counter() - self.began
         answer = {"seconds": seconds, "memory": memory_mb("VmHWM"), "held": self.held, **figures}
+        if self.clock:
+            answer["parts"] = self.clock.take(seconds)
         self.answers.write(json.dumps(answer) + "\n")
         self.answers.flush()
 
@@ -46,20 +51,26 @@ class OneStepATurn(TrainerCallback):
     """Makes an optimizer step of a `Trainer` a repetition: all from one step's log to the next, data and logging too.
 
     Args:
-        model: what is trained; each of its forward passes is counted.
+        trainer: each forward pass of its model is counted.
         unit: the name of what is counted.
         count: how many of them are in a forward pass, from its arguments.
     """
 
-    def __init__(self, turns: Turns, model, unit: str, count):
-        self.turns, self.unit, self.done = turns, unit, 0
+    def __init__(self, turns: Turns, trainer, unit: str, count):
+        self.turns, self.trainer, self.unit, self.done = turns, trainer, unit, 0
 
         def add(module, args, batch):
             self.done += int(count(batch))
 
-        model.register_forward_pre_hook(add, with_kwargs=True)
+        trainer.model.register_forward_pre_hook(add, with_kwargs=True)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        if self.turns.clock:
+            self.turns.clock.watch(self.trainer, "get_batch_samples", "data")
+            self.turns.clock.watch(self.trainer, "training_step", "update")
+            self.turns.clock.watch(self.trainer.accelerator, "clip_grad_norm_", "update")
+            self.turns.clock.watch(optimizer, "step", "update")
+            self.turns.clock.watch(self.trainer.model, "zero_grad", "update")
         self.turns.wait()
 
     def on_log(self, args, state, control, logs, **kwargs):
