@@ -21,13 +21,14 @@ Models have random weights. Threads are torch's default; OMP_NUM_THREADS sets th
 """
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cost import costs
 from benchmarks.measure import row_of, turns_of
-from benchmarks.plan import KS, PEERS, comparisons
+from benchmarks.plan import KS, PEERS, Comparison, comparisons
 from benchmarks.posts import all_posts, batch_of
 from benchmarks.report import plot_costs, plot_ratios, print_profile, print_table
 from benchmarks.shapes import SHAPES
@@ -47,6 +48,8 @@ class BenchmarkConfig:
     repetitions: int | None = key(None, "Turns that are counted; none: more for smaller models.", unit="turns", low=1)
     prompt_length: int | None = key(None, "Give every prompt this length; none: those of real posts.", unit="tokens", low=1,
                                     high=1900)
+    processes: int = key(1, "Run our side as so many processes (torchrun) that share out the cores; the peer has one with all.",
+                         unit="processes", low=1)
     profile: bool = key(False, "Say besides where each side's time goes: generation, scoring, update, data, other.")
     cost: bool = key(False, "Measure in place of ratios how time and memory of ours grow with K, prompt, posts and model.")
     output: str | None = key(None, "The rows of the table: a .json file.")
@@ -77,12 +80,24 @@ def paths_of(config: BenchmarkConfig) -> tuple[Path | None, Path | None]:
             output_file(config.figure, "figure", ".png") if config.figure else None)
 
 
+def refuse_uneven(config: BenchmarkConfig, plan: list[Comparison]) -> None:
+    """Raise UserError when the work cannot be shared out over the processes."""
+    cores = len(os.sched_getaffinity(0))
+    if config.processes > cores:
+        raise UserError(f"processes: {config.processes} need a core each, there are {cores}; take fewer")
+    for comparison in plan:
+        if comparison.posts % config.processes:
+            raise UserError(f"processes: {comparison.posts} posts ({comparison.stage} {comparison.shape}, K = {comparison.k}) "
+                            f"cannot be shared out over {config.processes}; leave that K or shape out, or take 1")
+
+
 def main(config: BenchmarkConfig) -> None:
     refuse_unknown(config)
     output, figure = paths_of(config)
     plan = comparisons(config.stage, config.shape, config.peer, config.k, config.repetitions, config.quick)
     if not plan:
         raise UserError("k: no comparison is left; leave out one of --stage, --shape, --peer, --k")
+    refuse_uneven(config, plan)
     posts, rows, profiles = all_posts(), [], []
     with tempfile.TemporaryDirectory() as folder:
         if config.cost:
@@ -92,7 +107,7 @@ def main(config: BenchmarkConfig) -> None:
             return
         for comparison in plan:
             batch = batch_of(posts, comparison.posts, comparison.k, config.prompt_length)
-            turns = turns_of(comparison, batch, Path(folder), config.profile)
+            turns = turns_of(comparison, batch, Path(folder), config.processes, config.profile)
             rows.append(row_of(comparison, batch, turns))
             profiles.append(turns)
             print(json.dumps(rows[-1]), flush=True)

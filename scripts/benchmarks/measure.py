@@ -54,10 +54,10 @@ def write_task(comparison: Comparison, batch: Batch, folder: Path, profile: bool
     return work / "task.json"
 
 
-def turns_of(comparison: Comparison, batch: Batch, folder: Path, profile: bool = False) -> list[Turn]:
-    """The turns that count, after both sides have been seen to do the same."""
+def turns_of(comparison: Comparison, batch: Batch, folder: Path, processes: int = 1, profile: bool = False) -> list[Turn]:
+    """The turns that count, after both sides have been seen to do the same. Our side can be several processes."""
     task = write_task(comparison, batch, folder, profile)
-    warm_up, *turns = take_turns(task, peer_python(comparison.stage), comparison.repetitions)
+    warm_up, *turns = take_turns(task, peer_python(comparison.stage), comparison.repetitions, processes)
     refuse_unequal_work(warm_up, comparison.peer in SAME_LOSS)
     return turns
 

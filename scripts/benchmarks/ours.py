@@ -29,6 +29,7 @@ from benchmarks.tasks import (
     whole_share,
 )
 from benchmarks.turns import OneStepATurn, Turns
+from utils.distributed import my_share, world
 from utils.models import load_policy, load_scalar_model
 from utils.ppo_models import load_models, prepare
 from utils.rollout import Carried, collect_rollout, rollout_metrics
@@ -81,7 +82,7 @@ def ppo(task: Task, turns: Turns) -> None:
     set_seed(config.seed)
     accelerator = Accelerator(cpu=True)
     models, optimizer, scheduler = prepare(load_models(config), config, accelerator)
-    scored = []
+    scored, prompts = [], my_share(task.prompts)
     models.reward_model.base_model.register_forward_hook(lambda *_: scored.append(1))
     carried = Carried(config.kl_coef)
     if turns.clock:
@@ -91,11 +92,12 @@ def ppo(task: Task, turns: Turns) -> None:
     for update in range(task.repetitions):
         if not turns.wait():
             return
-        batches = collect_rollout(models, TOKENIZER, task.prompts, config, update, accelerator, carried)
+        batches = collect_rollout(models, TOKENIZER, prompts, config, update, accelerator, carried)
         figures = rollout_metrics(batches, accelerator)
         figures |= train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, random.Random(update))
-        turns.report(episodes=sum(len(batch.ended) for batch in batches), epochs=figures["policy/epochs"],
-                     tokens=sum(batch.rollout.response_mask.sum().item() for batch in batches), scored=bool(scored))
+        counts = {"episodes": sum(len(batch.ended) for batch in batches),
+                  "tokens": sum(batch.rollout.response_mask.sum().item() for batch in batches)}
+        turns.report(counts, epochs=figures["policy/epochs"], scored=bool(scored))
         scored.clear()
 
 
@@ -103,12 +105,13 @@ def generation(task: Task, turns: Turns) -> None:
     policy = load_policy(f"{task.folder}/policy").eval()
     if turns.clock:
         turns.clock.watch(utils.generation, "sample", "generation")
-    number = len(task.prompts) * task.k
+    prompts = my_share(task.prompts)
+    number = len(prompts) * task.k
     while turns.wait():
-        samples = utils.generation.sample(policy, task.prompts, k=task.k, max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE,
+        samples = utils.generation.sample(policy, prompts, k=task.k, max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE,
                                           seeds=list(range(number)), eos_id=TOKENIZER.eos_token_id, pad_id=PAD,
-                                          batch_size=len(task.prompts))
-        turns.report(tokens=sum(map(len, samples.responses)))
+                                          batch_size=len(prompts))
+        turns.report({"tokens": sum(map(len, samples.responses))})
 
 
 def _stage_config(task: Task) -> dict:
@@ -117,6 +120,7 @@ def _stage_config(task: Task) -> dict:
 
 
 def _trainer_config(task: Task, stage: str) -> dict:
-    rows = whole_share(len(task.prompts), ROWS)
+    part = len(task.prompts) // world().num_processes
+    rows = whole_share(part, ROWS)
     return {**_stage_config(task), "model": f"{task.folder}/policy", "max_steps": task.repetitions, "logging_steps": 1,
-            "per_device_batch_size": rows, "gradient_accumulation_steps": len(task.prompts) // rows}
+            "per_device_batch_size": rows, "gradient_accumulation_steps": part // rows}

@@ -20,16 +20,17 @@ PRODUCTS = [(4096, 768, 3072), (2048, 2048, 2048), (8192, 192, 768)]  # rows, in
 
 
 class Side:
-    """A process that does the work of one side, a repetition whenever it is asked for one."""
+    """A process, or a group of them, that does the work of one side, a repetition whenever it is asked for one."""
 
-    def __init__(self, name: str, task_path: Path, python: str | Path = sys.executable):
+    def __init__(self, name: str, task_path: Path, python: str | Path = sys.executable, processes: int = 1):
         self.name, self.log = name, task_path.with_name(f"{name}.log")
         environment = {**os.environ, "PYTHONPATH": str(PROJECT / "scripts"), "HF_HUB_OFFLINE": "1",
                        "TOKENIZERS_PARALLELISM": "false"}
+        group = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"] if processes > 1 else []
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [str(python), "-m", "benchmarks.side", name, str(task_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, text=True, env=environment, cwd=task_path.parent)
+                [str(python), "-m", *group, "benchmarks.side", name, str(task_path)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=task_path.parent)
 
     def repetition(self) -> dict:
         """What the side did, in how many seconds, and its memory so far.
@@ -65,9 +66,9 @@ class Turn(NamedTuple):
     rate: float
 
 
-def take_turns(task_path: Path, peer_python: str | Path, repetitions: int) -> list[Turn]:
+def take_turns(task_path: Path, peer_python: str | Path, repetitions: int, processes: int) -> list[Turn]:
     """Ours, theirs, ours, theirs ... The first turn is the warm-up: the caller checks it and leaves it out of the figures."""
-    ours, theirs = Side("ours", task_path), Side("peers", task_path, peer_python)
+    ours, theirs = Side("ours", task_path, processes=processes), Side("peers", task_path, peer_python)
     try:
         return [_turn(ours, theirs) for _ in range(repetitions + 1)]
     finally:

@@ -84,7 +84,7 @@ def generation(task: Task, turns: Turns) -> None:
         with torch.no_grad():
             found = policy.generate(**batch, do_sample=True, num_return_sequences=task.k, max_new_tokens=RESPONSE_TOKENS,
                                     temperature=TEMPERATURE, top_k=0, top_p=1.0, pad_token_id=PAD)
-        turns.report(tokens=found[:, batch["input_ids"].shape[1] :].numel())
+        turns.report({"tokens": found[:, batch["input_ids"].shape[1] :].numel()})
 
 
 def ppo(task: Task, turns: Turns) -> None:
@@ -136,7 +136,7 @@ class OneUpdateATurn(TrainerCallback):
         self.turns.wait()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.turns.report(episodes=state.episode - self.episodes, epochs=args.num_ppo_epochs, tokens=self.tokens,
+        self.turns.report({"episodes": state.episode - self.episodes, "tokens": self.tokens}, epochs=args.num_ppo_epochs,
                           scored=bool(self.scored))
         self.tokens, self.episodes = 0, state.episode
         self.scored.clear()

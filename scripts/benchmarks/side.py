@@ -2,10 +2,12 @@
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
 
+import torch
 import transformers
 
 from benchmarks.clock import Clock
@@ -13,7 +15,17 @@ from benchmarks.tasks import Task
 from benchmarks.turns import Turns
 
 
+def take_cores() -> None:
+    """Of several ranks each gets its share of the cores, and as many threads."""
+    rank, size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    cores = sorted(os.sched_getaffinity(0))[rank::size]
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+
+
 def main(side: str, path: str) -> None:
+    if "LOCAL_RANK" in os.environ:
+        take_cores()
     turns = Turns()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

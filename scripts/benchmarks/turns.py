@@ -1,4 +1,5 @@
 """How a measured process and the one that measures talk: a line "go" on stdin, a JSON line on stdout for each repetition.
+Of several ranks the first one talks.
 
 While it waits a process sleeps in a read, so it takes nothing from the other side's repetition.
 """
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 
@@ -26,20 +28,39 @@ class Turns:
         """Sleep until the next repetition is asked for, and start the clock; False: there is none."""
         if self.held is None:
             self.held = memory_mb("VmRSS")
-        more = sys.stdin.readline() == "go\n"
+        more = _as_rank_0(lambda: sys.stdin.readline() == "go\n")
         if self.clock:
             self.clock.take(0.0)  # what ran before is not of this repetition
         self.began = time.perf_counter()
         return more
 
-    def report(self, **figures) -> None:
-        """Stop the clock; `figures` say what was done."""
+    def report(self, counts: dict[str, int], **figures) -> None:
+        """Stop the clock; `counts` and `figures` say what was done. Counts and memory add up over the ranks."""
         seconds = time.perf_counter() - self.began
-        answer = {"seconds": seconds, "memory": memory_mb("VmHWM"), "held": self.held, **figures}
+        sums = _added({"memory": memory_mb("VmHWM"), "held": self.held, **counts})
+        answer = {"seconds": seconds, **sums, **figures}
         if self.clock:
             answer["parts"] = self.clock.take(seconds)
-        self.answers.write(json.dumps(answer) + "\n")
-        self.answers.flush()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self.answers.write(json.dumps(answer) + "\n")
+            self.answers.flush()
+
+
+def _as_rank_0(read):
+    """What rank 0 reads, on every rank; all go on at the same time."""
+    if not dist.is_initialized():
+        return read()
+    found = [read() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+def _added(counts):
+    if not dist.is_initialized():
+        return counts
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, counts)
+    return {name: sum(part[name] for part in parts) for name in counts}
 
 
 def memory_mb(name: str) -> float:
@@ -75,6 +96,6 @@ class OneStepATurn(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
-            self.turns.report(loss=logs["loss"], **{self.unit: self.done})
+            self.turns.report({self.unit: self.done}, loss=logs["loss"])
             self.done = 0
             control.should_training_stop = not self.turns.wait()
