@@ -3,6 +3,9 @@
     python scripts/benchmark.py --quick                                  # the mini shape, a few minutes on two cores
     python scripts/benchmark.py --output outputs/benchmark.json --figure outputs/benchmark.png
     python scripts/benchmark.py --stage reward --shape mini 125m --k 4 --repetitions 5
+    python scripts/benchmark.py --shape mini --prompt_length 500         # how the ratio moves; also --k, --processes 2
+    python scripts/benchmark.py --profile --k 4 --shape mini             # where the time goes
+    python scripts/benchmark.py --cost --figure outputs/cost.png         # time and memory against the work
 
 Peers: trl's SFTTrainer (plain and packed) and RewardTrainer, transformers' `generate`, and trl's last PPOTrainer, which
 runs in an environment of its own (.venv-bench, made from requirements-bench.txt where it is missing).
@@ -11,9 +14,6 @@ Each side is a process of its own. They take turns, so both see the same machine
 update or one round of sampling, of each side, on the same posts. After a turn that is not counted, the ratio is the
 median over turns of their time over ours; its low and high are the smallest and the largest. Before that the two must have
 done the same: as many tokens, pairs or episodes, and the same loss where the algorithm is the same.
-
-    python scripts/benchmark.py --profile --k 4 --shape mini             # where the time goes
-    python scripts/benchmark.py --cost --figure outputs/cost.png         # time and memory against the work
 
 Memory is the peak of the whole process. Utilisation is that of ours: the floating-point operations that the algorithm needs
 (benchmarks/flops.py), divided by the time and by the float32 matrix-product rate measured in the same turn.

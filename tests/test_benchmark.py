@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import benchmark
 from benchmarks import clock, flops
-from benchmarks.cost import BASE, MODEL, settings
+from benchmarks.cost import BASE, MODEL, Point, settings
 from benchmarks.pairing import Turn, figures, product_rate, refuse_unequal_work
 from benchmarks.plan import GOALS, KS, PEERS, POSTS, REPETITIONS, comparisons
 from benchmarks.posts import COMPLETION_QUANTILES, PROMPT_QUANTILES, batch_of, synthetic_posts
+from benchmarks.report import plot_costs, print_profile
 from benchmarks.shapes import SHAPES, config_of
 from benchmarks.tasks import all_pairs, whole_share
 from utils.config import UserError
@@ -211,6 +212,22 @@ def test_a_sweep_changes_one_quantity():
     assert all(values["K"] == 1 for *_, values in settings("sft", ["mini"]))
 
 
+def test_the_figure_of_costs(tmp_path):
+    """A stage that was not measured against a quantity leaves its panel empty."""
+    points = [Point("sft", "posts", x, 0.1 * x, 900 + x, 0.05 * x) for x in (4, 2)] + [Point("reward", "K", 2, 1.0, 900, 0.5)]
+    plot_costs(tmp_path / "costs.png", points)
+    assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_a_profile(capsys):
+    """Means over the turns and shares of the whole, for each side: by hand 2 s and 4 s of sampling are 3 of 4 s."""
+    [plan] = comparisons(["generation"], ["mini"], [], [4], 2, quick=False)
+    parts = [dict.fromkeys(clock.PARTS, 0.0) | {"generation": seconds, "other": 1.0} for seconds in (2.0, 4.0)]
+    print_profile([plan], [[turn(3, 9, parts=part) for part in parts]])
+    shown = capsys.readouterr().out
+    assert shown.count("3.00 (75%)") == shown.count("1.00 (25%)") == 2 and "4.00" in shown
+
+
 # --------------------------------------------------------------------------------------------------------- all of it
 
 
@@ -221,14 +238,16 @@ def run(*words):
 
 @pytest.mark.parametrize("words", [["--stage", "dpo"], ["--shape", "large"], ["--peer", "DPOTrainer"], ["--k", "3"],
                                    ["--output", "rows.txt"], ["--stage", "reward", "--k", "1"],
-                                   ["--output", "rows.json", "--cost"], ["--figure", "a.png", "--profile"]])
+                                   ["--output", "rows.json", "--cost"], ["--figure", "a.png", "--profile"],
+                                   ["--processes", "999"]])
 def test_mistakes(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
     with pytest.raises(SystemExit) as left:
         benchmark.start(benchmark.main, benchmark.BenchmarkConfig, None, benchmark.__doc__)
     assert left.value.code == 2
     error = capsys.readouterr().err
-    named = [word.removeprefix("--") for word in words if word in ("--stage", "--shape", "--peer", "--k", "--output", "--figure")]
+    named = [word.removeprefix("--") for word in words if word in ("--stage", "--shape", "--peer", "--k", "--output", "--figure",
+                                                            "--processes")]
     assert error.startswith(f"error: {named[-1]}: ") and error.count("\n") == 1
 
 

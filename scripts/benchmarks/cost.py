@@ -27,7 +27,7 @@ class Point(NamedTuple):
     x: float
     seconds: float
     memory: float
-    needed: float  # FLOPs of a repetition over the matrix-product rate [seconds]: what no program can do faster
+    needed: float  # FLOPs of a repetition over the best matrix-product rate of the run [seconds]
 
 
 def layer_weights(shape: str) -> int:
@@ -45,7 +45,7 @@ def settings(stage: str, shapes: list[str]) -> list[tuple[str, float, str, dict]
 
 def costs(stages: list[str], shapes: list[str], repetitions: int, posts, folder: Path) -> list[Point]:
     """Every measurement; the median of its repetitions after one that is not counted."""
-    points = []
+    measured, rates = [], []
     for stage in stages:
         for quantity, x, shape, values in settings(stage, shapes):
             k = values["K"]
@@ -55,9 +55,8 @@ def costs(stages: list[str], shapes: list[str], repetitions: int, posts, folder:
                 answers = [side.repetition() for _ in range(repetitions + 1)][1:]
             finally:
                 side.close()
-            needed = needed_flops(stage, shape, k, batch) / product_rate()
-            points.append(Point(stage, quantity, x, statistics.median(answer["seconds"] for answer in answers),
-                                answers[-1]["memory"], needed))
-            print(f"{stage}, {quantity} {x:g}: {points[-1].seconds:.2f} s (needed: {needed:.2f} s), {points[-1].memory:.0f} MiB",
-                  flush=True)
-    return points
+            rates.append(product_rate())
+            seconds, memory = statistics.median(answer["seconds"] for answer in answers), answers[-1]["memory"]
+            measured.append(Point(stage, quantity, x, seconds, memory, needed_flops(stage, shape, k, batch)))
+            print(f"{stage}, {quantity} {x:g}: {seconds:.2f} s, {memory:.0f} MiB", flush=True)
+    return [point._replace(needed=point.needed / max(rates)) for point in measured]
