@@ -22,11 +22,9 @@ from benchmarks.tasks import (
     LEARNING_RATE,
     PPO_EPOCHS,
     RESPONSE_TOKENS,
-    ROWS,
     TEMPERATURE,
     Task,
     all_pairs,
-    whole_share,
 )
 from benchmarks.turns import OneStepATurn, Turns
 from utils.distributed import my_share, world
@@ -34,8 +32,11 @@ from utils.models import load_policy, load_scalar_model
 from utils.ppo_models import load_models, prepare
 from utils.rollout import Carried, collect_rollout, rollout_metrics
 from utils.run import Run
-from utils.trainer import training_arguments
+from utils.trainer import in_parts, training_arguments
 
+# What is computed at once is about a thousand tokens, as the README advises for CPUs; it changes no result.
+TOKENS = 1024  # micro_batch_tokens of SFT and reward
+PROMPTS = 2  # per_device_batch_size of PPO
 # responses have a fixed length: an EOS that no model emits
 TOKENIZER = SimpleNamespace(eos_token_id=VOCABULARY, pad_token_id=PAD)
 
@@ -43,13 +44,15 @@ TOKENIZER = SimpleNamespace(eos_token_id=VOCABULARY, pad_token_id=PAD)
 def sft(task: Task, turns: Turns) -> None:
     config = train_sft.SFTStageConfig(**_trainer_config(task, "sft"))
     run = Run(config, "sft", [])
-    rows = [{"prompt": p, "completion": c[0]} for p, c in zip(task.prompts, task.completions, strict=True)]
+    rows = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])}
+            for p, c in zip(task.prompts, task.completions, strict=True)]
     trainer = train_sft.SFTStageTrainer(
         model=load_policy(f"{task.folder}/policy"),
         args=training_arguments(config, run, SFTConfig, train_sampling_strategy="sequential", save_strategy="no",
                                 dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
         train_dataset=Dataset.from_list(rows * task.repetitions),
-        data_collator=partial(train_sft.collate, pad_id=PAD, loss_on="completion"),
+        data_collator=partial(in_parts, collate=partial(train_sft.collate, pad_id=PAD, loss_on="completion"),
+                              max_tokens=config.micro_batch_tokens),
         processing_class=small_tokenizer(), run=run, config=config, validation=None,
     )
     trainer.add_callback(OneStepATurn(turns, trainer, "tokens", lambda batch: (batch["segments"] >= 0).sum()))
@@ -60,12 +63,14 @@ def reward(task: Task, turns: Turns) -> None:
     config = train_reward.RewardStageConfig(**_trainer_config(task, "reward"))
     run = Run(config, "reward", [])
     pairs = all_pairs(task.k)
-    rows = [{"prompt": p, "completions": c, "pairs": pairs} for p, c in zip(task.prompts, task.completions, strict=True)]
+    rows = [{"prompt": p, "completions": c, "pairs": pairs, "length": len(p) + sum(map(len, c))}
+            for p, c in zip(task.prompts, task.completions, strict=True)]
     trainer = train_reward.RewardStageTrainer(
         model=load_scalar_model(f"{task.folder}/reward", "model"),
         args=training_arguments(config, run, TrainingArguments, train_sampling_strategy="sequential", save_strategy="no"),
         train_dataset=Dataset.from_list(rows * task.repetitions),
-        data_collator=partial(train_reward.collate, pad_id=PAD),
+        data_collator=partial(in_parts, collate=partial(train_reward.collate, pad_id=PAD),
+                              max_tokens=config.micro_batch_tokens),
         processing_class=small_tokenizer(), run=run, config=config, validation=None,
     )
     trainer.add_callback(OneStepATurn(turns, trainer, "pairs", lambda batch: len(batch["better"])))
@@ -74,7 +79,7 @@ def reward(task: Task, turns: Turns) -> None:
 
 def ppo(task: Task, turns: Turns) -> None:
     config = train_ppo.PPOStageConfig(
-        **_stage_config(task), model=f"{task.folder}/policy", reward_model=f"{task.folder}/reward",
+        **_stage_config(task), per_device_batch_size=PROMPTS, model=f"{task.folder}/policy", reward_model=f"{task.folder}/reward",
         prompts_per_update=len(task.prompts), responses_per_prompt=task.k, ppo_epochs=PPO_EPOCHS,
         total_episodes=len(task.prompts) * task.k * task.repetitions, max_new_tokens=RESPONSE_TOKENS,
         temperature=TEMPERATURE, kl_coef=KL_COEF,
@@ -115,12 +120,10 @@ def generation(task: Task, turns: Turns) -> None:
 
 
 def _stage_config(task: Task) -> dict:
-    return {"output_dir": str(Path(task.folder) / f"ours-{task.stage}"), "per_device_batch_size": ROWS,
-            "learning_rate": LEARNING_RATE, "adam_eps": ADAM_EPS, "report_to": ["none"]}
+    return {"output_dir": str(Path(task.folder) / f"ours-{task.stage}"), "learning_rate": LEARNING_RATE,
+            "adam_eps": ADAM_EPS, "report_to": ["none"]}
 
 
 def _trainer_config(task: Task, stage: str) -> dict:
-    part = len(task.prompts) // world().num_processes
-    rows = whole_share(part, ROWS)
     return {**_stage_config(task), "model": f"{task.folder}/policy", "max_steps": task.repetitions, "logging_steps": 1,
-            "per_device_batch_size": rows, "gradient_accumulation_steps": part // rows}
+            "per_device_batch_size": len(task.prompts) // world().num_processes, "micro_batch_tokens": TOKENS}

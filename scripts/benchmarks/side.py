@@ -34,6 +34,8 @@ def main(side: str, path: str) -> None:
     task = Task.load(Path(path))
     if task.profile:
         turns.clock = Clock()
+    if side == "ours":  # as the scripts do; trl's environment lacks what this file needs
+        importlib.import_module("utils.config").keep_freed_memory()
     getattr(importlib.import_module(f"benchmarks.{side}"), task.stage)(task, turns)
 
 

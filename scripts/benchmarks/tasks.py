@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 LEARNING_RATE, ADAM_EPS, TEMPERATURE, KL_COEF = 1e-5, 1e-5, 0.7, 0.05
 RESPONSE_TOKENS, PPO_EPOCHS = 48, 4
-ROWS = 8  # rows of a forward pass: prompt groups on our side, pairs or examples on the other
+ROWS = 8  # rows of the peers' forward passes: pairs, examples or episodes
 PACKED_TOKENS = 1024  # the length of trl's packed rows, its default
 
 
