@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.config import PROJECT
-from utils.data import completion_tokens, prompt_tokens
 from utils.layouts import TLDR_TEMPLATE, spaced
+from utils.tokens import completion_tokens, prompt_tokens
 
 # lengths in tokens at 0 %, 5 %, ... 100 %; prompts are cut to 512, completions have their EOS
 PROMPT_QUANTILES = [61, 125, 147, 164, 179, 195, 210, 225, 239, 257, 273, 290, 310, 329, 350, 373, 395, 420, 449, 480, 512]
