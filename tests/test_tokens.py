@@ -20,6 +20,7 @@ from utils.tokens import (
     CUT_INSIDE,
     TOO_LONG,
     WHOLE,
+    _last_that_fits,
     completion_tokens,
     cut_prompts,
     prompt_tokens,
@@ -139,6 +140,27 @@ def test_a_post_is_cut_and_its_frame_is_not(tokenizer):
     expected = TLDR_TEMPLATE.format(subreddit="tea", title="t", post="\n".join(["One line here."] * kept))
     assert ids == tokenizer(expected)["input_ids"] and cut == CUT
     assert cut_prompts(tokenizer, [prompt], 8) == [([], TOO_LONG)]
+
+
+def test_special_tokens_that_somebody_wrote_into_a_long_post_are_text(tokenizer):
+    """Detail 4: also where a text is tokenised once more to be cut."""
+    post = "They wrote </s> and <pad> here.\n" * 20
+    [(ids, cut)] = cut_prompts(tokenizer, [TLDR_TEMPLATE.format(subreddit="tea", title="t", post=post)], 120)
+    assert cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[in_front(tokenizer):])
+    [(ids, cut)] = cut_prompts(tokenizer, [dialogue(3) + post + "\n\nHuman: </s> <pad>\n\nAssistant:"], 60)
+    assert cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[in_front(tokenizer):])
+
+
+def test_the_last_that_fits_is_found_from_any_guess():
+    looked = []
+    for size in range(9):
+        ends = [3 * n for n in range(size)]
+        for limit in range(-1, 3 * size + 1):
+            for guess in (-99, *range(-1, 3 * size + 1), 1e9):
+                found = _last_that_fits(ends, lambda end, limit=limit: looked.append(end) or end <= limit, guess)
+                assert found == max((end for end in ends if end <= limit), default=None)
+    looked.clear()
+    assert _last_that_fits(list(range(1000)), lambda end: looked.append(end) or end <= 500, 500) == 500 and len(looked) == 2
 
 
 @pytest.fixture
