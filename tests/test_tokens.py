@@ -181,8 +181,11 @@ def test_the_table_holds_what_the_functions_say(tokenizer, own_cache, tmp_path):
     assert token_rows(stored, tokenizer, 119).cache_files != table.cache_files == token_rows(stored, tokenizer, 120).cache_files
 
 
-def test_tokenizers_that_differ_do_not_share_tokens():
+def test_tokenizers_that_differ_do_not_share_tokens(own_cache):
     mini, other = load_tokenizer("assets/opt-mini"), trained("gpt2")
+    stored = read_set(Source("data/tldr_mini/actor_validation.jsonl.gz"), "actor_validation_data", "examples")
+    for tokenizer in (mini, other):
+        assert token_rows(stored, tokenizer, 512)[0]["prompt"] == tokenizer(stored.row(0).prompt)["input_ids"]
     assert tokenizer_key(mini) == tokenizer_key(load_tokenizer("assets/opt-mini")) != tokenizer_key(other)
     before = tokenizer_key(other)
     other.add_tokens(["teapot"])
