@@ -20,6 +20,7 @@ from utils.tokens import (
     CUT_INSIDE,
     TOO_LONG,
     WHOLE,
+    _last_that_fits,
     completion_tokens,
     cut_prompts,
     prompt_tokens,
@@ -141,6 +142,27 @@ def test_a_post_is_cut_and_its_frame_is_not(tokenizer):
     assert cut_prompts(tokenizer, [prompt], 8) == [([], TOO_LONG)]
 
 
+def test_special_tokens_that_somebody_wrote_into_a_long_post_are_text(tokenizer):
+    """Detail 4: also where a text is tokenised once more to be cut."""
+    post = "They wrote </s> and <pad> here.\n" * 20
+    [(ids, cut)] = cut_prompts(tokenizer, [TLDR_TEMPLATE.format(subreddit="tea", title="t", post=post)], 120)
+    assert cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[in_front(tokenizer):])
+    [(ids, cut)] = cut_prompts(tokenizer, [dialogue(3) + post + "\n\nHuman: </s> <pad>\n\nAssistant:"], 60)
+    assert cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[in_front(tokenizer):])
+
+
+def test_the_last_that_fits_is_found_from_any_guess():
+    looked = []
+    for size in range(9):
+        ends = [3 * n for n in range(size)]
+        for limit in range(-1, 3 * size + 1):
+            for guess in (-99, *range(-1, 3 * size + 1), 1e9):
+                found = _last_that_fits(ends, lambda end, limit=limit: looked.append(end) or end <= limit, guess)
+                assert found == max((end for end in ends if end <= limit), default=None)
+    looked.clear()
+    assert _last_that_fits(list(range(1000)), lambda end: looked.append(end) or end <= 500, 500) == 500 and len(looked) == 2
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -159,8 +181,11 @@ def test_the_table_holds_what_the_functions_say(tokenizer, own_cache, tmp_path):
     assert token_rows(stored, tokenizer, 119).cache_files != table.cache_files == token_rows(stored, tokenizer, 120).cache_files
 
 
-def test_tokenizers_that_differ_do_not_share_tokens():
+def test_tokenizers_that_differ_do_not_share_tokens(own_cache):
     mini, other = load_tokenizer("assets/opt-mini"), trained("gpt2")
+    stored = read_set(Source("data/tldr_mini/actor_validation.jsonl.gz"), "actor_validation_data", "examples")
+    for tokenizer in (mini, other):
+        assert token_rows(stored, tokenizer, 512)[0]["prompt"] == tokenizer(stored.row(0).prompt)["input_ids"]
     assert tokenizer_key(mini) == tokenizer_key(load_tokenizer("assets/opt-mini")) != tokenizer_key(other)
     before = tokenizer_key(other)
     other.add_tokens(["teapot"])

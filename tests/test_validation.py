@@ -290,6 +290,20 @@ def test_a_pass_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):
     assert list(cache.cache_folder().iterdir()) == []
 
 
+def test_a_result_gets_its_name_when_it_is_whole():
+    made = []
+
+    def build(folder):
+        (folder / "a").write_text("half")
+        made.append(folder.stat().st_ino)
+        assert [path.stat().st_ino for path in cache.cache_folder().iterdir()] == made and "." in folder.name
+        (folder / "a").write_text("whole")
+
+    found = cache.cached("rows", [1], build)
+    assert found.stat().st_ino == made[0] and "." not in found.name and list(cache.cache_folder().iterdir()) == [found]
+    assert cache.cached("rows", [1], build) == found and len(made) == 1
+
+
 def test_two_at_once_make_the_same(tmp_path):
     made, both = [], threading.Barrier(2)
 

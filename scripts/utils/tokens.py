@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import json
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,8 +76,14 @@ def _of_texts(stored: StoredSet, numbers: list[int], measure) -> tuple[list, lis
 
 def _ids(tokenizer, text, add_special_tokens=True):
     """Token ids. A special token that somebody has written into a text is text: `</s>` in a post ends nothing (detail 4)."""
-    return tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True,
-                     return_attention_mask=False)["input_ids"]  # a list of ones for each text costs time
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or isinstance(text, str):
+        return tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+    # what the call does for a batch, without the offsets and masks that nobody needs here: a fifth of the time
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return [encoding.ids for encoding in backend.encode_batch_fast(text, add_special_tokens=add_special_tokens)]
 
 
 def prompt_tokens(tokenizer, prompts: list[str], max_tokens: int) -> list[list[int]]:
@@ -111,7 +117,7 @@ def cut_prompts(tokenizer, prompts: list[str], max_tokens: int) -> list[tuple[li
 def _cut_prompt(tokenizer, prompt: str, ids: list[int], max_tokens: int) -> tuple[list[int], int]:
     """A post loses its end (detail 1), a dialogue its first turns, any other prompt its beginning."""
     if parts := tldr_parts(prompt):
-        return _cut_post(tokenizer, *parts, max_tokens)
+        return _cut_post(tokenizer, *parts, max_tokens, len(prompt) / len(ids))
     # the later the first turn, the shorter the dialogue: find the earliest that fits by bisection
     turns = [found.start() + 2 for found in re.finditer(f"(?={_TURN})", prompt)] if prompt.endswith("\n\nAssistant:") else []
     first = bisect.bisect_left(turns, True, key=lambda start: len(_ids(tokenizer, prompt[start:])) <= max_tokens)
@@ -121,17 +127,40 @@ def _cut_prompt(tokenizer, prompt: str, ids: list[int], max_tokens: int) -> tupl
     return ids[:special] + ids[len(ids) - max_tokens + special :], CUT_INSIDE
 
 
-def _cut_post(tokenizer, subreddit: str, title: str, post: str, max_tokens: int) -> tuple[list[int], int]:
-    """Cut the *post* at its last newline, then at its last sentence, then at a word; never `TL;DR:`."""
+def _cut_post(tokenizer, subreddit, title, post, max_tokens: int, token_size: float) -> tuple[list[int], int]:
+    """Cut the *post* at its last newline, then at its last sentence, then at a word; never `TL;DR:`.
+
+    Args:
+        token_size: characters in a token of it, from which the place of the cut is guessed.
+    """
+    @cache
     def cut_at(end: int) -> list[int]:
         return _ids(tokenizer, TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=post[:end].rstrip()))
 
+    guess = max_tokens * token_size - len(TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=""))
     for breaks in _breaks(post):
-        # the further the cut, the longer the prompt: find the last one that fits by bisection
-        last = bisect.bisect_left(breaks, True, key=lambda end: len(cut_at(end)) > max_tokens) - 1
-        if last >= 0:
-            return cut_at(breaks[last]), CUT
+        last = _last_that_fits(breaks, lambda end: len(cut_at(end)) <= max_tokens, guess)
+        if last is not None:
+            return cut_at(last), CUT
     return [], TOO_LONG
+
+
+def _last_that_fits(ends: list[int], fits, guess: float) -> int | None:
+    """The last of ascending `ends` that fits, where none fits behind one that does not; None when none does.
+
+    Steps of 1, 2, 4, ... lead away from the guess, which is mostly right: each look costs a tokenisation.
+    """
+    low, high, step = -1, len(ends), 1
+    place = min(max(bisect.bisect_right(ends, guess) - 1, 0), high - 1)
+    while high - low > 1:
+        if fits(ends[place]):
+            low, place = place, place + step
+        else:
+            high, place = place, place - step
+        step *= 2
+        if not low < place < high:
+            place = (low + high) // 2
+    return ends[low] if low >= 0 else None
 
 
 def _breaks(post: str) -> list[list[int]]:
