@@ -611,6 +611,9 @@ ADAPTERS = [
 PROCESSES = [
     Mutation("two processes: PPO's loss is not multiplied by their number", 12, LOOP,
              "accelerator.backward(loss * accelerator.num_processes)", "accelerator.backward(loss)", (f"{TWO}[ppo-split2-]",)),
+    Mutation("attention blocks: a block's keys end at its begin", None, "scripts/utils/attention.py",
+             "key[:, :, :end], value[:, :, :end],", "key[:, :, : max(1, first)], value[:, :, : max(1, first)],",
+             ("test_attention.py",)),
     Mutation("parts: each part's loss is a mean of its own", 12, "scripts/utils/trainer.py",
              "training_step(model, part, num_items_in_batch) for part in first]",
              "training_step(model, part, part[\"items\"]) for part in first]", ("test_trainer.py",)),

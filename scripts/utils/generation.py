@@ -206,7 +206,7 @@ def _draw(logits, uniform, top_k, top_p):
     column = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)
     inside = kept.gather(-1, column.clamp(max=words - 1)).masked_fill(column >= words, 0.0)
     word, _ = _first_above(inside.cumsum(-1), uniform * sums[:, -1] - before)
-    token = block * _BLOCK + word
+    token = (block * _BLOCK + word).clamp(max=words - 1)  # not-a-number is above nothing
     return token, probabilities.gather(-1, token[:, None])[:, 0].log()
 
 
@@ -214,7 +214,7 @@ def _first_above(sums, target):
     """The first entry of each row of running sums (N, C) that is above `target` (N,), and the sum before it."""
     # rounding must never point past the last entry that adds something
     target = torch.minimum(target, sums[:, -1].nextafter(torch.zeros_like(target)))
-    place = torch.searchsorted(sums, target[:, None], right=True).clamp(max=sums.shape[1] - 1)  # not-a-number is above nothing
+    place = torch.searchsorted(sums, target[:, None], right=True).clamp(max=sums.shape[1] - 1)
     before = torch.where(place > 0, sums.gather(-1, (place - 1).clamp(min=0)), 0.0)
     return place[:, 0], before[:, 0]
 

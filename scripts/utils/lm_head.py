@@ -42,12 +42,13 @@ class _TokenLogprobs(torch.autograd.Function):
         rows = max(1, _CHUNK // len(weight))
         for first in range(0, len(states), rows):
             here = slice(first, first + rows)
-            logprobs = linear(states[here], weight, bias).float().log_softmax(-1)
-            found.append(logprobs.gather(-1, tokens[here, None])[:, 0])
-            if trains_head or trains_states or with_entropy:
-                probs = torch.exp(logprobs, out=kept[here] if trains_head else None)
+            logits = linear(states[here], weight, bias).float()
+            top, picked = logits.amax(-1), logits.gather(-1, tokens[here, None])[:, 0]
+            probs = torch.softmax(logits, -1, out=kept[here] if trains_head else None)
+            normaliser = top - probs.amax(-1).log()  # log-sum-exp, without another pass of exponentials
+            found.append(picked - normaliser)
             if with_entropy:
-                entropy.append(-logprobs.mul_(probs).sum(-1))
+                entropy.append(normaliser - (logits.mul_(probs)).sum(-1))
             if trains_states:
                 expected.append(torch.mm(probs.to(weight.dtype), weight))
         if trains_states:

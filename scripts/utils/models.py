@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from utils.attention import CAUSAL_BLOCKS
 from utils.config import UserError, find_local, is_hub_name
 from utils.initial_weights import sketch_induction_heads
 from utils.lm_head import token_logprobs, token_logprobs_and_entropy
 from utils.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
 
 # Weights are float32 (mixed precision is autocast's work), safetensors only, and no code from outside is run.
-_LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
+_LOAD = {"dtype": torch.float32, "attn_implementation": CAUSAL_BLOCKS, "trust_remote_code": False}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
