@@ -48,7 +48,7 @@ class _TokenLogprobs(torch.autograd.Function):
             normaliser = top - probs.amax(-1).log()  # log-sum-exp, without another pass of exponentials
             found.append(picked - normaliser)
             if with_entropy:
-                entropy.append(normaliser - (logits.mul_(probs)).sum(-1))
+                entropy.append(normaliser - logits.mul_(probs).sum(-1))
             if trains_states:
                 expected.append(torch.mm(probs.to(weight.dtype), weight))
         if trains_states:

@@ -70,6 +70,7 @@ class GroupLossMixin:
         if isinstance(sampler, LengthGroupedSampler):
             # rows of like length in a step of all ranks, which then are those that one process would take
             sampler.batch_size *= self.args.world_size
+            sampler.lengths = list(sampler.lengths)  # else a read from the disk for each row
         return sampler
 
     def _get_num_items_in_batch(self, batch_samples, device):
