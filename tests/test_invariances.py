@@ -413,10 +413,10 @@ OPTIONS = ("--scale_scores true --whiten_rewards true --kl_target 0.05 --kl_hori
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "split", "options"), [
     ("sft", ("--per_device_batch_size", 4), ""),
-    ("sft", ("--per_device_batch_size", 4, "--micro_batch_tokens", 40), ""),  # as many parts as the rows of each rank need
     ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2), ""),
     ("ppo", ("--per_device_batch_size", 2), ""),  # two micro-batches on each
     ("ppo", ("--per_device_batch_size", 2), OPTIONS),
+    ("sft", ("--per_device_batch_size", 4, "--micro_batch_tokens", 40), ""),  # as many parts as the rows of each rank need
 ])
 def test_two_processes_make_the_run_of_one(stage, split, options, alone, folder):
     run, one = folder / f"two{bool(options)}{len(split)}" / stage, alone(stage)
