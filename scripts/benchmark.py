@@ -111,11 +111,11 @@ def main(config: BenchmarkConfig) -> None:
             rows.append(row_of(comparison, batch, turns))
             profiles.append(turns)
             print(json.dumps(rows[-1]), flush=True)
+            if output:  # after each: the whole takes most of an hour
+                output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if config.profile:
         print_profile(plan, profiles)
     print_table(rows, [comparison.goal for comparison in plan])
-    if output:
-        output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if figure:
         plot_ratios(figure, rows, plan)
 

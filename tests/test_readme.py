@@ -33,7 +33,9 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/train_reward.py": ("train_reward", "RewardStageConfig", DEFAULTS / "reward.yaml"),
            "scripts/train_ppo.py": ("train_ppo", "PPOStageConfig", DEFAULTS / "ppo.yaml"),
            "scripts/compare_seeds.py": ("compare_seeds", "CompareConfig", None),
-           "scripts/over_optimisation.py": ("over_optimisation", "OverOptimisationConfig", None)}
+           "scripts/over_optimisation.py": ("over_optimisation", "OverOptimisationConfig", None),
+           "scripts/prepare_data.py": ("prepare_data", "PrepareConfig", None),
+           "scripts/benchmark.py": ("benchmark", "BenchmarkConfig", None)}
 PYTHON = [c for c in commands() if c.startswith("python scripts/")]
 
 
@@ -50,8 +52,8 @@ def test_python_commands_are_understood(command, monkeypatch):
     """Each parses as a user types it, from the project's folder; the stages themselves are run by test_stages."""
     monkeypatch.chdir(ROOT)
     config = parsed(command)
-    paths = [config.output_dir] if "train_" in command else [config.output, *config.runs]
-    assert all(path.startswith("outputs/") for path in paths)
+    paths = [getattr(config, name, None) for name in ("output_dir", "output", "figure")] + getattr(config, "runs", [])
+    assert all(path.startswith("outputs/") for path in paths if path)
 
 
 @pytest.mark.parametrize("words", ["--nonsense 1", "nonsense", "--config configs/none.yaml", "--help --nonsense"])
