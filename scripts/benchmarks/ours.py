@@ -27,6 +27,7 @@ from benchmarks.tasks import (
     all_pairs,
 )
 from benchmarks.turns import OneStepATurn, Turns
+from utils.data_report import DataReport
 from utils.distributed import my_share, world
 from utils.models import load_policy, load_scalar_model
 from utils.ppo_models import load_models, prepare
@@ -43,7 +44,7 @@ TOKENIZER = SimpleNamespace(eos_token_id=VOCABULARY, pad_token_id=PAD)
 
 def sft(task: Task, turns: Turns) -> None:
     config = train_sft.SFTStageConfig(**_trainer_config(task, "sft"))
-    run = Run(config, "sft", [])
+    run = Run(config, "sft", DataReport())
     rows = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])}
             for p, c in zip(task.prompts, task.completions, strict=True)]
     trainer = train_sft.SFTStageTrainer(
@@ -61,7 +62,7 @@ def sft(task: Task, turns: Turns) -> None:
 
 def reward(task: Task, turns: Turns) -> None:
     config = train_reward.RewardStageConfig(**_trainer_config(task, "reward"))
-    run = Run(config, "reward", [])
+    run = Run(config, "reward", DataReport())
     pairs = all_pairs(task.k)
     rows = [{"prompt": p, "completions": c, "pairs": pairs, "length": len(p) + sum(map(len, c))}
             for p, c in zip(task.prompts, task.completions, strict=True)]
