@@ -118,7 +118,8 @@ def main(config: SFTStageConfig) -> None:
     model = load_policy(config.model, initial_weights=config.initial_weights)
     if config.lora_rank:
         add_adapter(model, config)
-    longest = max(train.examples.token_column("length").max(), max(map(len, test.prompts)) + config.max_new_tokens)
+    asked = max(map(len, [*validation.prompts, *test.prompts]))
+    longest = max(train.examples.token_column("length").max(), asked + config.max_new_tokens)
     refuse_too_long(model, longest, "actor_training_data")
     run = Run(config, "sft", report)
     run.catch_signals()

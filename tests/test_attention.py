@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from families import FAMILIES, PAD, policy, random_groups
+from families import FAMILIES, PAD, VOCAB, policy, random_groups
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTJConfig, GraniteConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from utils import attention
 from utils.attention import CAUSAL_BLOCKS, causal_blocks
+from utils.config import UserError
 from utils.generation import sample
 from utils.models import load_policy, response_logprobs
 from utils.prompt_groups import pack
@@ -49,3 +51,33 @@ def test_nothing_above_the_diagonal_is_computed(monkeypatch):
 
 def test_models_are_loaded_with_it():
     assert load_policy("assets/opt-mini").config._attn_implementation == CAUSAL_BLOCKS
+
+
+def saved(config, folder) -> str:
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_whose_attention_cannot_be_chosen_keeps_sdpa(tmp_path):
+    config = FalconConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    model = load_policy(saved(config, tmp_path / "falcon")).eval()
+    assert model.config._attn_implementation == "sdpa"
+    prompts, completions = random_groups([5, 3], [[2, 4], [3]])
+    found = response_logprobs(model, pack(prompts, completions, PAD), 1.0)
+    rows = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
+    for logprobs, (prompt, completion) in zip(found, rows, strict=True):
+        stock = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = stock.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[: len(completion)], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("config", "reason"), [
+    (BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=4), "cannot be loaded: .*attention"),
+    (GPTJConfig(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, rotary_dim=4), "cannot be loaded: .*attention"),
+    (GraniteConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                   logits_scaling=8.0), "changes its logits behind the head .logits_scaling"),
+])
+def test_models_that_would_be_computed_wrongly_are_refused(config, reason, tmp_path):
+    """Bloom and GPT-J add the mask; ours is True where it sees."""
+    with pytest.raises(UserError, match=f"^model: '.*' {reason}"):
+        load_policy(saved(config, tmp_path / "model"))

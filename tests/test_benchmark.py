@@ -74,8 +74,8 @@ def test_the_shapes_have_the_parameters_that_they_are_named_after():
 
 
 def turn(ours, theirs, rate=1e9, memory=(100, 400), **more):
-    return Turn({"seconds": ours, "memory": memory[0], "held": 10, "pairs": 6, **more},
-                {"seconds": theirs, "memory": memory[1], "held": 10, "pairs": 6, **more}, rate)
+    return Turn({"seconds": ours, "memory": memory[0], "pairs": 6, **more},
+                {"seconds": theirs, "memory": memory[1], "pairs": 6, **more}, rate)
 
 
 def test_the_ratio_is_that_of_turns_taken_together():
@@ -137,7 +137,7 @@ def test_the_time_in_a_function_is_not_that_of_its_caller_too(monkeypatch):
     ({"pairs": 6, "loss": 0.7}, {"pairs": 6, "loss": 0.7002}), ({"pairs": 6, "loss": float("nan")}, {"pairs": 6, "loss": 0.7}),
 ])
 def test_unequal_work_is_no_row(ours, theirs):
-    sides = [{"seconds": 1.0, "memory": 1.0, "held": 1.0, **side} for side in (ours, theirs)]
+    sides = [{"seconds": 1.0, "memory": 1.0, **side} for side in (ours, theirs)]
     with pytest.raises(UserError, match="the same work|losses"):
         refuse_unequal_work(Turn(*sides, 1.0), compare_losses="loss" in ours)
 
@@ -145,8 +145,8 @@ def test_unequal_work_is_no_row(ours, theirs):
 @pytest.mark.parametrize(("loss", "compare"), [(0.70001, True), (0.9, False)])
 def test_equal_work_is_a_row(loss, compare):
     """In other seconds and memory. A loss is not compared where the peer computes another."""
-    sides = ({"seconds": 1.0, "memory": 2.0, "held": 1.0, "pairs": 6, "loss": 0.7},
-             {"seconds": 9.0, "memory": 3.0, "held": 2.0, "pairs": 6, "loss": loss})
+    sides = ({"seconds": 1.0, "memory": 2.0, "pairs": 6, "loss": 0.7},
+             {"seconds": 9.0, "memory": 3.0, "pairs": 6, "loss": loss})
     refuse_unequal_work(Turn(*sides, 1.0), compare_losses=compare)
 
 

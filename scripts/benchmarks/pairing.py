@@ -88,7 +88,7 @@ def refuse_unequal_work(turn: Turn, compare_losses: bool) -> None:
         turn: the first one, in which the weights are still equal.
         compare_losses: whether both sides compute the same loss.
     """
-    measured = {"seconds", "memory", "held", "loss", "parts"}
+    measured = {"seconds", "memory", "loss", "parts"}
     ours, theirs = ({name: value for name, value in side.items() if name not in measured} for side in (turn.ours, turn.theirs))
     if ours != theirs or not ours:
         raise UserError(f"the sides did not do the same work: ours {ours}, theirs {theirs}")

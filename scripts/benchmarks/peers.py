@@ -60,11 +60,12 @@ def sft(task: Task, turns: Turns) -> None:
     packed = task.peer == "SFTTrainer, packed"
     rows, size = examples, whole_share(len(examples), ROWS)
     if packed:
-        rows, size = pack_dataset(Dataset.from_list(examples), PACKED_TOKENS).to_list(), 1
+        length = max(PACKED_TOKENS, *(len(example["input_ids"]) for example in examples))
+        rows, size = pack_dataset(Dataset.from_list(examples), length).to_list(), 1
     trainer = SFTTrainer(
         model=_load(AutoModelForCausalLM, task, "policy"),
         args=SFTConfig(**_arguments(task, size, len(rows) // size), packing=packed,
-                       max_length=PACKED_TOKENS if packed else None, dataset_kwargs={"skip_prepare_dataset": True}),
+                       max_length=length if packed else None, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_list(rows * task.repetitions), processing_class=small_tokenizer(),
     )
     # without padding there is no mask

@@ -22,12 +22,10 @@ class Turns:
         self.clock = None
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self.began, self.held = 0.0, None
+        self.began = 0.0
 
     def wait(self) -> bool:
         """Sleep until the next repetition is asked for, and start the clock; False: there is none."""
-        if self.held is None:
-            self.held = memory_mb("VmRSS")
         more = _as_rank_0(lambda: sys.stdin.readline() == "go\n")
         if self.clock:
             self.clock.take(0.0)  # what ran before is not of this repetition
@@ -37,7 +35,7 @@ class Turns:
     def report(self, counts: dict[str, int], **figures) -> None:
         """Stop the clock; `counts` and `figures` say what was done. Counts and memory add up over the ranks."""
         seconds = time.perf_counter() - self.began
-        sums = _added({"memory": memory_mb("VmHWM"), "held": self.held, **counts})
+        sums = _added({"memory": memory_mb(), **counts})
         answer = {"seconds": seconds, **sums, **figures}
         if self.clock:
             answer["parts"] = self.clock.take(seconds)
@@ -63,9 +61,9 @@ def _added(counts):
     return {name: sum(part[name] for part in parts) for name in counts}
 
 
-def memory_mb(name: str) -> float:
-    """A line of /proc/self/status in MiB: VmHWM is the most resident memory so far, VmRSS that of now."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+def memory_mb() -> float:
+    """The most resident memory so far, in MiB."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 class OneStepATurn(TrainerCallback):

@@ -36,7 +36,7 @@ def _apply(head, states, tokens, temperature, with_entropy):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, tokens, with_entropy):
-        trains_states, trains_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        trains_states, trains_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         kept = torch.empty(len(states), len(weight), device=states.device) if trains_head else None
         found, entropy, expected = [], [], []
         rows = max(1, _CHUNK // len(weight))

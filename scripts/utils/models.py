@@ -21,7 +21,7 @@ from utils.lm_head import token_logprobs, token_logprobs_and_entropy
 from utils.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
 
 # Weights are float32 (mixed precision is autocast's work), safetensors only, and no code from outside is run.
-_LOAD = {"dtype": torch.float32, "attn_implementation": CAUSAL_BLOCKS, "trust_remote_code": False}
+_LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -61,6 +61,16 @@ def _pretrained(kind, field, name, new=(), **more):
     for what, names in (("of another shape than its config.json says", wrong), ("missing", missing)):
         if names:
             raise UserError(f"{field}: '{name}' cannot be loaded: {len(names)} weights are {what} ({names[0]}, ...)")
+    return _in_blocks(model)
+
+
+def _in_blocks(model):
+    """Attention in blocks, for models that let the attention function be chosen; the others (Falcon) keep SDPA.
+
+    A model without SDPA is refused before, by transformers: most of these add the mask, which is boolean here.
+    """
+    if model._supports_attention_backend:
+        model.set_attn_implementation(CAUSAL_BLOCKS)
     return model
 
 
@@ -89,11 +99,15 @@ def load_policy(name: str, field: str = "model", initial_weights: str = "pretrai
         initial_weights: "pretrained", those in the checkpoint; "random", fresh ones for its architecture; "induction",
             fresh ones of an OPT arranged so that copying is learnt at once (`utils/initial_weights.py`).
     """
-    if initial_weights == "pretrained":
-        return _pretrained(AutoModelForCausalLM, field, name)
     path = model_path(name, field)
     config = _loading(field, name, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
-    model = without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD))
+    for change in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+        if getattr(config, change, None) not in (None, 1, 1.0):
+            raise UserError(f"{field}: '{name}' changes its logits behind the head ({change} in its config.json), which is not "
+                            "built in here; use OPT, GPT-2, GPT-NeoX, Llama, Mistral, Qwen or another model without it")
+    if initial_weights == "pretrained":
+        return _pretrained(AutoModelForCausalLM, field, name)
+    model = _in_blocks(without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD)))
     if initial_weights == "induction":
         usual = config.model_type == "opt" and config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
         if not usual or config.num_attention_heads < 2 or config.num_hidden_layers < 2:
