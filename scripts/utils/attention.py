@@ -1,7 +1,8 @@
 """Attention that computes nothing above the diagonal: queries in blocks, each with the keys up to its own end.
 
 torch's kernels compute the whole (T, T) table under a mask and throw half of it away. Attention is a tenth (OPT-125m) to a
-quarter (the mini model) of a step at 400 tokens, and the blocks take a fifth to a quarter less of it.
+quarter (the mini model) of a step at 400 tokens, and the blocks take a fifth to a quarter less of it. FlexAttention, which also
+leaves out what completions do not see of each other, has no backward pass on CPUs (torch 2.13).
 """
 
 from itertools import pairwise
