@@ -18,7 +18,6 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
@@ -30,7 +29,7 @@ from utils.checkpoints import Keeper
 from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import Rows, Tokenised, load_data, split_rows, tokenised
 from utils.data_report import DataReport
-from utils.distributed import agreed, build_accelerator, world
+from utils.distributed import agreed, build_accelerator, gradients_of_part, world
 from utils.evaluation import print_stages
 from utils.judging import Judge, load_rules, refuse_missing_facts
 from utils.metrics import length_controlled_win_rate, win_rate
@@ -42,6 +41,7 @@ from utils.prompt_groups import PromptGroups, pack
 from utils.rollout import Carried, MicroBatch, collect_rollout, rollout_metrics
 from utils.run import Run, check_task, refuse_impossible, stage_folders
 from utils.sources import data_key
+from utils.zero import load_settings
 
 
 @dataclass
@@ -128,8 +128,7 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
             tokens = accelerator.reduce(sum(b.rollout.response_mask.sum() for b in minibatch), "sum")
             ptx_tokens = accelerator.reduce(sum(e.response_mask.sum() for e in part), "sum") if examples else None
             for number, (batch, example) in enumerate(zip(minibatch, part, strict=True), start=1):
-                last = number == len(minibatch)
-                with nullcontext() if last else accelerator.no_sync(models.trained):
+                with gradients_of_part(accelerator, models.trained, last=number == len(minibatch)):
                     loss, figures = batch_loss(models.trained, batch, tokens, config, example, ptx_tokens)
                     # every rank's gradient is averaged over the ranks afterwards
                     accelerator.backward(loss * accelerator.num_processes)
@@ -156,7 +155,7 @@ def optimizer_step(models: Models, optimizer, scheduler, config, accelerator) ->
     # 0 is no clipping, as in transformers' Trainer
     norm = accelerator.clip_grad_norm_(models.trained.parameters(), config.max_grad_norm or math.inf)
     # fp16 finds its loss scale by steps whose gradient overflows, and leaves those steps out
-    if not torch.isfinite(norm) and config.mixed_precision != "fp16":
+    if not math.isfinite(norm) and config.mixed_precision != "fp16":
         raise UserError("the gradient is not finite (NaN or infinite): lower learning_rate, or look at the reward "
                         "model's scores in metrics.jsonl; the last checkpoint is intact")
     optimizer.step()
@@ -412,9 +411,10 @@ def main(config: PPOStageConfig) -> None:
     report = DataReport()
     prompts, validation, test, supervised = load_splits(config, tokenizer, report, gold_rules)
     report.tokens("rlhf_training_data", prompts.examples.dataset())
+    settings = load_settings(config)
     models = load_models(config)
     run = Run(config, "ppo", report)
-    accelerator = build_accelerator(config, run.folder)
+    accelerator = build_accelerator(config, run.folder, settings)
     run.use_tracker(accelerator)
     run.catch_signals()
     models, optimizer, scheduler = prepare(models, config, accelerator)

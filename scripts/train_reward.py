@@ -43,6 +43,7 @@ from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_impossible, stage_folders
 from utils.sources import data_key
 from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
+from utils.zero import load_settings
 
 
 @dataclass
@@ -221,6 +222,7 @@ def main(config: RewardStageConfig) -> None:
     report = DataReport()
     train, validation, test, references, ratings = load_splits(config, tokenizer, report)
     report.tokens("reward_training_data", train)
+    settings = load_settings(config)
     model = load_scalar_model(config.model, "model", new_head_seed=config.seed)
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.lora_rank:
@@ -231,7 +233,7 @@ def main(config: RewardStageConfig) -> None:
     trainer = RewardStageTrainer(
         model=model,
         args=training_arguments(
-            config, run, TrainingArguments,
+            config, run, TrainingArguments, deepspeed=settings,
             train_sampling_strategy="group_by_length",
             eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.save_steps,
         ),

@@ -31,6 +31,7 @@ from utils.prompt_groups import pack
 from utils.run import Run, check_task, refuse_impossible, stage_folders
 from utils.sources import data_key
 from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
+from utils.zero import load_settings
 
 
 @dataclass
@@ -115,6 +116,7 @@ def main(config: SFTStageConfig) -> None:
     train, validation, test = load_splits(config, tokenizer, report)
     rows = train.examples.dataset()
     report.tokens("actor_training_data", rows)
+    settings = load_settings(config)
     model = load_policy(config.model, initial_weights=config.initial_weights)
     if config.lora_rank:
         add_adapter(model, config)
@@ -126,7 +128,7 @@ def main(config: SFTStageConfig) -> None:
     trainer = SFTStageTrainer(
         model=model,
         args=training_arguments(
-            config, run, SFTConfig,
+            config, run, SFTConfig, deepspeed=settings,
             eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.eval_steps,
             load_best_model_at_end=True, metric_for_best_model="rouge_avg", greater_is_better=True,
             train_sampling_strategy="group_by_length",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from utils import lm_head
-from utils.lm_head import token_logprobs, token_logprobs_and_entropy
+from utils.lm_head import LMHead, token_logprobs, token_logprobs_and_entropy
 
 TOKENS, WIDTH, WORDS = 23, 16, 101
 
@@ -18,7 +18,7 @@ def chunk(request, monkeypatch):
 
 def work(bias: bool):
     generator = torch.Generator().manual_seed(0)
-    head = nn.Linear(WIDTH, WORDS, bias=bias)
+    head = LMHead(WIDTH, WORDS, bias=bias)
     for weight in head.parameters():
         nn.init.normal_(weight.data, generator=generator)
     states = torch.randn(TOKENS, WIDTH, generator=generator, requires_grad=True)

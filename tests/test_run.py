@@ -144,7 +144,7 @@ def test_an_output_folder_that_cannot_be_is_refused(place, tmp_path):
 
 def test_the_trackers_call_the_project_by_the_run(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = build_accelerator(Toy(report_to=["tensorboard"]), tmp_path / "mini" / "ppo")
+    accelerator = build_accelerator(Toy(report_to=["tensorboard"]), tmp_path / "mini" / "ppo", None)
     assert accelerator.get_tracker("tensorboard").run_name == "mini-ppo"
     accelerator.end_training()
     assert list((tmp_path / "mini" / "ppo" / "tensorboard").rglob("events.*"))

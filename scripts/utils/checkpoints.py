@@ -4,10 +4,11 @@ import json
 import math
 import shutil
 
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 
 from utils.config import UserError
 from utils.run import Run
+from utils.zero import state_dict, whole
 
 
 class Keeper:
@@ -25,8 +26,9 @@ class Keeper:
         self.best = {"update": update, "score": score, "kl": kl}
 
         def write(folder):
+            weights = state_dict(self.policy)
             if self.accelerator.is_main_process:
-                self.policy.save_pretrained(folder)
+                self.policy.save_pretrained(folder, state_dict=weights)
 
         self._write(f"best-{update}", write)
 
@@ -37,7 +39,8 @@ class Keeper:
             carried: what the loop itself goes on with, for JSON.
         """
         def write(folder):
-            self.accelerator.save_state(str(folder))
+            frozen = {"exclude_frozen_parameters": True} if self.config.deepspeed else {}
+            self.accelerator.save_state(str(folder), **frozen)
             if self.accelerator.is_main_process:
                 (folder / "progress.json").write_text(json.dumps({"update": update, "best": self.best, "carried": carried}))
 
@@ -59,7 +62,8 @@ class Keeper:
         if not found:
             raise UserError(f"resume: '{self.run.folder}' has no checkpoint yet; remove the folder and start again "
                             "without --resume")
-        self.accelerator.load_state(str(found[-1]))
+        frozen = {"load_module_strict": False} if self.config.deepspeed else {}
+        self.accelerator.load_state(str(found[-1]), **frozen)
         progress = json.loads((found[-1] / "progress.json").read_text())
         self.best = progress["best"]
         if self.accelerator.is_main_process:
@@ -69,7 +73,9 @@ class Keeper:
     def restore_best(self) -> None:
         """Put the best policy's weights into the policy."""
         if self.best["update"] >= 0:
-            load_model(self.policy, self.folder / f"best-{self.best['update']}" / "model.safetensors")
+            with whole(self.policy, change=True):
+                # not strict: of tied weights the file has one. Not safetensors' own way, which knows no weights in flat buffers
+                self.policy.load_state_dict(load_file(self.folder / f"best-{self.best['update']}" / "model.safetensors"), strict=False)
             self.run.say(f"best policy: update {self.best['update']}, held-out score {self.best['score']:.3f}, "
                          f"KL {self.best['kl']:.2f}")
 

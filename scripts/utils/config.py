@@ -108,6 +108,7 @@ def parse_config(config_class, default_file: Path | None, argv: list[str], descr
         UserError: naming file, line and key, when anything does not fit.
     """
     parser = _Parser(config_class, description)
+    argv = [word for word in argv if not re.fullmatch("--local[_-]rank=-?[0-9]+", word)]  # the deepspeed launcher's own
     path, argv = _config_path(argv, default_file)
     values, lines = ({}, {}) if path is None else read_yaml(path)
     for name in values:
@@ -259,7 +260,8 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for library in ("transformers", "torch.distributed"):  # what they say is for DeepSpeed's and their own authors
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     logging.raiseExceptions = False  # a full disk is reported once, not by a traceback for each line of train.log
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
@@ -332,5 +334,7 @@ class StageConfig:
     lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", source="LoRA, 2106.09685", low=1)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
     mixed_precision: str = key("no", "Arithmetic of the forward pass; weights stay float32.", choices=["no", "bf16", "fp16"])
+    deepspeed: str | None = key(None, "DeepSpeed configuration: one of configs/deepspeed/, or your own; none: no DeepSpeed.",
+                                source="ZeRO, 1910.02054")
     save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints", low=1)
     report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none for no tracker.")

@@ -1,11 +1,11 @@
 """Everything that knows of more than one process. With one process each function is the identity."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import DeepSpeedPlugin, DistributedType, gather_object, reduce
 
 from utils.config import UserError
 
@@ -52,6 +52,19 @@ def first_of_a_node():
             state.wait_for_everyone()
 
 
+@contextmanager
+def gradients_of_part(accelerator: Accelerator, model, last: bool):
+    """Around the forward and backward pass of one part of an optimizer step: ranks exchange gradients with the last one.
+
+    DeepSpeed's engine makes its optimizer step there as well.
+    """
+    accelerator.gradient_state._set_sync_gradients(last)
+    exchanged = last or accelerator.distributed_type == DistributedType.DEEPSPEED
+    with nullcontext() if exchanged else accelerator.no_sync(model):
+        yield
+    accelerator.gradient_state._set_sync_gradients(True)
+
+
 def my_share(items: list) -> list:
     """This rank's part of a list: every world-size-th item."""
     state = world()
@@ -67,15 +80,17 @@ def collect(part: list) -> list:
     return [item for _, item in sorted(gathered, key=lambda pair: pair[0])]
 
 
-def build_accelerator(config, folder) -> Accelerator:
+def build_accelerator(config, folder, settings: dict | None) -> Accelerator:
     """The accelerator of the PPO loop, with the experiment trackers of the configuration.
 
     Args:
         folder: that of the run; its last two names are the trackers' name of the project.
+        settings: DeepSpeed's configuration; None without it.
     """
     trackers = [name for name in config.report_to if name != "none"]
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers,
-                              project_dir=str(folder / "tensorboard"))
+                              project_dir=str(folder / "tensorboard"),
+                              deepspeed_plugin=settings and DeepSpeedPlugin(hf_ds_config=settings))
     if trackers:
         accelerator.init_trackers("-".join(folder.resolve().parts[-2:]))
     return accelerator

@@ -12,6 +12,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+from utils.zero import whole
+
 _CHECKED_EVERY = 4  # steps between looks at who has ended: on a GPU each look waits for the device
 _BLOCK = 256  # words summed at once when a token is drawn
 
@@ -85,6 +87,11 @@ def sample(
         Responses with log-probs under the *untruncated* distribution at this temperature: what the update's
         forward pass computes for the same tokens (detail 27), whatever top_k and top_p are.
     """
+    with whole(policy):  # on all ranks, also on one without a prompt
+        return _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p, batch_size, progress)
+
+
+def _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p, batch_size, progress):
     if not prompts:  # a rank's share of a short list
         return Samples([], [], [])
     was_training = policy.training

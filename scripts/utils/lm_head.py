@@ -8,6 +8,8 @@ probabilities, because the gradient needs no more:
     d log p(y) / d weight  =  (onehot(y) - p) x state    one matrix product over all tokens
 
 and none where the head is frozen (the reference policy, LoRA). The entropy comes out of the same pass.
+
+It is the head's own forward that does it: under ZeRO-3 a weight is whole only while its module is called.
 """
 
 import torch
@@ -17,20 +19,26 @@ from torch.nn.functional import linear
 _CHUNK = 2**22  # entries of (rows, V) that are worked on at once, so that they stay in a processor's cache
 
 
-def token_logprobs(head: nn.Linear, states: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+class LMHead(nn.Linear):
+    """A model's own head, with a second way to be called. The class of a loaded `nn.Linear` is set to it; all else stays."""
+
+    def forward(self, states, tokens=None, temperature=1.0, with_entropy=False):
+        """Logits (..., V) of states (..., D); with `tokens`, what `token_logprobs_and_entropy` returns."""
+        if tokens is None:
+            return super().forward(states)
+        bias = None if self.bias is None else self.bias / temperature
+        return _TokenLogprobs.apply(states / temperature, self.weight, bias, tokens, with_entropy)
+
+
+def token_logprobs(head: LMHead, states: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probability of each token (M,) after its state (M, D), float32 (M,); the temperature divides the logits."""
-    return _apply(head, states, tokens, temperature, False)[0]
+    return head(states, tokens, temperature)[0]
 
 
-def token_logprobs_and_entropy(head: nn.Linear, states: torch.Tensor, tokens: torch.Tensor,
+def token_logprobs_and_entropy(head: LMHead, states: torch.Tensor, tokens: torch.Tensor,
                                temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs`, and the entropy of each distribution in nats, float32 (M,), without a gradient."""
-    return _apply(head, states, tokens, temperature, True)
-
-
-def _apply(head, states, tokens, temperature, with_entropy):
-    bias = None if head.bias is None else head.bias / temperature
-    return _TokenLogprobs.apply(states / temperature, head.weight, bias, tokens, with_entropy)
+    return head(states, tokens, temperature, True)
 
 
 class _TokenLogprobs(torch.autograd.Function):

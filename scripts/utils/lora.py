@@ -9,6 +9,8 @@ import copy
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from utils.zero import whole
+
 
 def add_adapter(model, config):
     """Freeze `model`, and give every linear layer but its heads a trainable adapter of rank `config.lora_rank`, in place.
@@ -32,7 +34,8 @@ def twin(model):
     """A second model on the same weights: what is frozen needs no second copy. A scalar head is its own."""
     second = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     if hasattr(model, "score"):
-        second.score = copy.deepcopy(model.score)
+        with whole(model.score):
+            second.score = copy.deepcopy(model.score)
     return second
 
 
@@ -40,7 +43,8 @@ def merge_adapter(model):
     """Add the adapters to the weights and take their layers out, in place: a stock model. Without adapters nothing happens."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in layers:
-        module.merge(safe_merge=True)
+        with whole(module, change=True):
+            module.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.get_base_layer())
     return model

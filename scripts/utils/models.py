@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from utils.attention import CAUSAL_BLOCKS
 from utils.config import UserError, find_local, is_hub_name
 from utils.initial_weights import sketch_induction_heads
-from utils.lm_head import token_logprobs, token_logprobs_and_entropy
+from utils.lm_head import LMHead, token_logprobs, token_logprobs_and_entropy
 from utils.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
+from utils.zero import whole
 
 # Weights are float32 (mixed precision is autocast's work), safetensors only, and no code from outside is run.
 _LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
@@ -61,16 +63,20 @@ def _pretrained(kind, field, name, new=(), **more):
     for what, names in (("of another shape than its config.json says", wrong), ("missing", missing)):
         if names:
             raise UserError(f"{field}: '{name}' cannot be loaded: {len(names)} weights are {what} ({names[0]}, ...)")
-    return _in_blocks(model)
+    return _with_our_parts(model)
 
 
-def _in_blocks(model):
-    """Attention in blocks, for models that let the attention function be chosen; the others (Falcon) keep SDPA.
+def _with_our_parts(model):
+    """Our attention and heads, in place: the model's class, its weights and what is saved stay stock ones.
 
-    A model without SDPA is refused before, by transformers: most of these add the mask, which is boolean here.
+    Attention in blocks is for models that let the attention function be chosen; the others (Falcon) keep SDPA. A model
+    without SDPA is refused before, by transformers: most of these add the mask, which is boolean here.
     """
     if model._supports_attention_backend:
         model.set_attn_implementation(CAUSAL_BLOCKS)
+    for head, kind in ((model.get_output_embeddings(), LMHead), (getattr(model, "score", None), ScalarHead)):
+        if head is not None:
+            head.__class__ = kind
     return model
 
 
@@ -107,13 +113,14 @@ def load_policy(name: str, field: str = "model", initial_weights: str = "pretrai
                             "built in here; use OPT, GPT-2, GPT-NeoX, Llama, Mistral, Qwen or another model without it")
     if initial_weights == "pretrained":
         return _pretrained(AutoModelForCausalLM, field, name)
-    model = _in_blocks(without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD)))
+    model = _with_our_parts(without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD)))
     if initial_weights == "induction":
         usual = config.model_type == "opt" and config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
         if not usual or config.num_attention_heads < 2 or config.num_hidden_layers < 2:
             raise UserError("initial_weights: 'induction' is for OPT with norms before its layers, no projection, two heads and "
                             f"two layers or more, not for '{name}'; take 'random'")
-        sketch_induction_heads(model)
+        with whole(model, change=True):
+            sketch_induction_heads(model)
     return model
 
 
@@ -141,9 +148,9 @@ def load_scalar_model(name: str, field: str, new_head_seed: int | None = None, v
     new = () if new_head_seed is None else ("score.weight",)
     model = _pretrained(AutoModelForSequenceClassification, field, name, new, num_labels=1)
     if new_head_seed is not None:
-        width = model.score.weight.shape[1]
         generator = torch.Generator().manual_seed(new_head_seed)
-        nn.init.normal_(model.score.weight.data, std=1 / math.sqrt(width + 1), generator=generator)
+        with whole(model.score, change=True):
+            nn.init.normal_(model.score.weight.data, std=1 / math.sqrt(model.score.in_features + 1), generator=generator)
         model.config.score_shift = 0.0
     return without_dropout(model)
 
@@ -193,20 +200,22 @@ def logprobs_and_entropy(policy, states, groups: PromptGroups, temperature: floa
 def scores(reward_model, groups: PromptGroups) -> torch.Tensor:
     """The reward model's score of each completion, read at its last token, float32 (N,) (detail 16)."""
     states = end_states(hidden_states(reward_model, groups), groups)
-    return _scalars(reward_model.score, states) - getattr(reward_model.config, "score_shift", 0.0)
+    return reward_model.score(states)[:, 0] - getattr(reward_model.config, "score_shift", 0.0)
 
 
 def response_values(value_model, groups: PromptGroups) -> torch.Tensor:
     """Value of the state before each response token, float32 (N, R). Padding is 0."""
     states = response_states(hidden_states(value_model, groups), groups)
-    values = _scalars(value_model.score, states) - getattr(value_model.config, "score_shift", 0.0)
+    values = value_model.score(states)[:, 0] - getattr(value_model.config, "score_shift", 0.0)
     return spread(values, groups.response_mask)
 
 
-def _scalars(head, states) -> torch.Tensor:
-    """What a head of one output says of states (M, D), float32 (M,): bfloat16 would round a score of 1 to steps of .008."""
-    with torch.autocast(states.device.type, enabled=False):
-        return head(states.float())[:, 0]
+class ScalarHead(nn.Linear):
+    """A head whose output is float32 always: bfloat16 would round a score of 1 to steps of .008."""
+
+    def forward(self, states):
+        with torch.autocast(states.device.type, enabled=False):
+            return linear(states.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 def centre_scores(reward_model, mean: float) -> None:
@@ -222,8 +231,8 @@ def centre_scores(reward_model, mean: float) -> None:
     if bias is None:
         reward_model.config.score_shift = getattr(reward_model.config, "score_shift", 0.0) + mean
         return
-    weight = reward_model.score.weight[0].detach()
-    with torch.no_grad():
+    with torch.no_grad(), whole(reward_model, change=True):
+        weight = reward_model.score.weight[0]
         bias -= mean * weight / weight.square().sum()
 
 
@@ -238,6 +247,7 @@ class PolicyAndValue(nn.Module):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
+        self.frozen = nn.ModuleList()  # under DeepSpeed the models that are not trained, which its engine then shards, too
 
     def forward(self, groups: PromptGroups, temperature: float, examples: PromptGroups | None = None):
         """New log-probs, entropy and values of a batch, each (N, R), the values None without a value model.
@@ -259,13 +269,13 @@ class PolicyAndValue(nn.Module):
         if self.value_model is None:
             return None
         if isinstance(self.value_model, nn.Linear):
-            return spread(_scalars(self.value_model, states), groups.response_mask)
+            return spread(self.value_model(states)[:, 0], groups.response_mask)
         return response_values(self.value_model, groups)
 
 
 def new_value_head(policy) -> nn.Linear:
     """A value head for the policy's own trunk; it starts at 0, which is what reference summaries score."""
-    head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1)
+    head = ScalarHead(policy.get_output_embeddings().in_features, 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

@@ -1,6 +1,5 @@
 """The models of PPO: which are trained, which are frozen, and the optimizer."""
 
-import copy
 import math
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from utils.evaluation import refuse_too_long
 from utils.lora import add_adapter, twin
 from utils.models import PolicyAndValue, load_policy, load_scalar_model, new_value_head, without_dropout
+from utils.zero import use_engine
 
 
 class Models(NamedTuple):
@@ -42,10 +42,12 @@ def load_models(config) -> Models:
     reward_model = load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size)
     for longest in ("max_new_tokens", "max_completion_tokens") if config.ptx_coef else ("max_new_tokens",):
         refuse_too_long(policy, config.max_prompt_tokens + getattr(config, longest), f"max_prompt_tokens + {longest}")
-    second = twin if config.lora_rank else copy.deepcopy
-    ref_policy, value_model = second(policy), None
-    if config.advantage == "gae":
-        value_model = second(reward_model) if config.value_model == "separate" else new_value_head(policy)
+    ref_policy = twin(policy) if config.lora_rank else without_dropout(load_policy(config.model))
+    value_model = None
+    if config.advantage == "gae" and config.value_model == "shared":
+        value_model = new_value_head(policy)
+    elif config.advantage == "gae":
+        value_model = twin(reward_model) if config.lora_rank else load_scalar_model(config.reward_model, "reward_model")
     for model in (policy, value_model):
         if isinstance(model, PreTrainedModel):
             if config.lora_rank:
@@ -66,11 +68,15 @@ def prepare(models: Models, config, accelerator) -> tuple[Models, torch.optim.Op
                                   betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True)  # as in `Trainer`
     batches = math.ceil(config.prompts_per_update / accelerator.num_processes / config.per_device_batch_size)
     steps = config.updates * config.ppo_epochs * min(config.num_minibatches, batches)
-    # the scheduler is stepped by hand and on every rank alike, so the accelerator must not wrap it
-    scheduler = get_linear_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+    if config.deepspeed:
+        models.inside.frozen.extend([models.ref_policy, models.reward_model])
     trained, optimizer = accelerator.prepare(models.trained, optimizer)
-    for frozen in (models.ref_policy, models.reward_model):
-        frozen.to(accelerator.device)
+    use_engine(trained)
+    # of the optimizer in use, which DeepSpeed may have exchanged; stepped by hand and on every rank alike, so not prepared
+    scheduler = get_linear_schedule_with_warmup(optimizer, config.warmup_steps, steps)
+    if not config.deepspeed:
+        for frozen in (models.ref_policy, models.reward_model):
+            frozen.to(accelerator.device)
     accelerator.register_for_checkpointing(scheduler)
     average = None
     if config.ema_decay:

@@ -27,6 +27,7 @@ from utils.distributed import world
 from utils.layouts import TLDR_TEMPLATE
 from utils.lora import merge_adapter
 from utils.models import load_tokenizer
+from utils.zero import state_dict
 
 
 class Run:
@@ -112,15 +113,16 @@ class Run:
 
         The last thing that a stage does, since a run with final/ counts as finished.
         """
+        merge_adapter(model)
+        weights = state_dict(model)
         if not self.is_main:
             return
         temporary = self.folder / "final.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
-        merge_adapter(model)
         model.config.use_cache = True  # trl's trainer switches it off; whoever generates with final/ wants it
         if model.can_generate():
             model.generation_config.use_cache = True
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         stage = {"stage": self.stage, "parents": {k: identity(v) for k, v in parents.items()},
                  **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}

@@ -10,9 +10,10 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from utils.config import StageConfig, UserError, key
-from utils.distributed import agreed
+from utils.distributed import agreed, gradients_of_part
 from utils.prompt_groups import PromptGroups, micro_batches
 from utils.run import Run
+from utils.zero import use_engine
 
 
 @dataclass
@@ -42,7 +43,7 @@ class GroupLossMixin:
         super().__init__(*args, **kwargs)
         self.run = run
         self.evaluated = (None, None)  # step and figures
-        self.progress = RunCallback(run)
+        self.progress = RunCallback(run, lambda: self.model_wrapped)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided, over micro-batches too
         # the sampler draws its order from torch's own state, which dropout moves on each rank as far as its rows are long
         self.accelerator.rng_types = ["torch"]
@@ -78,10 +79,12 @@ class GroupLossMixin:
         return self.accelerator.gather(count).sum()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        *first, last = inputs["parts"]
-        with self.accelerator.no_sync(model):  # gradients are exchanged once, with the last part's
-            losses = [super(GroupLossMixin, self).training_step(model, part, num_items_in_batch) for part in first]
-        return sum([*losses, super().training_step(model, last, num_items_in_batch)])
+        ends_step = self.accelerator.sync_gradients  # false for all but the last of gradient_accumulation_steps batches
+        losses = []
+        for number, part in enumerate(inputs["parts"], start=1):
+            with gradients_of_part(self.accelerator, model, last=ends_step and number == len(inputs["parts"])):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return sum(losses)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         items = inputs.pop("items")
@@ -114,11 +117,12 @@ def group_forward(model, loss_sum):
 class RunCallback(TrainerCallback):
     """A progress bar, metrics.jsonl, and a clean stop; replaces the default printing."""
 
-    def __init__(self, run: Run):
-        self.run, self.bar, self.first_step = run, None, 0
+    def __init__(self, run: Run, wrapped):
+        self.run, self.wrapped, self.bar, self.first_step = run, wrapped, None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step = state.global_step
+        use_engine(self.wrapped())
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step",
                         disable=not state.is_world_process_zero)
 

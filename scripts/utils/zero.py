@@ -1,0 +1,146 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al., 1910.02054; offload: 2101.06840, 2104.07857), the only module that knows of it.
+
+Without the key `deepspeed` everything here is the identity. With it accelerate makes one engine of what is trained. The
+frozen models of PPO are inside of it, so that ZeRO-3 shards and offloads them, too. Under ZeRO-3 a weight is whole only
+while its module is computed, or inside `whole`.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+from utils.config import UserError, find_input
+from utils.distributed import world
+
+_STAGES = (0, 1, 2, 3)
+_active = {}  # the one engine of this process and what it was made from; they live until its end
+
+
+def load_settings(config) -> dict | None:
+    """The DeepSpeed configuration of a run, every "auto" filled in; None without one. Models are loaded for it from now on.
+
+    Raises:
+        UserError: when the file is none, or asks for what cannot be had here.
+    """
+    if config.deepspeed is None:
+        return None
+    path = find_input(config.deepspeed, "deepspeed")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        stage = settings["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"deepspeed: '{path}' is no DeepSpeed configuration with zero_optimization.stage "
+                        f"({type(error).__name__}: {error}); take one of configs/deepspeed/") from None
+    if stage not in _STAGES:
+        raise UserError(f"deepspeed: '{path}': zero_optimization.stage must be one of 0, 1, 2, 3, found {stage!r}")
+    if stage == 3 and getattr(config, "ema_decay", 0.0):
+        raise UserError("ema_decay: the average of the policy is a whole model on each process, which ZeRO-3 is to avoid; "
+                        "leave one of the two out")
+    if "optimizer" in settings or "scheduler" in settings:
+        raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are learning_rate, adam_eps, ... of "
+                        "the stage")
+    _form_group()
+    settings = _filled(settings, _numbers(config, settings), "")
+    _active.update(settings=settings, kept=HfDeepSpeedConfig(settings))
+    return settings
+
+
+def _form_group():
+    """DeepSpeed wants a group of processes, also of one."""
+    state = world()
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if state.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+    deepspeed.init_distributed(auto_mpi_discovery=False)  # it takes the group that there is; else it believes in a world of one
+
+
+def _numbers(config, settings) -> dict:
+    """What "auto" stands for, by its place in the file."""
+    model = AutoConfig.from_pretrained(find_input(config.model, "model"), trust_remote_code=False)
+    with torch.device("meta"):
+        largest = max(weight.numel() for weight in AutoModelForCausalLM.from_config(model).parameters())
+    processes, hidden = world().num_processes, model.hidden_size
+    accumulated = getattr(config, "gradient_accumulation_steps", 1)
+    zero = {
+        "reduce_bucket_size": max(hidden * hidden, 1),
+        "allgather_bucket_size": hidden * hidden,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": 10 * hidden,
+        "offload_param.buffer_size": -(-largest // processes),
+        "offload_param.nvme_path": str(config.output_dir) + "/nvme",
+        "offload_optimizer.nvme_path": str(config.output_dir) + "/nvme",
+    }
+    return {f"zero_optimization.{name}": value for name, value in zero.items()} | {
+        "train_batch_size": config.per_device_batch_size * accumulated * processes,
+        "train_micro_batch_size_per_gpu": config.per_device_batch_size,
+        "gradient_accumulation_steps": accumulated,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16.enabled": config.mixed_precision == "bf16",
+        "fp16.enabled": config.mixed_precision == "fp16",
+    }
+
+
+def _filled(node, numbers, place):
+    if isinstance(node, dict):
+        return {name: _filled(value, numbers, f"{place}.{name}".lstrip(".")) for name, value in node.items()}
+    if node != "auto":
+        return node
+    if place not in numbers:
+        raise UserError(f"deepspeed: '{place}' cannot be \"auto\"; that is for {', '.join(numbers)}")
+    return numbers[place]
+
+
+def use_engine(engine) -> None:
+    """Remember the engine whose hooks `whole` must take out.
+
+    Raises:
+        UserError: when DeepSpeed was asked for, but is not in force: its traps fail in silence.
+    """
+    if not _active:
+        return
+    if not hasattr(engine, "zero_optimization_stage") or engine.world_size != world().num_processes:
+        raise UserError("deepspeed: it was asked for, but the model was not put into its engine for all processes; start with "
+                        "torchrun, accelerate launch or deepspeed, without a configuration of their own")
+    _active["engine"] = engine
+
+
+@contextmanager
+def whole(model, change: bool = False):
+    """Inside, the weights of `model` are whole on every process, also under ZeRO-3: gathered once, not module by module.
+
+    Args:
+        change: keep what is written to them inside, in the same way on every process.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield model
+        return
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+    engine = _active.get("engine")
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0 if change else None):
+        if engine is not None:
+            remove_hooks(engine)
+        try:
+            yield model
+        finally:
+            if engine is not None:
+                add_hooks(engine)
+
+
+def state_dict(model) -> dict[str, torch.Tensor] | None:
+    """Whole weights for `save_pretrained` on the main process, gathered one after the other; None when it has them itself."""
+    if not is_deepspeed_zero3_enabled():
+        return None
+    import deepspeed
+    found = {}
+    for name, weight in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([weight]):
+            if world().is_main_process:
+                found[name] = weight.detach().cpu().clone()
+    return found
