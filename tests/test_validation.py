@@ -273,6 +273,20 @@ def test_content_counts_and_not_the_name(tmp_path, monkeypatch):
     assert list(load_examples(first, "x")) == [Example("P2", " c", None)]
 
 
+def test_the_ending_counts_too(tmp_path):
+    """It says how the bytes are read: the same ones are other rows, or none, under another ending."""
+    content = [b"[", GOOD % 1 + b",", GOOD % 2, b"]"]
+    assert [row.prompt for row in load_examples(write(tmp_path / "a.json", content), "x")] == ["P1", "P2"]
+    for name, said in (("a.jsonl", "is not JSON"), ("a.csv", "has columns "), ("a.parquet", "is no whole Parquet file"),
+                       ("a.txt", "is not a file of rows; its name must end with one of"), ("a", "is not a file of rows")):
+        with pytest.raises(UserError, match=said):
+            load_examples(write(tmp_path / name, content), "x")
+    same = b'{"prompt": "P3"}'  # a row of JSON, and the header of a CSV file
+    assert [row.prompt for row in load_examples(write(tmp_path / "b.jsonl", [same]), "x", need_completion=False)] == ["P3"]
+    with pytest.raises(UserError, match="is empty; it needs rows"):
+        load_examples(write(tmp_path / "b.csv", [same]), "x", need_completion=False)
+
+
 def test_other_code_does_not_find_what_older_code_made(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [GOOD % 1])
     load_examples(path, "x")

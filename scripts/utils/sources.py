@@ -86,7 +86,7 @@ class Opened(NamedTuple):
     """A data set that is there."""
 
     label: str  # for messages: a row's place is `label:number`
-    content: list[str]  # what identifies its content
+    content: list[str]  # what identifies its content and how it is read
     rows: Iterator[tuple[int, dict | BadRow]]  # each with its number, from 1
 
 
@@ -110,7 +110,8 @@ def open_source(source: Source, field: str) -> Opened:
         raise UserError(f"{field}: '{name}' is on this disk and has no {' or '.join(remote)}; leave that out")
     if path.is_dir():
         return _open_saved(path, source.split, field)
-    return Opened(str(path), [_digest([path])], read_file(path, field))
+    ending = next(filter(path.name.endswith, FILE_ENDINGS), "")  # decides how the bytes are read
+    return Opened(str(path), [_digest([path]), ending], read_file(path, field))
 
 
 def _digest(paths: list[Path]) -> str:
