@@ -112,7 +112,7 @@ class _Examples:
     def take(self, row: dict, number: int) -> str:
         example = example_of(row, str(number), self.need_completion)
         completions = [] if example.completion is None else [self.writer.text(example.completion)]
-        facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False)
+        facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False, default=str)
         self.writer.row(number, self.writer.text(example.prompt), completions, facts=facts)
         layout = example_layout(row)
         return layout if completions or layout == "messages" else layout.rpartition(", ")[0]
