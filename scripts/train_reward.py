@@ -184,7 +184,7 @@ def load_splits(config, tokenizer, report):
     report.groups("reward_training_data", parts[0])
     references = found.get("centring_data")
     if references is not None:
-        references = tokenised(references[: config.test_rows], config.max_completion_tokens, report.say)
+        references = tokenised(references.first(config.test_rows), config.max_completion_tokens, report.say)
     ratings = found.get("rating_data")
     if ratings is not None:
         refuse_overlap({keys[0]: parts[0], "rating_data": ratings}, config.allow_overlap, report.say)

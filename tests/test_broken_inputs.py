@@ -197,7 +197,7 @@ RANKINGS = {
     "choice 1.0": (chosen(choice=1.0), "column 'choice' is 1.0; it must be 0 or 1, the better of the two summaries"),
     "choice true": (chosen(choice=True), "column 'choice' is True; it must be 0 or 1, the better of the two summaries"),
     "ranks of 400 digits": (ranked(ranks=[1, 10**400]), "column 'ranks' must hold one number for each of the 2 completions"),
-    "ranks without an end": (ranked(ranks=[1, float("inf")]), "column 'ranks' must hold one number for each of the 2 completions"),
+    "ranks to infinity": (ranked(ranks=[1, float("inf")]), "column 'ranks' must hold one number for each of the 2 completions"),
     "label_scores of 400 digits": (ranked(label_scores=[10**400, 1]),
                                    "column 'label_scores' must hold one number for each of the 2 completions"),
     "label_scores that float64 has not": (ranked(label_scores=[2**60 + 1, 1]),

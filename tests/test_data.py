@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from datasets.exceptions import DatasetGenerationError, NonMatchingSplitsSizesError
 
 from utils import data
 from utils.config import PROJECT, UserError
@@ -199,6 +200,8 @@ def test_every_real_dialogue_is_a_pair_or_counted():
         ("rlhf_test_data", ["train", "valid", "test"], "test"),
         ("reward_test_data", ["train", "valid1", "valid2"], "valid2"),
         ("centring_data", ["train", "validation"], "validation"),
+        ("rating_data", ["train", "validation", "test"], "test"),
+        ("rating_data", ["train", "validation"], "validation"),
     ],
 )
 def test_hub_splits_are_chosen_by_role(field, splits, expected, monkeypatch):
@@ -207,7 +210,10 @@ def test_hub_splits_are_chosen_by_role(field, splits, expected, monkeypatch):
     assert rows_of("some/dataset", field) == [(f"some/dataset[{expected}]:1", {"split": expected})]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("offline"), RuntimeError("Dataset scripts are no longer supported")])
+@pytest.mark.parametrize("error", [
+    ConnectionError("offline"), RuntimeError("Dataset scripts are no longer supported"),
+    DatasetGenerationError("An error occurred while generating the dataset"), NonMatchingSplitsSizesError("other sizes"),
+])
 def test_an_unreachable_hub_is_a_users_error(error, monkeypatch):
     def fail(name):
         raise error

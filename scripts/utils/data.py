@@ -50,6 +50,13 @@ class Rows(Sequence):
         """Some of these rows by their places among them, in that order; or those where a mask is True."""
         return Rows(self.sets, self.tokens, self.weights, self.indices[indices])
 
+    def first(self, count: int) -> "Rows":
+        """The first rows, at most so many; of a mixture the first of each set, in proportion to what there is of it."""
+        owners = np.searchsorted(self.starts, self.indices, side="right") - 1
+        ends = np.cumsum(np.bincount(owners, minlength=len(self.sets)))
+        shares = np.diff(ends * min(count, len(self)) // len(self), prepend=0)
+        return self.select(np.concatenate([np.flatnonzero(owners == owner)[:share] for owner, share in enumerate(shares)]))
+
     def __len__(self):
         return len(self.indices)
 
@@ -204,7 +211,7 @@ def split_rows(config, role: str, found: dict[str, Rows], report: DataReport) ->
         held[field] = found.get(field)
         if held[field] is None:
             train, held[field] = split_off(train, min(0.1, most / len(train)), config.seed)
-        held[field] = held[field][:most]
+        held[field] = held[field].first(most)
     refuse_overlap({f"{role}_training_data": train, **held}, config.allow_overlap, report.say)
     train = train.weighed(config.seed)
     if not len(train):
