@@ -100,6 +100,40 @@ def test_comparisons_of_the_hub_are_the_same_in_every_kind_of_file(kind, row, tm
     assert (better, worse) in {(" Because.", " So."), (" b", " a")}
 
 
+OPTIONAL = {  # columns of a CSV file, and of the same row in JSON lines, which leaves out what is empty
+    "completion": {"prompt": "P", "completion": ""},
+    "label": {"prompt": "P", "label": ""},
+    "summary": {"subreddit": "tea", "title": "t", "post": "p", "summary": ""},
+    "facts": {"prompt": "P", "completion": "c", "facts": ""},
+    "ranks": {"prompt": "P", "completions": ["a", "b"], "ranks": "", "label_scores": ""},
+    "notes": {"prompt": "P", "chosen": "a", "rejected": "b", "confidence": "", "policies": "", "batch": "", "worker": "w"},
+    "score_ratio": {"history": "P", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": ""},
+}
+
+
+def load_optional(case, path):
+    if case in ("completion", "label", "summary", "facts"):
+        return list(load_examples(path, "rlhf_training_data", need_completion=False))
+    return list(load_rankings(path, "reward_training_data", 9, print, min_score_ratio=2.0))
+
+
+def test_an_answer_is_not_optional(tmp_path):
+    """An empty one is an answer, which is left out and counted as in any other file."""
+    (tmp_path / "a.csv").write_bytes(as_csv([{"prompt": "P", "chosen": chosen, "rejected": "b"} for chosen in ("a", "")]))
+    said = []
+    assert len(load_rankings(str(tmp_path / "a.csv"), "reward_training_data", 9, said.append)) == 1
+    assert "(1 an empty answer)" in said[0]
+
+
+@pytest.mark.parametrize("case", OPTIONAL)
+def test_an_empty_cell_of_an_optional_column_is_not_given(case, tmp_path):
+    row = OPTIONAL[case]
+    (tmp_path / "a.csv").write_bytes(as_csv([row]))
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{name: value for name, value in row.items() if value != ""}]))
+    given, left_out = (load_optional(case, str(tmp_path / f"a.{ending}")) for ending in ("csv", "jsonl"))
+    assert given == left_out and len(given) == 1
+
+
 def test_facts_may_be_dates(tmp_path):
     """Parquet has them; facts are kept as JSON, which has not."""
     facts = [{"day": datetime.date(2026, 11, 25)}, {"day": datetime.date(2026, 11, 26)}]

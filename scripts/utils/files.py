@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from utils.config import UserError
+from utils.layouts import NOTES
 
 
 def _open_zst(path, mode):
@@ -25,6 +26,8 @@ FILE_ENDINGS = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json", ".csv", "
 # CSV has text only: in these columns of `utils/layouts.py`, which hold something else, a cell is JSON
 _CSV_JSON = ("completions", "ranks", "label_scores", "messages", "facts", "labels", "score_ratio", "info", "summaries",
              "choice", "extra")
+# and in these, which need not be there, an empty cell says no more than an absent column
+_CSV_OPTIONAL = ("completion", "label", "summary", "ranks", "label_scores", "facts", "score_ratio", *NOTES)
 
 
 class BadRow(NamedTuple):
@@ -164,6 +167,7 @@ def _csv_row(cells: list[str], header: list[str], damaged: bool) -> dict | BadRo
     if len(cells) != len(header):
         return BadRow(f"has {len(cells)} cells, but the first line names {len(header)} columns", cells)
     row = dict(zip(header, cells, strict=True))
+    row |= {name: None for name in _CSV_OPTIONAL if row.get(name) == ""}
     for name in _CSV_JSON:
         if row.get(name):
             value = _parsed(row[name], f"column '{name}' needs JSON")

@@ -275,10 +275,10 @@ def _shp_comparison(row: dict, where: str):
 
 def score_ratio(row: dict, where: str) -> float:
     """`score_ratio`, infinite where there is none."""
-    ratio = row.get("score_ratio", math.inf)
-    if ratio is not math.inf and not _is_number(ratio):
+    ratio = row.get("score_ratio")
+    if ratio is not None and not _is_number(ratio):
         raise UserError(f"{where}: column 'score_ratio' is {ratio!r}; a number is needed")
-    return ratio
+    return math.inf if ratio is None else ratio
 
 
 def _shared_dialogue(chosen: str, rejected: str):

@@ -19,8 +19,8 @@ from utils.config import UserError, find_input, find_local, is_hub_name, key
 from utils.files import FILE_ENDINGS, BadRow, read_file
 
 _HELD_OUT = ["validation", "valid", "valid1"]
-_SPLITS = {"validation": _HELD_OUT, "test": ["test", "valid2"], "centring": _HELD_OUT, "rating": ["test", *_HELD_OUT]}
 # by a part of the key; others: train
+_SPLITS = {"validation": _HELD_OUT, "test": ["test", "valid2"], "centring": _HELD_OUT, "rating": ["test", *_HELD_OUT]}
 
 
 class Source(NamedTuple):
