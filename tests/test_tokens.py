@@ -142,6 +142,14 @@ def test_a_post_is_cut_and_its_frame_is_not(tokenizer):
     assert cut_prompts(tokenizer, [prompt], 8) == [([], TOO_LONG)]
 
 
+def test_a_post_that_is_cut_inside_a_sentence_is_counted_so(tokenizer):
+    """As a dialogue that is cut inside a turn; a line or a sentence that ends where the cut is, is whole."""
+    for post, expected in (("A line of a few words here\n" * 30, CUT), ("This is a sentence here. " * 30, CUT),
+                           ("a few words more and " * 30, CUT_INSIDE)):
+        [(ids, cut)] = cut_prompts(tokenizer, [TLDR_TEMPLATE.format(subreddit="tea", title="t", post=post)], 90)
+        assert cut == expected and 60 < len(ids) <= 90
+
+
 def test_special_tokens_that_somebody_wrote_into_a_long_post_are_text(tokenizer):
     """Detail 4: also where a text is tokenised once more to be cut."""
     post = "They wrote </s> and <pad> here.\n" * 20

@@ -16,7 +16,7 @@ from utils.config import UserError
 from utils.layouts import TLDR_TEMPLATE, tldr_parts
 from utils.store import ROW_COLUMNS, StoredSet
 
-WHOLE, CUT, CUT_INSIDE, TOO_LONG = range(4)  # a prompt; cut at a boundary; its end alone; its fixed parts do not fit
+WHOLE, CUT, CUT_INSIDE, TOO_LONG = range(4)  # a prompt; cut at a boundary; inside a sentence or turn; its fixed parts do not fit
 _IDS = pa.list_(pa.int32())
 _TURN = "\n\nHuman: "
 
@@ -138,10 +138,10 @@ def _cut_post(tokenizer, subreddit, title, post, max_tokens: int, token_size: fl
         return _ids(tokenizer, TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=post[:end].rstrip()))
 
     guess = max_tokens * token_size - len(TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=""))
-    for breaks in _breaks(post):
+    for breaks, cut in zip(_breaks(post), (CUT, CUT, CUT_INSIDE), strict=True):
         last = _last_that_fits(breaks, lambda end: len(cut_at(end)) <= max_tokens, guess)
         if last is not None:
-            return cut_at(last), CUT
+            return cut_at(last), cut
     return [], TOO_LONG
 
 
