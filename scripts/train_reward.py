@@ -193,11 +193,10 @@ def load_splits(config, tokenizer, report):
 
 
 def usable(rows, config, name, report):
-    """Rankings without those that have a completion over the limit, or no pair, which are counted. (Ratings need no pair.)"""
-    paired = (rows.pair_counts() > 0) | (name == "rating_data")
-    kept = rows.select((rows.token_column("longest") <= config.max_completion_tokens) & paired)
+    """Rankings or ratings without those that have a completion over the limit, which are counted."""
+    kept = rows.select(rows.token_column("longest") <= config.max_completion_tokens)
     if len(kept) < len(rows):
-        report.say(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with no pair or a completion of more "
+        report.say(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with a completion of more "
                    f"than {config.max_completion_tokens} tokens")
     if not len(kept):
         raise UserError(f"{name}: no group is left; raise max_completion_tokens ({config.max_completion_tokens})")

@@ -18,7 +18,7 @@ from utils.sources import Source, open_source
 
 ROWS = [
     {"prompt": 'Where is it?\nShe said "here", I think; ☂', "completions": [" There.", " Here, by the door."], "ranks": [2, 1]},
-    {"prompt": "And why\n\n,?", "completions": [" So.", " Because\nit is."], "ranks": [1, 1]},
+    {"prompt": "And why\n\n,?", "completions": [" So.", " Because\nit is."], "ranks": [1, 3]},
     {"prompt": "When?", "completions": [" Now, they say.", " Then."], "ranks": [1, 2]},
 ]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)}

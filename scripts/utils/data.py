@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from utils.config import UserError
@@ -99,11 +98,6 @@ class Rows(Sequence):
         """The rows as token ids: the table of `utils/tokens.py`, which stays on the disk."""
         table = self.tokens[0] if len(self.tokens) == 1 else concatenate_datasets(self.tokens)
         return table if np.array_equal(self.indices, np.arange(len(table))) else table.select(self.indices)
-
-    def pair_counts(self) -> np.ndarray:
-        """(N,) compared pairs of each row."""
-        counts = [pc.list_value_length(stored.table.column("pairs")).to_numpy() for stored in self.sets]
-        return np.concatenate(counts)[self.indices]
 
     def finding_count(self) -> int:
         """How many rows cannot be used: those that are none, and those whose prompt cannot fit."""

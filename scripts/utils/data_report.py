@@ -27,9 +27,8 @@ class DataReport:
         for stored in rows.sets:
             counts = {reason: found["rows"] for reason, found in stored.meta["dropped"].items()}
             if counts:
-                what = "pairs" if stored.meta["kind"] == "rankings" else "rows"
                 why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-                self.say(f"{stored.label}: dropped {sum(counts.values())} {what} ({why})")
+                self.say(f"{stored.label}: dropped {sum(counts.values())} rows ({why})")
 
     def leave_out(self, field: str, count: int, findings: Callable[[], Iterator[dict]]) -> None:
         """Note rows that `on_bad_rows: skip` leaves out."""
