@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import threading
 import tracemalloc
 from collections import Counter, defaultdict
@@ -316,6 +317,18 @@ def test_a_result_gets_its_name_when_it_is_whole():
     found = cache.cached("rows", [1], build)
     assert found.stat().st_ino == made[0] and "." not in found.name and list(cache.cache_folder().iterdir()) == [found]
     assert cache.cached("rows", [1], build) == found and len(made) == 1
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_who_may_read_a_result_is_for_the_umask_to_say(umask):
+    before = os.umask(umask)
+    try:
+        found = cache.cached("rows", [umask], lambda folder: (folder / "a").write_text("x"))
+    finally:
+        os.umask(before)
+    for path in (cache.cache_folder(), found):
+        assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (found / "a").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_two_at_once_make_the_same(tmp_path):
