@@ -56,6 +56,10 @@ class Rows(Sequence):
         shares = np.diff(ends * min(count, len(self)) // len(self), prepend=0)
         return self.select(np.concatenate([np.flatnonzero(owners == owner)[:share] for owner, share in enumerate(shares)]))
 
+    def once(self) -> "Rows":
+        """Each of these rows once, whatever the weight of its set."""
+        return Rows(self.sets, self.tokens, self.weights, np.unique(self.indices))
+
     def __len__(self):
         return len(self.indices)
 

@@ -53,7 +53,8 @@ class DataReport:
         })
 
     def groups(self, field: str, rows) -> None:
-        """Note and say how much prompt groups share in a data key's rankings."""
+        """Note and say how much prompt groups share in a data key's rankings, each taken once whatever its weight."""
+        rows = rows.once()
         found = group_statistics(rows.dataset(), len(set(rows.prompts())))
         self.figures.setdefault(field, {})["groups"] = found
         self.say(f"{field}: {found['posts']} posts in {found['groups']} prompt groups, "

@@ -124,7 +124,7 @@ def example_of(row: dict, where: str, need_completion: bool) -> Example:
 
 def prompt_of(row: dict, where: str) -> str | None:
     """The prompt of a row of comparisons, rankings or ratings. None: its two dialogues share none."""
-    if rating_layout(row):
+    if comparison_layout(row) is None:
         return _openai_prompt(row["info"], where)
     return ranking_of(row, where).prompt if "completions" in row else comparison_of(row, where)[0]
 

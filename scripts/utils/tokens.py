@@ -2,8 +2,8 @@
 
 import bisect
 import hashlib
-import json
 import re
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 
@@ -36,8 +36,15 @@ def token_rows(stored: StoredSet, tokenizer, max_prompt_tokens: int) -> Dataset:
 def tokenizer_key(tokenizer) -> str:
     """A hash of all that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()])
+    content = backend.to_str() if backend is not None else _saved(tokenizer)
     return hashlib.sha256(f"{tokenizer.eos_token_id} {content}".encode()).hexdigest()
+
+
+def _saved(tokenizer) -> dict[str, bytes]:
+    """The files of a tokenizer without a backend: its class, its options, and all that stands beside a vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -> None:

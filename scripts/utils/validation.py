@@ -131,7 +131,9 @@ class _Prompts(_Examples):
         self._seen = set()
 
     def take(self, row: dict, number: int) -> str:
-        layout = None if "completion" in row else comparison_layout(row) or rating_layout(row)
+        layout = None if row.keys() & {"messages", "completion"} else comparison_layout(row)
+        if layout is None and example_layout(row) is None:
+            layout = rating_layout(row)
         if layout is None:
             return super().take(row, number)
         prompt = prompt_of(row, str(number))
