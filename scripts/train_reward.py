@@ -185,7 +185,7 @@ def load_splits(config, tokenizer, report):
     report.groups("reward_training_data", parts[0])
     references = found.get("centring_data")
     if references is not None:
-        references = tokenised(references[: config.test_rows], config.max_completion_tokens, report.say)
+        references = tokenised(references.first(config.test_rows), config.max_completion_tokens, report.say)
     ratings = found.get("rating_data")
     if ratings is not None:
         refuse_overlap({keys[0]: parts[0], "rating_data": ratings}, config.allow_overlap, report.say)
@@ -194,11 +194,10 @@ def load_splits(config, tokenizer, report):
 
 
 def usable(rows, config, name, report):
-    """Rankings without those that have a completion over the limit, or no pair, which are counted. (Ratings need no pair.)"""
-    paired = (rows.pair_counts() > 0) | (name == "rating_data")
-    kept = rows.select((rows.token_column("longest") <= config.max_completion_tokens) & paired)
+    """Rankings or ratings without those that have a completion over the limit, which are counted."""
+    kept = rows.select(rows.token_column("longest") <= config.max_completion_tokens)
     if len(kept) < len(rows):
-        report.say(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with no pair or a completion of more "
+        report.say(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with a completion of more "
                    f"than {config.max_completion_tokens} tokens")
     if not len(kept):
         raise UserError(f"{name}: no group is left; raise max_completion_tokens ({config.max_completion_tokens})")

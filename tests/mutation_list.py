@@ -35,7 +35,7 @@ TEXT = [
              "if len(ids) <= max_tokens else (ids[:max_tokens], CUT)",
              ("test_data.py",)),
     Mutation("a long post is cut at its first newline, not at its last", 1, TOKENS,
-             "return cut_at(last), CUT", "return cut_at(breaks[0]), CUT", ("test_data.py",)),
+             "return cut_at(last), cut", "return cut_at(breaks[0]), cut", ("test_data.py",)),
     Mutation("the spellings of the TL;DR layout stay as they are", 1, LAYOUTS,
              "return TLDR_TEMPLATE.format(subreddit=parts[0], title=parts[1], post=parts[2]) if parts else prompt",
              "return prompt", ("test_data.py",)),

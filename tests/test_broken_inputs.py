@@ -40,6 +40,23 @@ def parquet(*rows) -> bytes:
     return written.getvalue()
 
 
+def not_utf8(prompts, completions) -> bytes:
+    """Parquet whose columns of text hold Latin-1, as a careless program writes it."""
+    columns = [pyarrow.array([text.encode("latin-1") for text in texts]) for texts in (prompts, completions)]
+    written, names = io.BytesIO(), ["prompt", "completion"]
+    texts = [pyarrow.Array.from_buffers(pyarrow.string(), len(column), column.buffers()) for column in columns]
+    pyarrow.parquet.write_table(pyarrow.table(texts, names=names), written)
+    return written.getvalue()
+
+
+def far_date(row) -> bytes:
+    table = pyarrow.Table.from_pylist([good(number) for number in range(9)])
+    dates = pyarrow.array([2**40 if number == row else 0 for number in range(1, 10)], pyarrow.timestamp("s"))
+    written = io.BytesIO()
+    pyarrow.parquet.write_table(table.append_column("date", dates), written)
+    return written.getvalue()
+
+
 def tree(folder) -> dict:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
@@ -140,6 +157,8 @@ EXAMPLES = {  # a row, what is said of it
                          "column 'messages': content of message 1 is a list; text is needed"),
     "no answer": (said(("user", "Hi")), NEEDS_ANSWER),
     "an answer to nothing": (said(("assistant", "Hello")), NEEDS_ANSWER),
+    "a role that is a list": (said((["user"], "Hi"), ("assistant", "Hello")), NEEDS_ROLES),
+    "a role that is an object": (said(("user", "Hi"), ({"name": "assistant"}, "Hello")), NEEDS_ROLES),
 }
 RANKINGS = {
     "no comparison": ({"prompt": "P", "completion": "c"}, f"has columns ['completion', 'prompt']; {KNOWN_PAIRS}"),
@@ -175,6 +194,15 @@ RANKINGS = {
     "ranks of text": (ranked(ranks=["1", "2"]), "column 'ranks' must hold one number for each of the 2 completions"),
     "ranks of nothing": (ranked(ranks=[1, None]), "column 'ranks' must hold one number for each of the 2 completions"),
     "label_scores a number": (ranked(label_scores=2), "column 'label_scores' must hold one number for each of the 2 completions"),
+    "choice 1.0": (chosen(choice=1.0), "column 'choice' is 1.0; it must be 0 or 1, the better of the two summaries"),
+    "choice true": (chosen(choice=True), "column 'choice' is True; it must be 0 or 1, the better of the two summaries"),
+    "ranks of 400 digits": (ranked(ranks=[1, 10**400]), "column 'ranks' must hold one number for each of the 2 completions"),
+    "ranks to infinity": (ranked(ranks=[1, float("inf")]), "column 'ranks' must hold one number for each of the 2 completions"),
+    "label_scores of 400 digits": (ranked(label_scores=[10**400, 1]),
+                                   "column 'label_scores' must hold one number for each of the 2 completions"),
+    "label_scores that float64 has not": (ranked(label_scores=[2**60 + 1, 1]),
+                                          "column 'label_scores' must hold one number for each of the 2 completions"),
+    "score_ratio of 400 digits": (shp(score_ratio=10**400), f"column 'score_ratio' is {10**400}; a number is needed"),
 }
 PROMPTS = {
     "no prompt": ({"completion": "c"}, f"has columns ['completion']; {KNOWN}"),
@@ -261,6 +289,9 @@ FILES = {  # name, bytes, the message's beginning, what it says besides
     "JSON lines under Parquet's name": ("a.parquet", LONG, "a.parquet:1: ", "is no whole Parquet file ("),
     "Parquet of bytes": ("a.parquet", parquet({"prompt": b"\xff", "completion": "c"}), "a.parquet:1: ",
                          "column 'prompt' is bytes; text is needed"),
+    "Parquet that is not UTF-8": ("a.parquet", not_utf8("ab", "c\xff"), "a.parquet:2: ",
+                                  "column 'completion' is not UTF-8; write it again"),
+    "Parquet with a date behind all calendars": ("a.parquet", far_date(2), "a.parquet:2: ", "column 'date' holds what cannot be"),
     "JSON list cut off": ("a.json", b'[{"prompt": "p"},\n {"pro', "a.json:2: ", "a list of objects is needed"),
     "JSON list of texts": ("a.json", b'["p", "q"]', "a.json:1: ", "must be a JSON object such as"),
     "text behind a JSON list": ("a.json", b'[{"prompt": "p"}]\nend', "a.json:2: ", "is not JSON (Extra data at column 1)"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from datasets.exceptions import DatasetGenerationError, NonMatchingSplitsSizesError
 
 from utils import data
 from utils.config import PROJECT, UserError
@@ -127,7 +128,7 @@ def test_small_ratios_and_too_many_pairs_of_a_prompt_are_dropped_and_counted(tmp
     path, said = write(tmp_path, *rows), []
     found = load_rankings(path, "reward_training_data", 9, said.append, min_score_ratio=2.0, max_pairs_per_prompt=3)
     assert {group.prompt: len(group.pairs) for group in found} == {"Why is the sky blue?": 3, "Q": 1}
-    assert said == [f"{path}: dropped 2 pairs (1 a score_ratio that is too small, 1 more pairs of one prompt than "
+    assert said == [f"{path}: dropped 2 rows (1 a score_ratio that is too small, 1 more pairs of one prompt than "
                     "max_pairs_per_prompt)"]
     assert sum(len(group.pairs) for group in rankings(path)) == 6  # by default every row counts
 
@@ -185,7 +186,7 @@ def test_every_real_dialogue_is_a_pair_or_counted():
         pytest.skip(f"no dialogues at {path}; set TLDR_DATA_DIR")
     said = []
     found = rankings(str(path), said=said)
-    assert said == [f"{path}: dropped 9 pairs (4 an empty answer, 5 share no prompt)"]
+    assert said == [f"{path}: dropped 9 rows (4 an empty answer, 5 share no prompt)"]
     assert sum(len(group.pairs) for group in found) == 2312 - 9
     assert all(group.prompt.startswith("Human:") and group.prompt.endswith("\n\nAssistant:") for group in found)
 
@@ -199,6 +200,8 @@ def test_every_real_dialogue_is_a_pair_or_counted():
         ("rlhf_test_data", ["train", "valid", "test"], "test"),
         ("reward_test_data", ["train", "valid1", "valid2"], "valid2"),
         ("centring_data", ["train", "validation"], "validation"),
+        ("rating_data", ["train", "validation", "test"], "test"),
+        ("rating_data", ["train", "validation"], "validation"),
     ],
 )
 def test_hub_splits_are_chosen_by_role(field, splits, expected, monkeypatch):
@@ -207,7 +210,10 @@ def test_hub_splits_are_chosen_by_role(field, splits, expected, monkeypatch):
     assert rows_of("some/dataset", field) == [(f"some/dataset[{expected}]:1", {"split": expected})]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("offline"), RuntimeError("Dataset scripts are no longer supported")])
+@pytest.mark.parametrize("error", [
+    ConnectionError("offline"), RuntimeError("Dataset scripts are no longer supported"),
+    DatasetGenerationError("An error occurred while generating the dataset"), NonMatchingSplitsSizesError("other sizes"),
+])
 def test_an_unreachable_hub_is_a_users_error(error, monkeypatch):
     def fail(name):
         raise error
@@ -348,6 +354,16 @@ def test_ranks_with_ties(tmp_path):
     assert rankings(path)[0] == Ranking("P", [" a", " b", " c"], [(0, 1), (0, 2), (1, 2)], [3, 2, 1.5])
 
 
+@pytest.mark.parametrize("cap", [2, 9])
+def test_rankings_of_ties_alone_are_dropped_and_counted(cap, tmp_path):
+    """Whether or not they are small enough for one group; PPO takes their prompts."""
+    rows = [{"prompt": f"P{n}", "completions": ["a", "b", "c"], "ranks": [1, 1, rank]} for n, rank in enumerate((1, 2, 1))]
+    path, said = write(tmp_path, *rows), []
+    assert {row.prompt for row in rankings(path, cap, said)} == {"P1"}
+    assert said == [f"{path}: dropped 2 rows (2 ties alone)"]
+    assert [row.prompt for row in load_examples(path, "x", need_completion=False)] == ["P0", "P1", "P2"]
+
+
 def test_dropped_pairs_are_counted_with_their_reason(tmp_path):
     other = DIALOGUE.replace("Hi", "Ho")
     path = write(
@@ -356,7 +372,7 @@ def test_dropped_pairs_are_counted_with_their_reason(tmp_path):
     )
     said = []
     assert all_pairs(rankings(path, said=said)) == [(" a", " b")]
-    assert said == [f"{path}: dropped 5 pairs (2 equal answers, 2 an empty answer, 1 share no prompt)"]
+    assert said == [f"{path}: dropped 5 rows (2 equal answers, 2 an empty answer, 1 share no prompt)"]
     rankings(write(tmp_path, pair("a", "b")), said=said)
     assert len(said) == 1, "nothing dropped, nothing said"
 

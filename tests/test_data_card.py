@@ -1,5 +1,6 @@
 """The data card is true: each row that it shows is read as the block below it says, and its links lead somewhere."""
 
+import itertools
 import json
 import re
 import shlex
@@ -52,6 +53,30 @@ def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
         made.setdefault("completion", None)
         field = "actor_training_data" if made["completion"] else "rlhf_training_data"
         assert of_example(str(path), field) == made
+
+
+TURN = "\n\nHuman: C\n\nAssistant:"
+PPO_ROWS = {  # how a line of the table begins: its columns, and the prompt that they give
+    "| SFT, PPO | `messages` |": ({"messages": [{"role": "user", "content": "M"}]}, "Human: M\n\nAssistant:"),
+    "| PPO | those of a comparison": ({"chosen": f"{TURN} a", "rejected": f"{TURN} b"}, TURN.strip()),
+    "| SFT, PPO | `subreddit`": ({"subreddit": "tea", "title": "t", "post": "p"},
+                                 "SUBREDDIT: r/tea\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"),
+    "| SFT, PPO | `prompt` (and `label`)": ({"prompt": "P", "label": "l"}, "P"),
+    "| `rating_data`, PPO |": ({"info": {"article": "A"}, "summary": {"text": "s", "axes": {}}}, "A\n\nTL;DR:"),
+}
+
+
+BOTH = [pair for pair in itertools.combinations(PPO_ROWS, 2) if "`subreddit`" not in pair[0] or "rating" not in pair[1]]
+
+
+@pytest.mark.parametrize(("one", "other"), BOTH)  # `summary` cannot be the text of the one and the object of the other
+def test_the_first_line_that_fits_decides(one, other, tmp_path):
+    """For a row with the columns of two lines of the table."""
+    row, path = PPO_ROWS[one][0] | PPO_ROWS[other][0], tmp_path / "row.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    first = min(one, other, key=lambda line: CARD.index(f"\n{line}"))
+    made = "P" if {"chosen", "prompt"} <= row.keys() else PPO_ROWS[first][1]  # a comparison has its prompt there, too
+    assert of_example(str(path), "rlhf_training_data")["prompt"] == made
 
 
 def test_mixtures_and_commands_are_understood():

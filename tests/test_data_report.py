@@ -111,6 +111,18 @@ def test_the_reward_stage_says_and_saves_how_much_groups_share(tmp_path):
     assert line in (tmp_path / "run" / "train.log").read_text()
 
 
+def test_a_weight_makes_no_groups(tmp_path):
+    """A set that is taken three times has no more completions of a post, pairs or contradictions than when it is taken once."""
+    path, found = write(tmp_path / "a.jsonl", drawn(100)), []
+    for weight in (1, 3):
+        report = DataReport()
+        config = train_reward.RewardStageConfig(reward_training_data={"name": path, "weight": weight}, eval_rows=1, test_rows=1)
+        train, *_ = train_reward.load_splits(config, TOKENIZER, report)
+        assert len(train) == 18 * weight
+        found.append(report.figures["reward_training_data"]["groups"])
+    assert found[0] == found[1] and found[0]["posts"] == found[0]["groups"] == 18
+
+
 @pytest.mark.parametrize("cap", [2, 9])
 def test_a_post_in_several_groups_is_one_post(cap, tmp_path):
     rows = [pair("P", a, b) for a, b in ("ab", "cd", "ac")]

@@ -1,6 +1,7 @@
 """Files of rows: every kind reads alike, packed or not, and what is broken is named by file and line."""
 
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -12,12 +13,12 @@ import pytest
 
 from utils.config import UserError
 from utils.data import load_examples, load_rankings
-from utils.files import FILE_ENDINGS, read_file
+from utils.files import FILE_ENDINGS, BadRow, read_file
 from utils.sources import Source, open_source
 
 ROWS = [
     {"prompt": 'Where is it?\nShe said "here", I think; ☂', "completions": [" There.", " Here, by the door."], "ranks": [2, 1]},
-    {"prompt": "And why\n\n,?", "completions": [" So.", " Because\nit is."], "ranks": [1, 1]},
+    {"prompt": "And why\n\n,?", "completions": [" So.", " Because\nit is."], "ranks": [1, 3]},
     {"prompt": "When?", "completions": [" Now, they say.", " Then."], "ranks": [1, 2]},
 ]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)}
@@ -97,6 +98,59 @@ def test_comparisons_of_the_hub_are_the_same_in_every_kind_of_file(kind, row, tm
     [group] = load_rankings(str(path), "reward_training_data", 9, print, min_score_ratio=2.0)
     better, worse = (group.completions[index] for index in group.pairs[0])
     assert (better, worse) in {(" Because.", " So."), (" b", " a")}
+
+
+OPTIONAL = {  # columns of a CSV file, and of the same row in JSON lines, which leaves out what is empty
+    "completion": {"prompt": "P", "completion": ""},
+    "label": {"prompt": "P", "label": ""},
+    "summary": {"subreddit": "tea", "title": "t", "post": "p", "summary": ""},
+    "facts": {"prompt": "P", "completion": "c", "facts": ""},
+    "ranks": {"prompt": "P", "completions": ["a", "b"], "ranks": "", "label_scores": ""},
+    "notes": {"prompt": "P", "chosen": "a", "rejected": "b", "confidence": "", "policies": "", "batch": "", "worker": "w"},
+    "score_ratio": {"history": "P", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": ""},
+}
+
+
+def load_optional(case, path):
+    if case in ("completion", "label", "summary", "facts"):
+        return list(load_examples(path, "rlhf_training_data", need_completion=False))
+    return list(load_rankings(path, "reward_training_data", 9, print, min_score_ratio=2.0))
+
+
+def test_an_answer_is_not_optional(tmp_path):
+    """An empty one is an answer, which is left out and counted as in any other file."""
+    (tmp_path / "a.csv").write_bytes(as_csv([{"prompt": "P", "chosen": chosen, "rejected": "b"} for chosen in ("a", "")]))
+    said = []
+    assert len(load_rankings(str(tmp_path / "a.csv"), "reward_training_data", 9, said.append)) == 1
+    assert "(1 an empty answer)" in said[0]
+
+
+@pytest.mark.parametrize("case", OPTIONAL)
+def test_an_empty_cell_of_an_optional_column_is_not_given(case, tmp_path):
+    row = OPTIONAL[case]
+    (tmp_path / "a.csv").write_bytes(as_csv([row]))
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{name: value for name, value in row.items() if value != ""}]))
+    given, left_out = (load_optional(case, str(tmp_path / f"a.{ending}")) for ending in ("csv", "jsonl"))
+    assert given == left_out and len(given) == 1
+
+
+def test_facts_may_be_dates(tmp_path):
+    """Parquet has them; facts are kept as JSON, which has not."""
+    facts = [{"day": datetime.date(2026, 11, 25)}, {"day": datetime.date(2026, 11, 26)}]
+    (tmp_path / "a.parquet").write_bytes(as_parquet([{"prompt": "P", "completion": "c", "facts": fact} for fact in facts]))
+    found = load_examples(str(tmp_path / "a.parquet"), "actor_training_data")
+    assert [example.facts for example in found] == [{"day": "2026-11-25"}, {"day": "2026-11-26"}]
+
+
+def test_a_parquet_row_that_is_not_utf8_is_the_only_one_left_out(tmp_path):
+    """In the second of its batches; what could be read of it is kept."""
+    column = pyarrow.array([b"caf\xe9" if number == 1501 else b"c" for number in range(2000)])
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), len(column), column.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [f"P{n}" for n in range(2000)], "completion": texts}),
+                                tmp_path / "a.parquet")
+    rows = dict(read_file(tmp_path / "a.parquet", "data"))
+    assert rows.pop(1502) == BadRow("column 'completion' is not UTF-8; write it again", {"prompt": "P1501"})
+    assert rows == {n + 1: {"prompt": f"P{n}", "completion": "c"} for n in range(2000) if n != 1501}
 
 
 def test_a_row_is_named_by_the_line_it_begins_at(tmp_path):

@@ -121,6 +121,7 @@ def test_scores_are_held_against_the_ratings(tmp_path, monkeypatch):
 
 
 BROKEN_RATINGS = {
+    "400 digits": (rating("p", "a", 10**400), f"column 'summary': the overall rating is {10**400}; a number is needed"),
     "a text": (rating("p", "a", 1, summary="a"), "column 'summary' must be an object with 'text' and 'axes'"),
     "no axes": (rating("p", "a", 1, summary={"text": "a"}), "column 'summary' must be an object with 'text' and 'axes'"),
     "rated by a word": (rating("p", "a", "good"), "the overall rating is 'good'; a number is needed"),

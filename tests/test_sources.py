@@ -162,6 +162,30 @@ def test_rows_that_are_held_out_are_taken_once_and_from_every_set(tmp_path):
     assert set(Counter(train).values()) == {3} and len(set(train)) + sum(map(len, held)) == 200
 
 
+@pytest.mark.parametrize("sizes", [(40,), (60, 40), (10, 80, 10), (30, 0, 30)])
+def test_of_a_mixture_the_first_rows_of_each_set_are_judged_in_proportion(sizes, tmp_path):
+    """Of one set, exactly its first rows; one of three sets may hold none that is usable."""
+    paths = [write(tmp_path / f"{letter}.jsonl", [{"prompt": f"{letter}{n}", "completion": "c"} for n in range(size)]
+                   or [{"prompt": "long", "completion": ""}]) for letter, size in zip("abc", sizes, strict=False)]
+    train = write(tmp_path / "train.jsonl", [{"prompt": f"t{n}", "completion": "c"} for n in range(50)])
+    config = train_sft.SFTStageConfig(actor_training_data=train, actor_validation_data=paths, eval_rows=20, on_bad_rows="skip")
+    kinds = {field: "examples" for field in ("actor_training_data", "actor_validation_data")}
+    found = load_data(config, kinds, TOKENIZER, DataReport())
+    kept = [example.prompt for example in split_rows(config, "actor", found, DataReport())[1]]
+    counts = Counter(prompt[0] for prompt in kept)
+    assert len(kept) == 20 and kept == [f"{letter}{n}" for letter in "abc" for n in range(counts[letter])]
+    assert all(abs(counts[letter] - 20 * size / sum(sizes)) < 1 for letter, size in zip("abc", sizes, strict=False))
+
+
+def test_references_of_a_mixture_are_of_every_set(tmp_path):
+    paths = [write(tmp_path / f"{letter}.jsonl", [{"prompt": f"{letter}{n}", "completion": "c"} for n in range(size)])
+             for letter, size in (("a", 30), ("b", 10))]
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"P{n}", "chosen": "a", "rejected": "b"} for n in range(50)])
+    config = train_reward.RewardStageConfig(reward_training_data=rows, centring_data=paths, test_rows=4)
+    references = train_reward.load_splits(config, TOKENIZER, DataReport())[3]
+    assert [example.prompt for example in references.examples] == ["a0", "a1", "a2", "b0"]
+
+
 def test_a_mixture_of_comparisons_trains_from_every_set(tmp_path):
     """Of different layouts, each with its own groups; a prompt that two sets share has a group in each."""
     one = write(tmp_path / "a.jsonl", [{"prompt": f"P{n}", "chosen": "a", "rejected": "b"} for n in range(8)])

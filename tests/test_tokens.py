@@ -1,5 +1,6 @@
 """Tokens: what is cut where, for every kind of tokenizer, and that a completion continues its prompt (details 1 and 2)."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import datasets.config
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerFast
 
 from utils.config import PROJECT
 from utils.data import load_data, load_examples
@@ -142,6 +143,14 @@ def test_a_post_is_cut_and_its_frame_is_not(tokenizer):
     assert cut_prompts(tokenizer, [prompt], 8) == [([], TOO_LONG)]
 
 
+def test_a_post_that_is_cut_inside_a_sentence_is_counted_so(tokenizer):
+    """As a dialogue that is cut inside a turn; a line or a sentence that ends where the cut is, is whole."""
+    for post, expected in (("A line of a few words here\n" * 30, CUT), ("This is a sentence here. " * 30, CUT),
+                           ("a few words more and " * 30, CUT_INSIDE)):
+        [(ids, cut)] = cut_prompts(tokenizer, [TLDR_TEMPLATE.format(subreddit="tea", title="t", post=post)], 90)
+        assert cut == expected and 60 < len(ids) <= 90
+
+
 def test_special_tokens_that_somebody_wrote_into_a_long_post_are_text(tokenizer):
     """Detail 4: also where a text is tokenised once more to be cut."""
     post = "They wrote </s> and <pad> here.\n" * 20
@@ -192,6 +201,27 @@ def test_tokenizers_that_differ_do_not_share_tokens(own_cache):
     assert tokenizer_key(other) != before
     other.eos_token = "<s>"
     assert len({before, tokenizer_key(other), tokenizer_key(trained("gpt2"))}) == 2
+
+
+def slow(folder, merges):
+    """A tokenizer in Python: its vocabulary is the same whatever its merges are."""
+    folder.mkdir()
+    vocab = ["<unk>", "</s>", "a", "b", "c", "a@@", "b@@", "ab", "bc", "ab@@", "P"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
+    CTRLTokenizer(folder / "vocab.json", folder / "merges.txt", eos_token="</s>").save_pretrained(folder)
+    return CTRLTokenizer.from_pretrained(folder)
+
+
+def test_slow_tokenizers_that_differ_in_their_merges_do_not_share_tokens(own_cache, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "abc", "completion": "c"}))
+    stored = read_set(Source(str(tmp_path / "rows.jsonl")), "actor_training_data", "examples")
+    one, other, again = (slow(tmp_path / name, merges) for name, merges in (
+        ("one", "a b\n"), ("other", "b c</w>\n"), ("again", "a b\n")))
+    assert one.get_vocab() == other.get_vocab() and getattr(one, "backend_tokenizer", None) is None
+    for tokenizer, tokens in ((one, ["ab@@", "c"]), (other, ["a@@", "bc"])):
+        assert tokenizer.convert_ids_to_tokens(token_rows(stored, tokenizer, 32)[0]["prompt"]) == tokens
+    assert tokenizer_key(one) == tokenizer_key(again) != tokenizer_key(other)
 
 
 def test_cut_prompts_are_counted(own_cache, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import threading
 import tracemalloc
 from collections import Counter, defaultdict
@@ -273,6 +274,20 @@ def test_content_counts_and_not_the_name(tmp_path, monkeypatch):
     assert list(load_examples(first, "x")) == [Example("P2", " c", None)]
 
 
+def test_the_ending_counts_too(tmp_path):
+    """It says how the bytes are read: the same ones are other rows, or none, under another ending."""
+    content = [b"[", GOOD % 1 + b",", GOOD % 2, b"]"]
+    assert [row.prompt for row in load_examples(write(tmp_path / "a.json", content), "x")] == ["P1", "P2"]
+    for name, said in (("a.jsonl", "is not JSON"), ("a.csv", "has columns "), ("a.parquet", "is no whole Parquet file"),
+                       ("a.txt", "is not a file of rows; its name must end with one of"), ("a", "is not a file of rows")):
+        with pytest.raises(UserError, match=said):
+            load_examples(write(tmp_path / name, content), "x")
+    same = b'{"prompt": "P3"}'  # a row of JSON, and the header of a CSV file
+    assert [row.prompt for row in load_examples(write(tmp_path / "b.jsonl", [same]), "x", need_completion=False)] == ["P3"]
+    with pytest.raises(UserError, match="is empty; it needs rows"):
+        load_examples(write(tmp_path / "b.csv", [same]), "x", need_completion=False)
+
+
 def test_other_code_does_not_find_what_older_code_made(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [GOOD % 1])
     load_examples(path, "x")
@@ -302,6 +317,18 @@ def test_a_result_gets_its_name_when_it_is_whole():
     found = cache.cached("rows", [1], build)
     assert found.stat().st_ino == made[0] and "." not in found.name and list(cache.cache_folder().iterdir()) == [found]
     assert cache.cached("rows", [1], build) == found and len(made) == 1
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_who_may_read_a_result_is_for_the_umask_to_say(umask):
+    before = os.umask(umask)
+    try:
+        found = cache.cached("rows", [umask], lambda folder: (folder / "a").write_text("x"))
+    finally:
+        os.umask(before)
+    for path in (cache.cache_folder(), found):
+        assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (found / "a").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_two_at_once_make_the_same(tmp_path):

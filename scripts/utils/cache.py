@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,8 +48,8 @@ def cached(kind: str, ingredients: list, build: Callable[[Path], None]) -> Path:
 
 def _make(target: Path, build) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+        aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}")  # mkdtemp's would be its owner's alone
+        aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"HF_DATASETS_CACHE: '{target.parent}' cannot be written to ({error.strerror}); set this environment "
                         "variable to another folder") from None

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from utils.config import UserError
@@ -49,6 +48,17 @@ class Rows(Sequence):
     def select(self, indices) -> "Rows":
         """Some of these rows by their places among them, in that order; or those where a mask is True."""
         return Rows(self.sets, self.tokens, self.weights, self.indices[indices])
+
+    def first(self, count: int) -> "Rows":
+        """The first rows, at most so many; of a mixture the first of each set, in proportion to what there is of it."""
+        owners = np.searchsorted(self.starts, self.indices, side="right") - 1
+        ends = np.cumsum(np.bincount(owners, minlength=len(self.sets)))
+        shares = np.diff(ends * min(count, len(self)) // len(self), prepend=0)
+        return self.select(np.concatenate([np.flatnonzero(owners == owner)[:share] for owner, share in enumerate(shares)]))
+
+    def once(self) -> "Rows":
+        """Each of these rows once, whatever the weight of its set."""
+        return Rows(self.sets, self.tokens, self.weights, np.unique(self.indices))
 
     def __len__(self):
         return len(self.indices)
@@ -92,11 +102,6 @@ class Rows(Sequence):
         """The rows as token ids: the table of `utils/tokens.py`, which stays on the disk."""
         table = self.tokens[0] if len(self.tokens) == 1 else concatenate_datasets(self.tokens)
         return table if np.array_equal(self.indices, np.arange(len(table))) else table.select(self.indices)
-
-    def pair_counts(self) -> np.ndarray:
-        """(N,) compared pairs of each row."""
-        counts = [pc.list_value_length(stored.table.column("pairs")).to_numpy() for stored in self.sets]
-        return np.concatenate(counts)[self.indices]
 
     def finding_count(self) -> int:
         """How many rows cannot be used: those that are none, and those whose prompt cannot fit."""
@@ -204,7 +209,7 @@ def split_rows(config, role: str, found: dict[str, Rows], report: DataReport) ->
         held[field] = found.get(field)
         if held[field] is None:
             train, held[field] = split_off(train, min(0.1, most / len(train)), config.seed)
-        held[field] = held[field][:most]
+        held[field] = held[field].first(most)
     refuse_overlap({f"{role}_training_data": train, **held}, config.allow_overlap, report.say)
     train = train.weighed(config.seed)
     if not len(train):

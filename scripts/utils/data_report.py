@@ -27,9 +27,8 @@ class DataReport:
         for stored in rows.sets:
             counts = {reason: found["rows"] for reason, found in stored.meta["dropped"].items()}
             if counts:
-                what = "pairs" if stored.meta["kind"] == "rankings" else "rows"
                 why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-                self.say(f"{stored.label}: dropped {sum(counts.values())} {what} ({why})")
+                self.say(f"{stored.label}: dropped {sum(counts.values())} rows ({why})")
 
     def leave_out(self, field: str, count: int, findings: Callable[[], Iterator[dict]]) -> None:
         """Note rows that `on_bad_rows: skip` leaves out."""
@@ -54,7 +53,8 @@ class DataReport:
         })
 
     def groups(self, field: str, rows) -> None:
-        """Note and say how much prompt groups share in a data key's rankings."""
+        """Note and say how much prompt groups share in a data key's rankings, each taken once whatever its weight."""
+        rows = rows.once()
         found = group_statistics(rows.dataset(), len(set(rows.prompts())))
         self.figures.setdefault(field, {})["groups"] = found
         self.say(f"{field}: {found['posts']} posts in {found['groups']} prompt groups, "

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from utils.config import UserError
+from utils.layouts import NOTES
 
 
 def _open_zst(path, mode):
@@ -25,6 +26,8 @@ FILE_ENDINGS = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json", ".csv", "
 # CSV has text only: in these columns of `utils/layouts.py`, which hold something else, a cell is JSON
 _CSV_JSON = ("completions", "ranks", "label_scores", "messages", "facts", "labels", "score_ratio", "info", "summaries",
              "choice", "extra")
+# and in these, which need not be there, an empty cell says no more than an absent column
+_CSV_OPTIONAL = ("completion", "label", "summary", "ranks", "label_scores", "facts", "score_ratio", *NOTES)
 
 
 class BadRow(NamedTuple):
@@ -164,6 +167,7 @@ def _csv_row(cells: list[str], header: list[str], damaged: bool) -> dict | BadRo
     if len(cells) != len(header):
         return BadRow(f"has {len(cells)} cells, but the first line names {len(header)} columns", cells)
     row = dict(zip(header, cells, strict=True))
+    row |= {name: None for name in _CSV_OPTIONAL if row.get(name) == ""}
     for name in _CSV_JSON:
         if row.get(name):
             value = _parsed(row[name], f"column '{name}' needs JSON")
@@ -178,12 +182,30 @@ def _read_parquet(file, path):
         # packed it cannot be searched, and the index is at its end
         table = pyarrow.parquet.ParquetFile(file if file.seekable() and isinstance(file, io.BufferedReader)
                                             else io.BytesIO(file.read()))
-        rows = (row for batch in table.iter_batches(1000) for row in batch.to_pylist())
-        yield from enumerate(rows, start=1)
+        yield from enumerate((row for batch in table.iter_batches(1000) for row in _parquet_rows(batch)), start=1)
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         raise UserError(f"{path}:1: is no whole Parquet file ({str(error).splitlines()[0]:.100})") from None
+
+
+def _parquet_rows(batch) -> list[dict | BadRow]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [_parquet_row(batch.slice(index, 1)) for index in range(len(batch))]
+
+
+def _parquet_row(batch) -> dict | BadRow:
+    """The row of a batch of one, whose cells need not be what their columns say: no UTF-8, a date behind all calendars."""
+    row, reason = {}, None
+    for name, cells in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = cells[0].as_py()
+        except (ValueError, OverflowError) as error:
+            problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"holds what cannot be read ({error})"
+            reason = f"column '{name}' {problem}; write it again"
+    return BadRow(reason, row) if reason else row
 
 
 def _parsed(text: str, needed: str):

@@ -124,7 +124,7 @@ def example_of(row: dict, where: str, need_completion: bool) -> Example:
 
 def prompt_of(row: dict, where: str) -> str | None:
     """The prompt of a row of comparisons, rankings or ratings. None: its two dialogues share none."""
-    if rating_layout(row):
+    if comparison_layout(row) is None:
         return _openai_prompt(row["info"], where)
     return ranking_of(row, where).prompt if "completions" in row else comparison_of(row, where)[0]
 
@@ -134,10 +134,11 @@ _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
 def _dialogue_example(messages, where: str, need_completion: bool) -> Example:
     """A dialogue in the layout of Anthropic/hh-rlhf: its last assistant message is the completion, all before it the prompt."""
-    whole = isinstance(messages, list) and all(isinstance(m, dict) and m.get("role") in _SPEAKERS for m in messages)
+    roles = tuple(_SPEAKERS)  # a role may be a list, which no dict can be asked for
+    whole = isinstance(messages, list) and all(isinstance(m, dict) and m.get("role") in roles for m in messages)
     if not whole or not messages:
         raise UserError(f"{where}: column 'messages' must be a list of {{role, content}} objects; roles are "
-                        f"{', '.join(_SPEAKERS)}")
+                        f"{', '.join(roles)}")
     texts = [_text(message.get("content"), f"column 'messages': content of message {number}", where).strip()
              for number, message in enumerate(messages, start=1)]
     answered = messages[-1]["role"] == "assistant"
@@ -174,7 +175,8 @@ def ranking_of(row: dict, where: str) -> Ranking:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Of a size that float64 holds exactly; not infinite, not NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 2**53
 
 
 def comparison_of(row: dict, where: str):
@@ -217,7 +219,7 @@ def _openai_comparison(row: dict, where: str):
     two = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(summary, dict) for summary in summaries)
     if not isinstance(info, dict) or not two:
         raise UserError(f"{where}: columns 'info' and 'summaries' must be an object and a list of two objects with 'text'")
-    if choice not in (0, 1) or isinstance(choice, bool):
+    if type(choice) is not int or choice not in (0, 1):
         raise UserError(f"{where}: column 'choice' is {choice!r}; it must be 0 or 1, the better of the two summaries")
     prompt = _openai_prompt(info, where)
     texts = [summary.get("text") for summary in summaries]
@@ -273,10 +275,10 @@ def _shp_comparison(row: dict, where: str):
 
 def score_ratio(row: dict, where: str) -> float:
     """`score_ratio`, infinite where there is none."""
-    ratio = row.get("score_ratio", math.inf)
-    if ratio is not math.inf and not _is_number(ratio):
+    ratio = row.get("score_ratio")
+    if ratio is not None and not _is_number(ratio):
         raise UserError(f"{where}: column 'score_ratio' is {ratio!r}; a number is needed")
-    return ratio
+    return math.inf if ratio is None else ratio
 
 
 def _shared_dialogue(chosen: str, rejected: str):

@@ -19,7 +19,8 @@ from utils.config import UserError, find_input, find_local, is_hub_name, key
 from utils.files import FILE_ENDINGS, BadRow, read_file
 
 _HELD_OUT = ["validation", "valid", "valid1"]
-_SPLITS = {"validation": _HELD_OUT, "test": ["test", "valid2"], "centring": _HELD_OUT}  # by a part of the key; others: train
+# by a part of the key; others: train
+_SPLITS = {"validation": _HELD_OUT, "test": ["test", "valid2"], "centring": _HELD_OUT, "rating": ["test", *_HELD_OUT]}
 
 
 class Source(NamedTuple):
@@ -86,7 +87,7 @@ class Opened(NamedTuple):
     """A data set that is there."""
 
     label: str  # for messages: a row's place is `label:number`
-    content: list[str]  # what identifies its content
+    content: list[str]  # what identifies its content and how it is read
     rows: Iterator[tuple[int, dict | BadRow]]  # each with its number, from 1
 
 
@@ -110,7 +111,8 @@ def open_source(source: Source, field: str) -> Opened:
         raise UserError(f"{field}: '{name}' is on this disk and has no {' or '.join(remote)}; leave that out")
     if path.is_dir():
         return _open_saved(path, source.split, field)
-    return Opened(str(path), [_digest([path])], read_file(path, field))
+    ending = next(filter(path.name.endswith, FILE_ENDINGS), "")  # decides how the bytes are read
+    return Opened(str(path), [_digest([path]), ending], read_file(path, field))
 
 
 def _digest(paths: list[Path]) -> str:
@@ -141,13 +143,14 @@ def _open_saved(path: Path, split: str | None, field: str) -> Opened:
 
 def _open_hub(source: Source, field: str) -> Opened:
     from datasets import get_dataset_split_names, load_dataset
+    from datasets.exceptions import DatasetsError
 
     more = {option: value for option, value in source._asdict().items() if option in ("revision", "data_dir") and value}
     config = [source.config] if source.config else []
     try:
         split = source.split or _split_of(get_dataset_split_names(source.name, *config, **more), None, field, source.name)
         rows = load_dataset(source.name, *config, split=split, **more)
-    except (OSError, ValueError, RuntimeError) as error:  # Runtime: loading scripts
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # Runtime: loading scripts
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{field}: '{source.name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
                         "without a network, name a local copy: a file, or a folder saved by `datasets`") from None

@@ -2,8 +2,8 @@
 
 import bisect
 import hashlib
-import json
 import re
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from utils.config import UserError
 from utils.layouts import TLDR_TEMPLATE, tldr_parts
 from utils.store import ROW_COLUMNS, StoredSet
 
-WHOLE, CUT, CUT_INSIDE, TOO_LONG = range(4)  # a prompt; cut at a boundary; its end alone; its fixed parts do not fit
+WHOLE, CUT, CUT_INSIDE, TOO_LONG = range(4)  # a prompt; cut at a boundary; inside a sentence or turn; its fixed parts do not fit
 _IDS = pa.list_(pa.int32())
 _TURN = "\n\nHuman: "
 
@@ -36,8 +36,15 @@ def token_rows(stored: StoredSet, tokenizer, max_prompt_tokens: int) -> Dataset:
 def tokenizer_key(tokenizer) -> str:
     """A hash of all that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()])
+    content = backend.to_str() if backend is not None else _saved(tokenizer)
     return hashlib.sha256(f"{tokenizer.eos_token_id} {content}".encode()).hexdigest()
+
+
+def _saved(tokenizer) -> dict[str, bytes]:
+    """The files of a tokenizer without a backend: its class, its options, and all that stands beside a vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -> None:
@@ -138,10 +145,10 @@ def _cut_post(tokenizer, subreddit, title, post, max_tokens: int, token_size: fl
         return _ids(tokenizer, TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=post[:end].rstrip()))
 
     guess = max_tokens * token_size - len(TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=""))
-    for breaks in _breaks(post):
+    for breaks, cut in zip(_breaks(post), (CUT, CUT, CUT_INSIDE), strict=True):
         last = _last_that_fits(breaks, lambda end: len(cut_at(end)) <= max_tokens, guess)
         if last is not None:
-            return cut_at(last), CUT
+            return cut_at(last), cut
     return [], TOO_LONG
 
 

@@ -2,10 +2,10 @@
 
 A row that its layout does not allow (a column missing or mistyped, an empty prompt or completion, ranks that do not match,
 no JSON, no UTF-8) is *rejected*: a finding for the user, see `on_bad_rows`. A comparison that is well-formed but compares
-nothing is *dropped* and counted, as detail 6 says: equal answers, an empty answer, two dialogues that share no prompt. The
-public sets hold a few of them, and nobody should have to mend a public set to train on it.
+nothing is *dropped* and counted, as detail 6 says: equal answers, an empty answer, two dialogues that share no prompt, a
+ranking of ties alone. The public sets hold a few of them, and nobody should have to mend a public set to train on it.
 
-All comparisons of one prompt become one group, in which each distinct completion stands once.
+All pairwise rows of one prompt become one group, in which each distinct completion stands once. A ranking is a group of its own.
 """
 
 import json
@@ -112,7 +112,7 @@ class _Examples:
     def take(self, row: dict, number: int) -> str:
         example = example_of(row, str(number), self.need_completion)
         completions = [] if example.completion is None else [self.writer.text(example.completion)]
-        facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False)
+        facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False, default=str)
         self.writer.row(number, self.writer.text(example.prompt), completions, facts=facts)
         layout = example_layout(row)
         return layout if completions or layout == "messages" else layout.rpartition(", ")[0]
@@ -131,7 +131,9 @@ class _Prompts(_Examples):
         self._seen = set()
 
     def take(self, row: dict, number: int) -> str:
-        layout = None if "completion" in row else comparison_layout(row) or rating_layout(row)
+        layout = None if row.keys() & {"messages", "completion"} else comparison_layout(row)
+        if layout is None and example_layout(row) is None:
+            layout = rating_layout(row)
         if layout is None:
             return super().take(row, number)
         prompt = prompt_of(row, str(number))
@@ -183,25 +185,22 @@ class _Rankings:
 
     def take(self, row: dict, number: int) -> str:
         layout = comparison_layout(row)
-        if layout == "prompt, completions":
-            self._take_ranking(row, number)
-            return layout
-        prompt, chosen, rejected, note = comparison_of(row, str(number))
-        if score_ratio(row, str(number)) < self.min_score_ratio:
-            reason = "a score_ratio that is too small"
-        elif prompt is None:
-            reason = "share no prompt"
-        elif chosen.strip() == rejected.strip():
-            reason = "equal answers"
-        elif not chosen.strip() or not rejected.strip():
-            reason = "an empty answer"
-        else:
-            reason = self._take_pair(number, prompt, chosen, rejected, note)
-        if reason:
+        take = self._take_ranking if layout == "prompt, completions" else self._take_pair
+        if reason := take(row, number):
             self.dropped.setdefault(reason, []).append(number)
         return layout
 
-    def _take_pair(self, number, prompt, chosen, rejected, note) -> str | None:
+    def _take_pair(self, row, number) -> str | None:
+        """Keep a pair; or say why it is dropped."""
+        prompt, chosen, rejected, note = comparison_of(row, str(number))
+        if score_ratio(row, str(number)) < self.min_score_ratio:
+            return "a score_ratio that is too small"
+        elif prompt is None:
+            return "share no prompt"
+        elif chosen.strip() == rejected.strip():
+            return "equal answers"
+        elif not chosen.strip() or not rejected.strip():
+            return "an empty answer"
         text = self.writer.text(prompt)
         group = self._groups.get(text)
         if group is None:
@@ -212,15 +211,18 @@ class _Rankings:
         group.values.extend((self.writer.text(chosen), self.writer.text(rejected), noted))
         return None
 
-    def _take_ranking(self, row, number):
+    def _take_ranking(self, row, number) -> str | None:
         ranking = ranking_of(row, str(number))
+        if not ranking.pairs:
+            return "ties alone"
         prompt, texts = self.writer.text(ranking.prompt), [self.writer.text(text) for text in ranking.completions]
         if len(texts) <= self.max_completions:
             self.writer.row(number, prompt, texts, ranking.pairs, ranking.label_scores)
-            return
+            return None
         known = dict(zip(texts, ranking.label_scores, strict=True)) if ranking.label_scores else None
         for part, pairs, _ in split_group([(texts[i], texts[j], 0) for i, j in ranking.pairs], self.max_completions):
             self.writer.row(number, prompt, part, pairs, known and [known[text] for text in part])
+        return None
 
     def finish(self):
         notes = [dict(note) for note in self._notes]
