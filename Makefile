@@ -16,7 +16,7 @@ PY = .venv/bin/python
 # stage NAME FOLDER OPTIONS: a finished stage is not run again, an interrupted one goes on.
 STAGE = stage() { name=$$1; out=$$2; shift 2; \
 	  if [ -e "$$out/final" ]; then echo "$$name is already in $$out ('make demo OUT=outputs/second' starts over)"; \
-	  elif find "$$out/checkpoints" -maxdepth 1 \( -name 'checkpoint-*' -o -name 'update-*' \) ! -name '*.tmp' 2>/dev/null | grep -q .; then $(PY) scripts/train_$$name.py --output_dir "$$out" "$$@" $(ARGS) --resume; \
+	  elif [ -s "$$out/metrics.jsonl" ]; then $(PY) scripts/train_$$name.py --output_dir "$$out" "$$@" $(ARGS) --resume; \
 	  else $(PY) scripts/train_$$name.py --output_dir "$$out" "$$@" $(ARGS); fi; }
 
 demo: .venv/ready

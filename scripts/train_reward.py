@@ -243,7 +243,7 @@ def main(config: RewardStageConfig) -> None:
         run=run, config=config, validation=validation,
     )
     began = time.time()
-    trainer.train(resume_from_checkpoint=newest_checkpoint(run) if config.resume else None)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(run))
     seconds = time.time() - began
     if run.stop_signal is not None:
         run.stopped()

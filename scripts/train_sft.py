@@ -142,10 +142,11 @@ def main(config: SFTStageConfig) -> None:
     )
     before, base_summaries = rouge_of(model, tokenizer, test, config, "base model")
     run.say(f"base model: test ROUGE mean {before['rouge_avg']:.3f} on {len(test.prompts)} posts")
-    if not config.resume:
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
         trainer.evaluate()
     began = time.time()
-    trainer.train(resume_from_checkpoint=newest_checkpoint(run) if config.resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.time() - began
     if run.stop_signal is not None:
         run.stopped()

@@ -10,6 +10,8 @@ from transformers import (
     OPTConfig,
 )
 
+from utils.models import with_our_heads
+
 VOCAB, PAD, EOS = 31, 1, 2
 _SPECIAL = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -52,7 +54,7 @@ def _random(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         torch.nn.init.normal_(weight.data, std=0.2, generator=generator)
-    return model.eval()
+    return with_our_heads(model).eval()
 
 
 def random_tokens(count: int, generator) -> list[int]:

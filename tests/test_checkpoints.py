@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from utils.checkpoints import Keeper
+from utils.checkpoints import CheckpointFolder, Keeper
 from utils.config import UserError
 
 
@@ -22,19 +22,33 @@ class Policy(torch.nn.Linear):
     def become(self, value):
         torch.nn.init.constant_(self.weight, value)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, state_dict=None):
         from safetensors.torch import save_model
 
         folder.mkdir(exist_ok=True)
         save_model(self, folder / "model.safetensors")
 
 
+class FakeRun:
+    """What a checkpoint needs of a run: its folder, lines for people, and metrics of a size that it can go back to."""
+
+    def __init__(self, folder):
+        self.folder, self.said, self.size = folder, [], 0
+        self.say = self.said.append
+
+    def metrics_bytes(self):
+        return self.size
+
+    def rewind(self, size):
+        self.size = size
+
+
 def keeper(folder, policy=None, kl_budget=5.0, save_total_limit=2):
     accelerator = Accelerator(cpu=True)
     policy = policy or Policy()
     accelerator.prepare(policy)
-    run = SimpleNamespace(folder=folder, say=lambda line: None)
-    config = SimpleNamespace(kl_budget=kl_budget, save_total_limit=save_total_limit)
+    config = SimpleNamespace(kl_budget=kl_budget, save_total_limit=save_total_limit, deepspeed=None)
+    run = FakeRun(folder)
     return Keeper(run, config, accelerator, policy)
 
 
@@ -117,6 +131,66 @@ def test_progress_names_the_best(tmp_path):
     assert progress == {"update": 5, "best": {"update": 4, "score": 1.5, "kl": 0.25}, "carried": {"kl_coef": 0.5}}
 
 
-def test_nothing_to_resume_is_said(tmp_path):
-    with pytest.raises(UserError, match="^resume: .* has no checkpoint yet"):
-        keeper(tmp_path).load()
+def test_a_run_without_a_checkpoint_starts_from_its_beginning(tmp_path):
+    ours = keeper(tmp_path)
+    ours.run.size = 7
+    assert ours.load() == (0, {}) and ours.run.size == 0
+    assert ours.run.said == ["no checkpoint yet: starting from the beginning"]
+
+
+def written(folder, steps, run=None):
+    """A folder with a checkpoint for each step, and the run whose metrics were ten bytes a step then."""
+    ours = CheckpointFolder(run or FakeRun(folder))
+    for step in steps:
+        ours.run.size = 10 * step
+        ours.write(f"checkpoint-{step}", lambda aside, step=step: (aside / "weights").write_text(f"of step {step}"))
+    return ours
+
+
+DAMAGE = {
+    "other bytes": lambda path: (path / "weights").write_text("of step 9"),
+    "a file less": lambda path: (path / "weights").unlink(),
+    "a file more": lambda path: (path / "optimizer").write_text(""),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "half a manifest": lambda path: (path / "manifest.json").write_text('{"processes": 1'),
+    "another manifest": lambda path: (path / "manifest.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_the_newest_checkpoint_whose_checksums_hold_is_taken(damage, tmp_path):
+    ours = written(tmp_path, [8, 10, 9])
+    assert ours.newest("checkpoint").name == "checkpoint-10" and ours.run.size == 100
+    broken = tmp_path / "checkpoints" / "checkpoint-10"
+    DAMAGE[damage](broken)
+    assert ours.newest("checkpoint").name == "checkpoint-9" and ours.run.size == 90
+    assert ours.run.said == [f"'{broken}' is not what was written there; going back to the one before"]
+
+
+def test_one_that_is_killed_while_writing_is_never_taken(tmp_path):
+    ours = written(tmp_path, [1])
+
+    def killed(aside):
+        (aside / "weights").write_text("of st")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ours.write("checkpoint-2", killed)
+    assert ours.newest("checkpoint").name == "checkpoint-1"
+    written(tmp_path, [2])  # the run that goes on comes here again
+    assert (ours.newest("checkpoint") / "weights").read_text() == "of step 2"
+    assert kept(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    ours = written(tmp_path, range(1, 13))
+    ours.keep("checkpoint", 2, besides=tmp_path / "checkpoints" / "checkpoint-3")
+    assert kept(tmp_path) == ["checkpoint-11", "checkpoint-12", "checkpoint-3"]
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    ours = written(tmp_path, [1])
+    manifest = tmp_path / "checkpoints" / "checkpoint-1" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 4'))
+    with pytest.raises(UserError, match="^resume: .*checkpoint-1' was written by 4 processes, here are 1; start as many"):
+        ours.newest("checkpoint")

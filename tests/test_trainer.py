@@ -14,7 +14,7 @@ import train_sft
 from utils.config import UserError
 from utils.models import without_dropout
 from utils.prompt_groups import PromptGroups, pack
-from utils.trainer import GroupLossMixin, in_parts, newest_checkpoint, training_arguments
+from utils.trainer import GroupLossMixin, in_parts, training_arguments
 
 PROMPTS, COMPLETIONS = random_groups([5, 1, 8, 3], [[2], [7], [4], [1]])
 ROWS = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
@@ -117,19 +117,6 @@ def test_the_trainers_arguments_are_the_configured_ones(config, tmp_path, monkey
     for name in ("adam_beta2", "weight_decay", "warmup_steps", "max_grad_norm", "learning_rate", "num_train_epochs", "seed",
                  "gradient_accumulation_steps"):
         assert getattr(found, name) == getattr(config, name), name
-
-
-def test_the_newest_whole_checkpoint_is_taken(tmp_path):
-    """A killed run leaves folders without trainer_state.json, which is written last."""
-    run = SimpleNamespace(folder=tmp_path)
-    with pytest.raises(UserError, match="^resume: .* has no checkpoint yet"):
-        newest_checkpoint(run)
-    for step, whole in ((8, True), (9, True), (10, True), (12, False)):
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if whole:
-            (folder / "trainer_state.json").write_text("{}")
-    assert newest_checkpoint(run) == str(tmp_path / "checkpoints" / "checkpoint-10")
 
 
 # ------------------------------------------------------------------------------------------------- losses

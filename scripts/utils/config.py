@@ -252,7 +252,9 @@ def is_hub_name(name: str) -> bool:
 def save_config(config, path: Path) -> None:
     """Write the resolved configuration as a YAML file that `--config` takes again."""
     saved = {**dataclasses.asdict(config), "resume": False}  # so that it starts a run, and does not go on with one
-    path.write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+    aside = path.with_suffix(".tmp")  # a run that is killed here can still be resumed
+    aside.write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+    os.replace(aside, path)
 
 
 def _quiet() -> None:

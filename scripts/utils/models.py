@@ -63,17 +63,21 @@ def _pretrained(kind, field, name, new=(), **more):
     for what, names in (("of another shape than its config.json says", wrong), ("missing", missing)):
         if names:
             raise UserError(f"{field}: '{name}' cannot be loaded: {len(names)} weights are {what} ({names[0]}, ...)")
-    return _with_our_parts(model)
+    return with_our_heads(_in_blocks(model))
 
 
-def _with_our_parts(model):
-    """Our attention and heads, in place: the model's class, its weights and what is saved stay stock ones.
+def _in_blocks(model):
+    """Attention in blocks, for models that let the attention function be chosen; the others (Falcon) keep SDPA.
 
-    Attention in blocks is for models that let the attention function be chosen; the others (Falcon) keep SDPA. A model
-    without SDPA is refused before, by transformers: most of these add the mask, which is boolean here.
+    A model without SDPA is refused before, by transformers: most of these add the mask, which is boolean here.
     """
     if model._supports_attention_backend:
         model.set_attn_implementation(CAUSAL_BLOCKS)
+    return model
+
+
+def with_our_heads(model):
+    """Let the model's heads compute what is asked of them here, in place; its weights and what is saved stay stock ones."""
     for head, kind in ((model.get_output_embeddings(), LMHead), (getattr(model, "score", None), ScalarHead)):
         if head is not None:
             head.__class__ = kind
@@ -113,7 +117,7 @@ def load_policy(name: str, field: str = "model", initial_weights: str = "pretrai
                             "built in here; use OPT, GPT-2, GPT-NeoX, Llama, Mistral, Qwen or another model without it")
     if initial_weights == "pretrained":
         return _pretrained(AutoModelForCausalLM, field, name)
-    model = _with_our_parts(without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD)))
+    model = with_our_heads(_in_blocks(without_dropout(AutoModelForCausalLM.from_config(config, **_LOAD))))
     if initial_weights == "induction":
         usual = config.model_type == "opt" and config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
         if not usual or config.num_attention_heads < 2 or config.num_hidden_layers < 2:

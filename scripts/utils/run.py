@@ -98,6 +98,16 @@ class Run:
         if first is not None:
             _append(self.folder / name, itertools.chain([first], rows))
 
+    def metrics_bytes(self) -> int:
+        """Size of metrics.jsonl, by which a checkpoint remembers what was logged before it."""
+        path = self.folder / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Forget the metrics after the first so many bytes: the run is going to log them again."""
+        if self.is_main and self.metrics_bytes() > size:
+            os.truncate(self.folder / "metrics.jsonl", size)
+
     def read_metrics(self) -> list[dict]:
         return read_whole_rows(self.folder / "metrics.jsonl")
 

@@ -3,12 +3,15 @@
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from utils.checkpoints import CheckpointFolder, load_weights, save_weights
 from utils.config import StageConfig, UserError, key
 from utils.distributed import agreed, gradients_of_part
 from utils.prompt_groups import PromptGroups, micro_batches
@@ -44,6 +47,7 @@ class GroupLossMixin:
         self.run = run
         self.evaluated = (None, None)  # step and figures
         self.progress = RunCallback(run, lambda: self.model_wrapped)
+        self.checkpoints = CheckpointFolder(run)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided, over micro-batches too
         # the sampler draws its order from torch's own state, which dropout moves on each rank as far as its rows are long
         self.accelerator.rng_types = ["torch"]
@@ -85,6 +89,24 @@ class GroupLossMixin:
             with gradients_of_part(self.accelerator, model, last=ends_step and number == len(inputs["parts"])):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return sum(losses)
+
+    def _save_checkpoint(self, model, trial):
+        """`Trainer`'s, but written aside."""
+        best = self.state.best_global_step and self.checkpoints.folder / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = best and str(best)
+        self.checkpoints.write(f"checkpoint-{self.state.global_step}", self._write_checkpoint)
+        self.checkpoints.keep("checkpoint", self.args.save_total_limit, besides=best)
+
+    def _write_checkpoint(self, folder):
+        save_weights(self.model, folder)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load_best_model(self):
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         items = inputs.pop("items")
@@ -183,14 +205,7 @@ def training_arguments(config, run: Run, kind, **more):
     )
 
 
-def newest_checkpoint(run: Run) -> str:
-    """The newest checkpoint of a run that is resumed.
-
-    Raises:
-        UserError: when there is none.
-    """
-    # the file that is written last: a killed run leaves folders without it
-    whole = [path.parent for path in (run.folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
-    if not whole:
-        raise UserError(f"resume: '{run.folder}' has no checkpoint yet; remove the folder and start again without --resume")
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
+def newest_checkpoint(run: Run) -> str | None:
+    """The checkpoint that a run with `resume` goes on from; None for its beginning, and for a new run."""
+    newest = CheckpointFolder(run).newest("checkpoint") if run.config.resume else None
+    return newest and str(newest)
