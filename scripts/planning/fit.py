@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from planning.architectures import model_of
-from planning.memory import CHOICES, Held, Item, Work, Zero, items_of, peak
+from planning.memory import CHOICES, GIB, Held, Item, Work, Zero, items_of, peak, samples
 
 STAGES = ("sft", "reward", "ppo")
 _MOST = 2**16  # prompt groups; where a micro-batch takes nothing it is no limit
@@ -100,7 +100,7 @@ def largest(field: str, stage: str, zero: Zero, setup: Setup) -> int:
 
 
 class Batches(NamedTuple):
-    """The largest that fit, each with the other as it is; 0: not even one."""
+    """The largest that fit; 0: not even one. Training and sampling take turns, so each has the memory for itself."""
 
     micro_batch: int
     recomputing: int  # micro-batch with gradient checkpointing
@@ -110,9 +110,10 @@ class Batches(NamedTuple):
 def batches_of(one: Plan, setup: Setup) -> Batches:
     """Of the stage and choice of a plan."""
     place = (one.stage, one.zero)
-    return Batches(largest("micro_batch", *place, setup._replace(checkpointing=False)),
-                   largest("micro_batch", *place, setup._replace(checkpointing=True)),
-                   largest("generation_batch", *place, setup))
+    alone = setup._replace(micro_batch=1, generation_batch=1)
+    return Batches(largest("micro_batch", *place, alone._replace(checkpointing=False)),
+                   largest("micro_batch", *place, alone._replace(checkpointing=True)),
+                   largest("generation_batch", *place, alone))
 
 
 def choices_of(names: list[str]) -> list[Zero]:
@@ -126,22 +127,31 @@ def cheapest(plans: list[Plan]) -> Plan | None:
 
 
 def remedies(stage: str, choices: list[Zero], setup: Setup) -> list[str]:
-    """Changes of one thing after which some choice fits, as a user would make them."""
+    """Changes after which some choice fits, as a user would make them; or why no number of GPUs helps."""
     small = {"micro_batch": 1, "generation_batch": 1, "checkpointing": True}
     changes = [
         ("--gradient_checkpointing true", {"checkpointing": True}),
         ("--micro_batch 1", {"micro_batch": 1}),
         ("--generation_batch 1", {"generation_batch": 1}),
-        ("all three", small),
+        ("--micro_batch 1 --generation_batch 1 --gradient_checkpointing true", small),
         ("--lora_rank 8", {"lora_rank": 8}),
-        ("--lora_rank 8 and the first three", {"lora_rank": 8, **small}),
+        ("--lora_rank 8 --micro_batch 1 --generation_batch 1 --gradient_checkpointing true", {"lora_rank": 8, **small}),
     ]
     found = [name for name, change in changes if _any_fits(stage, choices, setup._replace(**change))]
     if setup.cpu:
         return found
+    policy = weights_gathered(stage, setup)
+    if policy > setup.device_memory:
+        return [*found, f"--gpu_memory {policy / GIB:.0f} and more, for sampling needs the whole policy on each GPU"]
     count = next((n for n in (setup.processes * 2**i for i in range(1, 8)) if _any_fits(
         stage, choices, setup._replace(processes=n, per_node=min(n, max(setup.per_node, 8))))), None)
     return [*found, *([f"--gpus {count}"] if count else [])]
+
+
+def weights_gathered(stage: str, setup: Setup) -> int:
+    """Bytes of the policy's weights where they are sampled from, which no choice shards; 0 in the reward stage."""
+    work = setup.work(stage)
+    return held_models(stage, setup)[0].model.parameters * work.compute_bytes * samples(work)
 
 
 def _any_fits(stage, choices, setup):

@@ -55,7 +55,7 @@ def print_plans(plans: list[Plan], batches: list[Batches], setup: Setup) -> None
 def print_verdict(stage: str, best: Plan | None, found: Duration, advice: list[str]) -> None:
     """The fastest choice that fits, or a warning; and how long it takes."""
     if best is None:
-        print(f"{stage}: NOTHING FITS. It would with one of: {'; '.join(advice) or 'nothing that was tried'}")
+        print(f"{stage}: NOTHING FITS. " + ("It would with one of: " + "; ".join(advice) if advice else "Nor with one change."))
     else:
         print(f"{stage}: {best.zero.name} is the fastest that fits")
     hours = "" if found.hours is None else f", {found.hours:.3g} hours"
@@ -66,8 +66,9 @@ def row_of(one: Plan, batches: Batches, found: Duration) -> dict:
     """A plan as JSON; bytes."""
     terms = [{"name": item.name, "bytes": item.bytes, "place": item.place, "alive": list(item.alive)} for item in one.items]
     return {"stage": one.stage, "zero": one.zero.name, "device_bytes": one.device, "host_bytes": one.host, "nvme_bytes": one.nvme,
-            "fits": one.fits, "largest_micro_batch": batches.micro_batch, "largest_micro_batch_checkpointing": batches.recomputing,
-            "largest_generation_batch": batches.generation_batch, **found._asdict(), "terms": terms}
+            "fits": one.fits, "largest_micro_batch": batches.micro_batch,
+            "largest_micro_batch_checkpointing": batches.recomputing, "largest_generation_batch": batches.generation_batch,
+            **found._asdict(), "terms": terms}
 
 
 def plot_sizes(path: Path, stages: list[str], choices: list[Zero], setup: Setup) -> None:
