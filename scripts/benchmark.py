@@ -16,7 +16,7 @@ median over turns of their time over ours; its low and high are the smallest and
 done the same: as many tokens, pairs or episodes, and the same loss where the algorithm is the same.
 
 Memory is the peak of the whole process. Utilisation is that of ours: the floating-point operations that the algorithm needs
-(benchmarks/flops.py), divided by the time and by the float32 matrix-product rate measured in the same turn.
+(utils/flops.py), divided by the time and by the float32 matrix-product rate measured in the same turn.
 Models have random weights. Threads are torch's default; OMP_NUM_THREADS sets them.
 """
 

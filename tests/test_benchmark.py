@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import benchmark
-from benchmarks import clock, flops
+from benchmarks import clock
 from benchmarks.cost import BASE, MODEL, Point, settings
 from benchmarks.pairing import Turn, figures, product_rate, refuse_unequal_work
 from benchmarks.plan import GOALS, KS, PEERS, POSTS, REPETITIONS, comparisons
@@ -20,6 +20,7 @@ from benchmarks.posts import COMPLETION_QUANTILES, PROMPT_QUANTILES, batch_of, s
 from benchmarks.report import plot_costs, print_profile
 from benchmarks.shapes import SHAPES, config_of
 from benchmarks.tasks import all_pairs, whole_share
+from utils import flops
 from utils.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

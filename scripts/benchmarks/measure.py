@@ -5,12 +5,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import flops
 from benchmarks.pairing import PEER_ENVIRONMENT, Turn, figures, refuse_unequal_work, take_turns
 from benchmarks.plan import UNITS, Comparison
 from benchmarks.posts import Batch
 from benchmarks.shapes import SHAPES, save_models
 from benchmarks.tasks import PPO_EPOCHS, RESPONSE_TOKENS, Task
+from utils import flops
 from utils.config import PROJECT, UserError
 
 SAME_LOSS = ("SFTTrainer", "RewardTrainer")  # PPO samples, and packed examples see each other (benchmarks/peers.py)

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig, PreTrainedTokenizerFast
 
-from benchmarks.flops import Size
+from utils.flops import Size
 
 VOCABULARY, PAD, EOS = 50272, 1, 2
 # parameters with the embedding: 11.8 million, 30.7 million, 125.2 million (that of the published OPT-125m)

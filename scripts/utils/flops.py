@@ -22,6 +22,7 @@ class Size(NamedTuple):
 
 BACKWARD = 2  # passes of the size of the forward one
 TRAIN = 1 + BACKWARD
+TRAIN_ADAPTERS = 2  # no gradients of the frozen weights, which are half of the backward pass
 
 
 def seen(prompt: int, completions: list[int]) -> int:
@@ -57,22 +58,32 @@ def generation(size: Size, prompts: list[int], k: int, length: int) -> int:
     return groups_trunk(size, prompts, fed) + head(size, len(prompts) * (1 + k * (length - 1)))
 
 
-def sft(size: Size, prompts: list[int], completions: list[list[int]]) -> int:
+def sft(size: Size, prompts: list[int], completions: list[list[int]], train: int = TRAIN) -> int:
     """One optimizer step with the loss on the completions."""
-    return TRAIN * groups_policy(size, prompts, completions)
+    return train * groups_policy(size, prompts, completions)
 
 
-def reward(size: Size, prompts: list[int], completions: list[list[int]]) -> int:
+def reward(size: Size, prompts: list[int], completions: list[list[int]], train: int = TRAIN) -> int:
     """One optimizer step on all pairs; the scalar head is left out."""
-    return TRAIN * groups_trunk(size, prompts, completions)
+    return train * groups_trunk(size, prompts, completions)
 
 
-def ppo(size: Size, prompts: list[int], k: int, length: int, epochs: int) -> int:
+def ppo(size: Size, prompts: list[int], k: int, length: int, epochs: int, judges: list[Size] | None = None,
+        values: list[Size] | None = None, train: int = TRAIN) -> int:
     """One update: sampling, reference log-probs, scores, values, then `epochs` passes of policy and value model.
 
     The behaviour policy's log-probs come out of sampling.
+
+    Args:
+        judges: models that read the responses once, besides the reference; none: reward and value model of the policy's size.
+        values: models that are trained beside the policy; none: a value model of its size.
+        train: of a trained pass, in forward passes.
     """
+    judges, values = [size, size] if judges is None else judges, [size] if values is None else values
     completions = [[length] * k for _ in prompts]
-    bare, policy = groups_trunk(size, prompts, completions), groups_policy(size, prompts, completions)
-    judging = policy + 2 * bare
-    return generation(size, prompts, k, length) + judging + epochs * TRAIN * (policy + bare)
+
+    def bare(sizes):
+        return sum(groups_trunk(one, prompts, completions) for one in sizes)
+
+    policy = groups_policy(size, prompts, completions)
+    return generation(size, prompts, k, length) + policy + bare(judges) + epochs * train * (policy + bare(values))
