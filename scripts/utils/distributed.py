@@ -88,7 +88,7 @@ def build_accelerator(config, folder, settings: dict | None) -> Accelerator:
         settings: DeepSpeed's configuration; None without it.
     """
     trackers = [name for name in config.report_to if name != "none"]
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers,
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None,
                               project_dir=str(folder / "tensorboard"),
                               deepspeed_plugin=settings and DeepSpeedPlugin(hf_ds_config=settings))
     if trackers:

@@ -1,0 +1,63 @@
+"""Processes that run stages one after the other, with and without DeepSpeed, started by torchrun from test_zero.py.
+
+    torchrun --standalone --nproc_per_node 2 tests/zero_runs.py CASES
+
+CASES is a JSON file: a list of [stage, output folder, words of the command line]. One start of Python for all of them saves
+minutes. The policy that PPO ends with is its last one, not its best, so that weights after all steps can be compared.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import conftest  # noqa: F401  where the scripts are, and no network
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import train_ppo
+import train_reward
+import train_sft
+from utils import zero
+from utils.config import PROJECT, UserError, parse_config
+
+STAGES = {"sft": (train_sft, train_sft.SFTStageConfig), "reward": (train_reward, train_reward.RewardStageConfig),
+          "ppo": (train_ppo, train_ppo.PPOStageConfig)}
+
+
+def forget_engine() -> None:
+    """As in a new process, but for the group of processes."""
+    zero._active.clear()
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    gc.collect()
+
+
+def run(stage: str, out: str, words: list[str]) -> None:
+    script, kind = STAGES[stage]
+    script.main(parse_config(kind, PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", [*words, "--output_dir", out]))
+
+
+def main(cases: Path) -> None:
+    torch.set_num_threads(1)
+    train_ppo.Keeper.restore_best = lambda keeper: None
+    torch.distributed.destroy_process_group = lambda: None  # at the end of a PPO run; the next run needs it
+    for stage, out, words in json.loads(cases.read_text()):
+        try:
+            run(stage, out, words)
+        except (UserError, SystemExit) as error:
+            print(f"{out}: {error}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)  # the other rank may wait for this one
+        forget_engine()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
