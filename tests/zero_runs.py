@@ -47,7 +47,7 @@ def run(stage: str, out: str, words: list[str]) -> None:
 def main(cases: Path) -> None:
     torch.set_num_threads(1)
     train_ppo.Keeper.restore_best = lambda keeper: None
-    torch.distributed.destroy_process_group = lambda: None  # at the end of a PPO run; the next run needs it
+    torch.distributed.destroy_process_group = lambda *group: None  # at the end of a PPO run; the next run needs it
     for stage, out, words in json.loads(cases.read_text()):
         try:
             run(stage, out, words)

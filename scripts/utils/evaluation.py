@@ -1,6 +1,7 @@
 """Summaries of held-out posts and what they are worth; the table of the three stages."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +118,10 @@ def measure_groups(measure, tokenizer, prompts, completions, batch_size, device,
 
     Rows of like length are measured together, so that little padding is computed.
     """
-    rows = my_share(list(zip(prompts, completions, strict=True)))
+    everything = list(zip(prompts, completions, strict=True))
+    mine = my_share(everything)
+    # as many on every rank, since under ZeRO-3 all compute together
+    rows = mine + everything[:1] * (math.ceil(len(everything) / world().num_processes) - len(mine))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - sum(map(len, rows[i][1])))
     found = [[] for _ in rows]
     shown = title and world().is_main_process
@@ -127,4 +131,4 @@ def measure_groups(measure, tokenizer, prompts, completions, batch_size, device,
         values = iter(measure(groups.to(device)).tolist())
         for i in part:
             found[i] = [next(values) for _ in rows[i][1]]
-    return collect(found)
+    return collect(found[: len(mine)])

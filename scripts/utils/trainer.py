@@ -84,10 +84,13 @@ class GroupLossMixin:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         ends_step = self.accelerator.sync_gradients  # false for all but the last of gradient_accumulation_steps batches
+        parts = [(part, num_items_in_batch) for part in inputs["parts"]]
+        if self.is_deepspeed_enabled:  # all ranks must compute as many; what is computed once more counts nothing
+            parts += [(dict(parts[-1][0]), math.inf)] * (agreed(len(parts)) - len(parts))
         losses = []
-        for number, part in enumerate(inputs["parts"], start=1):
-            with gradients_of_part(self.accelerator, model, last=ends_step and number == len(inputs["parts"])):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+        for number, (part, items) in enumerate(parts, start=1):
+            with gradients_of_part(self.accelerator, model, last=ends_step and number == len(parts)):
+                losses.append(super().training_step(model, part, items))
         return sum(losses)
 
     def _save_checkpoint(self, model, trial):

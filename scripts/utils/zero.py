@@ -10,10 +10,10 @@ import os
 from contextlib import contextmanager
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from utils.config import UserError, find_input
+from utils.config import UserError, find_input, find_local
 from utils.distributed import world
 
 _STAGES = (0, 1, 2, 3)
@@ -40,6 +40,9 @@ def load_settings(config) -> dict | None:
     if stage == 3 and getattr(config, "ema_decay", 0.0):
         raise UserError("ema_decay: the average of the policy is a whole model on each process, which ZeRO-3 is to avoid; "
                         "leave one of the two out")
+    if config.resume and "nvme" in json.dumps(settings["zero_optimization"]):
+        raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; start a new run, or "
+                        "train with zero3_offload.json, which can be resumed")
     if "optimizer" in settings or "scheduler" in settings:
         raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are learning_rate, adam_eps, ... of "
                         "the stage")
@@ -62,18 +65,13 @@ def _form_group():
 
 def _numbers(config, settings) -> dict:
     """What "auto" stands for, by its place in the file."""
-    model = AutoConfig.from_pretrained(find_input(config.model, "model"), trust_remote_code=False)
-    with torch.device("meta"):
-        largest = max(weight.numel() for weight in AutoModelForCausalLM.from_config(model).parameters())
-    processes, hidden = world().num_processes, model.hidden_size
+    processes, hidden = world().num_processes, _hidden_size(config.model)
     accumulated = getattr(config, "gradient_accumulation_steps", 1)
     zero = {
         "reduce_bucket_size": max(hidden * hidden, 1),
         "allgather_bucket_size": hidden * hidden,
         "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
         "stage3_param_persistence_threshold": 10 * hidden,
-        "offload_param.buffer_size": -(-largest // processes),
-        "offload_param.nvme_path": str(config.output_dir) + "/nvme",
         "offload_optimizer.nvme_path": str(config.output_dir) + "/nvme",
     }
     return {f"zero_optimization.{name}": value for name, value in zero.items()} | {
@@ -84,6 +82,13 @@ def _numbers(config, settings) -> dict:
         "bf16.enabled": config.mixed_precision == "bf16",
         "fp16.enabled": config.mixed_precision == "fp16",
     }
+
+
+def _hidden_size(name) -> int:
+    try:
+        return AutoConfig.from_pretrained(find_local(name) or name, trust_remote_code=False).hidden_size
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"model: the config of '{name}' says no hidden_size ({str(error).splitlines()[0]})") from None
 
 
 def _filled(node, numbers, place):

@@ -1,0 +1,180 @@
+"""The three stages under DeepSpeed end like runs without it: every ZeRO stage and offload, processes, accumulation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
+
+import train_ppo
+import train_sft
+from utils.config import PROJECT, UserError, parse_config
+from utils.zero import load_settings
+
+FILES = sorted(path.stem for path in (PROJECT / "configs" / "deepspeed").glob("*.json"))
+STAGES = ("sft", "reward", "ppo")
+STEPS, ROWS = 20, 8  # optimizer steps, and rows of one of them over all processes and micro-batches
+aio = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs Debian's libaio-dev")
+ENGINES = [pytest.param(name, marks=aio) if "nvme" in name else name for name in FILES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny OPT and a reward model, and an OPT with OPT-350m's ways: a projection around its layers, norms behind them."""
+    folder = tmp_path_factory.mktemp("zero")
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
+    for name, width, before in (("usual", 32, True), ("350m", 16, False)):
+        config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=width, ffn_dim=64, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=384, dropout=0.0, num_labels=1,
+                           do_layer_norm_before=before, pad_token_id=tokenizer.pad_token_id)
+        for kind, model in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+            torch.manual_seed(len(kind))
+            model.from_config(config).save_pretrained(folder / name / kind)
+            tokenizer.save_pretrained(folder / name / kind)
+    return folder
+
+
+def words_of(folder, stage, rows, accumulation, engine, model="usual"):
+    words = (f"--model {folder / model / 'policy'} --report_to none --eval_rows 3 --test_rows 3 "
+             f"--per_device_batch_size {rows} ")
+    if stage == "ppo":
+        words += (f"--reward_model {folder / model / 'reward'} --max_new_tokens 8 --prompts_per_update {ROWS} "
+                  f"--responses_per_prompt 2 --ppo_epochs 2 --num_minibatches 1 --total_episodes {STEPS * ROWS} "
+                  f"--eval_steps 10 --save_steps 10 ")
+    else:
+        words += (f"--max_steps {STEPS} --logging_steps 1 --eval_steps {STEPS} --gradient_accumulation_steps {accumulation} "
+                  f"--micro_batch_tokens none --save_total_limit 1 ")
+        words += "--max_new_tokens 8 " if stage == "sft" else f"--save_steps {STEPS} "
+    return (words + (f"--deepspeed {PROJECT}/configs/deepspeed/{engine}.json" if engine else "")).split()
+
+
+def launch(folder, processes, cases):
+    """Run the cases one after the other in so many processes, those without an engine first: one that was there leaves traces."""
+    path = folder / f"cases{processes}.json"
+    path.write_text(json.dumps([[stage, str(out), words] for stage, out, words in cases]))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launcher, str(Path(__file__).with_name("zero_runs.py")), str(path)],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def available():
+    return [name for name in FILES if "nvme" not in name or Path("/usr/include/libaio.h").exists()]
+
+
+@pytest.fixture(scope="module")
+def table(folder):
+    """All runs of the table: each stage with each file and without, 1 and 2 processes, accumulation 1 and 4."""
+    for processes in (1, 2):
+        launch(folder, processes, [
+            (stage, folder / f"{stage}-{engine}-{processes}-{accumulation}",
+             words_of(folder, stage, ROWS // processes // accumulation, accumulation, engine))
+            for engine in [None, *available()] for stage in STAGES for accumulation in (1, 4)
+        ])
+    return folder
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows for name in sorted(row) if "loss" in name]
+
+
+def final_weights(run):
+    """Those after the last step: the SFT stage puts its best checkpoint into final/."""
+    checkpoint = run / "checkpoints" / f"checkpoint-{STEPS}" / "model.safetensors"
+    return load_file(checkpoint if checkpoint.exists() else run / "final" / "model.safetensors")
+
+
+def furthest(a, b):
+    assert set(a) == set(b)
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", [None, *ENGINES])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_same_losses_and_weights(table, stage, engine, processes, accumulation):
+    plain, ours = table / f"{stage}-None-1-1", table / f"{stage}-{engine}-{processes}-{accumulation}"
+    assert len(losses(plain)) == STEPS * (1 if stage != "ppo" else 1)
+    assert losses(ours) == pytest.approx(losses(plain), abs=1e-5)
+    assert furthest(final_weights(ours), final_weights(plain)) < 1e-4
+    before = load_file(table / "usual" / ("reward" if stage == "reward" else "policy") / "model.safetensors")
+    common = set(before) & set(final_weights(plain))
+    moved = max(float((final_weights(plain)[name] - before[name]).abs().max()) for name in common)
+    assert moved > 1e-3 or stage == "reward", "20 steps must have changed something"
+
+
+@pytest.fixture(scope="module")
+def others(folder):
+    """What the table does not show, each with and without an engine: LoRA, OPT-350m's shape, parts of a batch, bf16."""
+    cases = []
+    for name, engine in (("none", None), ("zero3", "zero3"), ("zero2", "zero2")):
+        for stage in STAGES:
+            plain = words_of(folder, stage, 4, 1, engine)
+            cases += [
+                (stage, folder / f"lora-{stage}-{name}", [*plain, "--lora_rank", "4"]),
+                (stage, folder / f"350m-{stage}-{name}", words_of(folder, stage, 4, 1, engine, "350m")),
+            ]
+            if stage != "ppo":
+                cases.append((stage, folder / f"parts-{stage}-{name}", [*plain, "--micro_batch_tokens", "200"]))
+            else:
+                cases.append((stage, folder / f"shared-{stage}-{name}", [*plain, "--value_model", "shared"]))
+    launch(folder, 2, cases)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["lora", "350m", "parts", "shared"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_projections_parts_and_shared_trunks(others, stage, kind, engine):
+    plain, ours = others / f"{kind}-{stage}-none", others / f"{kind}-{stage}-{engine}"
+    if kind == ("parts" if stage == "ppo" else "shared"):
+        return
+    assert losses(ours) == pytest.approx(losses(plain), abs=1e-5)
+    assert furthest(load_file(ours / "final" / "model.safetensors"), load_file(plain / "final" / "model.safetensors")) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- configurations
+
+BROKEN = {
+    "no file": (None, "deepspeed: '.*' does not exist"),
+    "no JSON": ("{", "is no DeepSpeed configuration with zero_optimization.stage"),
+    "a list": ("[]", "is no DeepSpeed configuration"),
+    "no stage": ('{"zero_optimization": {}}', "is no DeepSpeed configuration"),
+    "no such stage": ('{"zero_optimization": {"stage": 4}}', "must be one of 0, 1, 2, 3, found 4"),
+    "an optimizer": ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "leave optimizer and scheduler out"),
+    "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 0, 1, 2, 3, found 'auto'"),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_a_broken_configuration_is_refused(case, tmp_path):
+    text, message = BROKEN[case]
+    path = tmp_path / "engine.json"
+    if text is not None:
+        path.write_text(text)
+    config = parse_config(train_sft.SFTStageConfig, PROJECT / "configs" / "tldr_mini" / "sft.yaml", ["--deepspeed", str(path)])
+    with pytest.raises(UserError, match=f"^deepspeed: .*{message}" if text else message):
+        load_settings(config)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--deepspeed configs/deepspeed/zero3.json --ema_decay 0.9", "^ema_decay: .* ZeRO-3"),
+    ("--deepspeed configs/deepspeed/zero3_nvme.json --resume", "^resume: DeepSpeed does not bring back"),
+])
+def test_what_an_engine_cannot_do_is_refused(words, message):
+    config = parse_config(train_ppo.PPOStageConfig, PROJECT / "configs" / "tldr_mini" / "ppo.yaml", words.split())
+    with pytest.raises(UserError, match=message):
+        load_settings(config)
+
+
+def test_launchers_may_add_their_local_rank():
+    words = ["--local_rank=1", "--local-rank=0", "--seed", "3"]
+    assert parse_config(train_sft.SFTStageConfig, PROJECT / "configs" / "tldr_mini" / "sft.yaml", words).seed == 3
