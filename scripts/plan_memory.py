@@ -46,7 +46,7 @@ class PlanConfig:
     completion_length: int = key(53, "Tokens of a completion: max_new_tokens.", unit="tokens", low=1)
     k: int = key(4, "Completions of a prompt in the reward stage and PPO.", unit="completions", low=1)
     micro_batch: int = key(8, "Prompts, with their completions, in a forward pass: per_device_batch_size.", unit="prompts", low=1)
-    generation_batch: int = key(64, "Prompts that are sampled for at once: eval_batch_size.", unit="prompts", low=1)
+    generation_batch: int = key(64, "Prompts sampled for, or rows scored, at once: eval_batch_size.", unit="prompts", low=1)
     ppo_epochs: int = key(4, "Passes over the episodes of an update.", unit="passes", low=1)
     value_model: str = key("separate", "PPO's value model: of its own, on the policy's trunk, or none (advantage rloo or grpo).",
                            choices=["separate", "shared", "none"])

@@ -104,7 +104,7 @@ class Batches(NamedTuple):
 
     micro_batch: int
     recomputing: int  # micro-batch with gradient checkpointing
-    generation_batch: int  # of no account where nothing is generated
+    generation_batch: int
 
 
 def batches_of(one: Plan, setup: Setup) -> Batches:

@@ -57,7 +57,7 @@ class Work(NamedTuple):
 
     stage: str
     micro_batch: int  # prompt groups of a forward pass that is trained
-    generation_batch: int  # prompts that are sampled for at once
+    generation_batch: int  # prompts that are sampled for at once; in the reward stage rows that are scored at once
     prompt: int  # tokens
     completion: int  # tokens of each
     k: int  # completions of a prompt
@@ -295,7 +295,20 @@ def generation(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     return [Item("kv cache", cache, alive=("generation",)), Item("sampling", prefill + tables, alive=("generation",))]
 
 
-TERMS = [weights, gradients, optimizer, step, exchange_buffers, pinned, gathered, activations, logits, generation, loading]
+def scoring(held: list[Held], zero: Zero, work: Work) -> list[Item]:
+    """The reward stage's evaluation: it keeps nothing, so that at most what one layer would keep is alive.
+
+    Its rows are the longest that there are, and more at once than are trained on. PPO scores no more tokens than it samples from.
+    """
+    if samples(work):
+        return []
+    model = held[0].model
+    rows = work.generation_batch * row_bytes(model, zero, work) // model.layers
+    return [Item("scoring", rows, alive=("generation",))]
+
+
+TERMS = [weights, gradients, optimizer, step, exchange_buffers, pinned, gathered, activations, logits, generation, scoring,
+         loading]
 
 
 def items_of(held: list[Held], zero: Zero, work: Work) -> list[Item]:

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 # columns of the table, and the terms in each
 COLUMNS = {"weights": ("weights", "gathered"), "gradients": ("gradients", "step"), "optimizer": ("optimizer",),
            "frozen": ("frozen models",), "activations": ("activations",), "logits": ("logits",),
-           "generation": ("kv cache", "sampling"), "other": ("base", "buffers", "pinned", "loading")}
+           "generation": ("kv cache", "sampling", "scoring"), "other": ("base", "buffers", "pinned", "loading")}
 
 
 def size(count: float) -> str:
@@ -45,11 +45,11 @@ def print_plans(plans: list[Plan], batches: list[Batches], setup: Setup) -> None
         table.add_row(one.stage, one.zero.name, *(size(total(one, names, places)) for names in COLUMNS.values()),
                       *(() if setup.cpu else (size(one.device),)), size(one.host), size(one.nvme),
                       "[green]yes[/]" if one.fits else "[red]no[/]", f"{most.micro_batch}, {most.recomputing}",
-                      "-" if one.stage == "reward" else str(most.generation_batch),
+                      str(most.generation_batch),
                       end_section=one.stage != plans[-1].stage and one.zero == plans[-1].zero)
     Console(width=170).print(table)
     print("GPU: its peak. host, NVMe: of a node with all its processes. micro-batch: the largest that fits, without and with "
-          "gradient checkpointing; sampling: the largest generation_batch [prompts].")
+          "gradient checkpointing; sampling: the largest generation_batch [prompts; in the reward stage rows scored].")
 
 
 def print_verdict(stage: str, best: Plan | None, found: Duration, advice: list[str]) -> None:
