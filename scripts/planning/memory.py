@@ -22,8 +22,6 @@ TRAINING = ("update", "step")
 REUSE = 10**9  # stage3_max_reuse_distance [parameters]
 SUB_GROUP = {"zero3": 10**9, "zero3_offload": 10**8, "zero3_nvme": 10**8}  # sub_group_size [parameters]
 SWAP_BUFFERS = 4  # offload_optimizer.buffer_count
-WEIGHT_BUFFERS = 5  # offload_param.buffer_count
-MAX_IN_CPU = 10**9  # offload_param.max_in_cpu [parameters]
 
 # The process before it holds a tensor. A GPU: CUDA's context, cuBLAS's workspace, NCCL's buffers. Its host: CUDA's libraries.
 # A CPU: torch, transformers, trl and DeepSpeed, measured (0.5 GiB).
@@ -41,7 +39,7 @@ class Zero(NamedTuple):
 
 # from the fastest to the slowest: each shards more, and then moves more over the PCI bus
 CHOICES = [Zero("none", 0), Zero("zero1", 1), Zero("zero2", 2), Zero("zero3", 3), Zero("zero2_offload", 2, "host"),
-           Zero("zero3_offload", 3, "host", "host"), Zero("zero3_nvme", 3, "nvme", "nvme")]
+           Zero("zero3_offload", 3, "host", "host"), Zero("zero3_nvme", 3, "nvme", "host")]
 
 
 class Held(NamedTuple):
@@ -123,12 +121,7 @@ def weights(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     for trained, name in ((True, "weights"), (False, "frozen models")):
         count = sum(one.model.parameters for one in held if one.trained == trained)
         count = work.share(count) if zero.stage == 3 else count
-        total, place = count * weight_bytes(zero, work), zero.weights
-        if trained and place == "nvme":  # a flat buffer of the trainable ones stays in the host's memory (stage3.py, :895)
-            kept = min(count, MAX_IN_CPU) * weight_bytes(zero, work)
-            items.append(Item(name, kept, "host"))
-            total -= kept
-        items.append(Item(name, total, place))
+        items.append(Item(name, count * weight_bytes(zero, work), zero.weights))
     return items
 
 
@@ -184,7 +177,7 @@ def exchange_buffers(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
     DDP copies all gradients into its buckets. ZeRO has buckets of hidden^2 ("auto"): two in ZeRO-1, 2 (`overlap_comm`), one in
     ZeRO-3. An offloaded ZeRO-2 step has a 16-bit copy of the weights on the host (stage_1_and_2.py, :568) and a buffer for the
-    largest gradient on both sides (:653). NVMe goes through buffers: 4 sub-groups in float32, 5 times the largest weight.
+    largest gradient on both sides (:653). NVMe goes through buffers of 4 sub-groups in float32.
     """
     sizes, size = trained_of(held), weight_bytes(zero, work)
     if zero.stage == 0:
@@ -196,8 +189,7 @@ def exchange_buffers(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     if zero.name == "zero3":  # the float32 gradients of a sub-group, until the first step is over (stage3.py, :1306)
         items.append(Item("buffers", 4 * sub_group(sizes, zero, work)))
     if zero.optimizer == "nvme":
-        whole = work.share(max(one.model.largest for one in held))
-        items.append(Item("buffers", SWAP_BUFFERS * 4 * sub_group(sizes, zero, work) + WEIGHT_BUFFERS * size * whole, "host"))
+        items.append(Item("buffers", SWAP_BUFFERS * 4 * sub_group(sizes, zero, work), "host"))
     return items
 
 
