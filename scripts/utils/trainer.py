@@ -78,6 +78,11 @@ class GroupLossMixin:
             sampler.lengths = list(sampler.lengths)  # else a read from the disk for each row
         return sampler
 
+    def _run_epoch(self, *args, **kwargs):
+        # after a resume at the last step, in the middle of an epoch, `Trainer` would make one more
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         count = torch.stack([batch["items"] for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(count).sum()
