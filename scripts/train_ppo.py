@@ -293,6 +293,7 @@ def train(models, tokenizer, prompts, judge, validation, supervised, config, run
             bar.close()
             run.stopped()
     bar.close()
+    divergence.end()
     with accelerator.autocast():
         evaluate(models.outcome, judge, validation, config, run, keeper, config.updates)
     return config.updates - done

@@ -93,7 +93,7 @@ def test_three_bad_steps_end_the_run_before_it_saves_them(stage, models, steps, 
             self.param_groups[0]["params"][-1].data.fill_(math.inf)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
-    with pytest.raises(UserError, match=r"^step \d: the loss or the gradient is not finite .*, as in the 2 steps before: lower "
+    with pytest.raises(UserError, match=r"^step \d: the loss or the gradient is not finite .*, as in 2 before it: lower "
                                         "learning_rate, .*broken_batch.jsonl'; the last checkpoint is intact$"):
         run(stage, models, tmp_path)
     assert not (tmp_path / "final").exists() and len(steps) == BAD + 1
@@ -136,12 +136,21 @@ def test_a_whole_step_in_between_starts_the_count_again(tmp_path):
     losses = [math.nan, math.inf, 1.0, math.nan, 1.0, math.nan, -math.inf]
     assert [seen(ours, loss) for loss in losses] == [not math.isfinite(loss) for loss in losses]
     assert len(ours.run.said) == 5
-    with pytest.raises(UserError, match="as in the 2 steps before"):
+    with pytest.raises(UserError, match="as in 2 before it"):
         seen(ours, 1.0, math.inf)
     rows = rows_of(tmp_path / "broken_batch.jsonl")
     assert [row["loss"] for row in rows] == ["nan"] * 2 + ["-inf"] * 2 + ["1.0"] * 2, "those of the last three steps"
     assert [(row["prompt"], row["completions"]) for row in rows[:2]] == [
         (str(prompt), list(map(str, group))) for prompt, group in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+def test_two_bad_steps_at_the_end_are_no_result(tmp_path):
+    ours = divergence(tmp_path)
+    assert seen(ours, math.nan)
+    ours.end()
+    assert seen(ours, math.nan)
+    with pytest.raises(UserError, match="as in 1 before it: lower learning_rate"):
+        ours.end()
 
 
 def test_a_gradient_that_overflows_is_how_fp16_finds_its_scale(tmp_path):

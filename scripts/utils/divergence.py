@@ -53,20 +53,33 @@ class Divergence:
         self.row, self.parts = 0, []
         return False
 
+    def end(self) -> None:
+        """The run's last step is done: of several that were left out there the third cannot come any more."""
+        if self.row > 1:
+            self._refuse()
+
     def _left_out(self):
         self.row += 1
-        path = self.run.folder / "broken_batch.jsonl"
         rows = collect([row for loss, part in self.parts for groups in part for row in self._rows(loss.item(), groups)])
         self.parts = []
         if self.run.is_main:
-            with path.open("w" if self.row == 1 else "a", encoding="utf-8") as file:
+            with self.path.open("w" if self.row == 1 else "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        found = f"step {self.step}: the loss or the gradient is not finite (NaN or infinite)"
         if self.row == _IN_A_ROW or self.in_backward:
-            before = f", as in the {self.row - 1} steps before" if self.row > 1 else ""
-            raise UserError(f"{found}{before}: lower learning_rate, or look for broken rows in '{path}'; the last checkpoint is "
-                            "intact")
-        self.run.say(f"{found}; left out, its rows are in '{path}'")
+            self._refuse()
+        self.run.say(f"{self._found()}; left out, its rows are in '{self.path}'")
+
+    @property
+    def path(self):
+        return self.run.folder / "broken_batch.jsonl"
+
+    def _found(self):
+        before = f", as in {self.row - 1} before it" if self.row > 1 else ""
+        return f"step {self.step}: the loss or the gradient is not finite (NaN or infinite){before}"
+
+    def _refuse(self):
+        raise UserError(f"{self._found()}: lower learning_rate, or look for broken rows in '{self.path}'; the last checkpoint is "
+                        "intact")
 
     def _rows(self, loss, groups):
         for prompt, completions in unpack(groups):

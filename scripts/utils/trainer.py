@@ -188,6 +188,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+        self.divergence.end()
 
 
 def training_arguments(config, run: Run, kind, **more):
