@@ -1,8 +1,9 @@
 """One of two processes that train, of which one dies, hangs or meets a full disk; started by torchrun.
 
-    torchrun --nproc_per_node 2 tests/dying_process.py STAGE HOW WORDS...
+    torchrun --nproc_per_node 2 tests/dying_process.py RANK HOW WORDS...
 
-HOW: `kill`, `hang` (rank 1), `full` (rank 0), each after the second step's metrics, or `none`; WORDS go to the stage's script.
+The process of this rank, after the metrics of its second update: `kill` dies, `node` dies with its launcher, `hang` waits,
+`full` finds the disk full. WORDS go to scripts/train_ppo.py.
 """
 
 import errno
@@ -19,31 +20,31 @@ import utils.distributed
 from utils.config import PROJECT
 from utils.run import Run
 
-RANK = int(os.environ["RANK"])
-
 
 def befall(how: str) -> None:
     """What happens to this process."""
-    if RANK == 1 and how == "kill":
+    if how == "node":
+        os.kill(os.getppid(), signal.SIGKILL)
+    if how in ("kill", "node"):
         os.kill(os.getpid(), signal.SIGKILL)
-    if RANK == 1 and how == "hang":
+    if how == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends it, once the other has
         time.sleep(600)
-    if RANK == 0 and how == "full":
+    if how == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
 
-def main(stage: str, how: str, words: list[str]) -> None:
+def main(rank: str, how: str, words: list[str]) -> None:
     metrics = Run.metrics
 
     def then(self, step, values):
         metrics(self, step, values)
-        if step == 2:
+        if step == 2 and rank == os.environ["RANK"]:
             befall(how)
 
     Run.metrics = then
     utils.distributed.TIMEOUT = timedelta(seconds=20)
-    sys.argv = [str(PROJECT / "scripts" / f"train_{stage}.py"), *words]
+    sys.argv = [str(PROJECT / "scripts" / "train_ppo.py"), *words]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
