@@ -1,6 +1,7 @@
 """A step whose loss or gradient is not finite is left out; several in a row end the run, before it saves what it became."""
 
 import json
+import math
 
 import torch
 from accelerate import Accelerator
@@ -44,10 +45,10 @@ class Divergence:
         Raises:
             UserError: at the third in a row.
         """
-        numbers = [loss.float() for loss, _ in self.parts]
-        if self.counts_norm and norm is not None:
-            numbers.append(torch.as_tensor(norm, device=numbers[0].device).float())
-        if agreed(int(not torch.stack(numbers).isfinite().all())):
+        numbers = [loss for loss, _ in self.parts]
+        if self.counts_norm and norm is not None:  # DeepSpeed's engine may have none
+            numbers.append(norm)
+        if agreed(int(not all(map(math.isfinite, numbers)))):
             self._left_out()
             return True
         self.row, self.parts = 0, []
