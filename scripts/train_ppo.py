@@ -30,6 +30,7 @@ from utils.config import PROJECT, StageConfig, UserError, key, start
 from utils.data import Rows, Tokenised, load_data, split_rows, tokenised
 from utils.data_report import DataReport
 from utils.distributed import agreed, build_accelerator, gradients_of_part, world
+from utils.divergence import Divergence
 from utils.evaluation import print_stages
 from utils.judging import Judge, load_rules, refuse_missing_facts
 from utils.metrics import length_controlled_win_rate, win_rate
@@ -110,8 +111,8 @@ class PPOStageConfig(StageConfig):
 # ---------------------------------------------------------------------------------------------- the algorithm
 
 
-def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerator, shuffle: random.Random,
-               examples: Iterator[PromptGroups] | None = None) -> dict:
+def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerator, divergence: Divergence,
+               shuffle: random.Random, examples: Iterator[PromptGroups] | None = None) -> dict:
     """Up to `ppo_epochs` passes of the clipped objective; metrics are means over all tokens of all passes.
 
     Args:
@@ -130,12 +131,13 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
             for number, (batch, example) in enumerate(zip(minibatch, part, strict=True), start=1):
                 with gradients_of_part(accelerator, models.trained, last=number == len(minibatch)):
                     loss, figures = batch_loss(models.trained, batch, tokens, config, example, ptx_tokens)
+                    divergence.watch(loss, batch.groups, *([example] if example else []))
                     # every rank's gradient is averaged over the ranks afterwards
                     accelerator.backward(loss * accelerator.num_processes)
                 ratio_max = torch.maximum(ratio_max, figures.pop("ratio_max"))
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
-            norm = optimizer_step(models, optimizer, scheduler, config, accelerator)
+            norm = optimizer_step(models, optimizer, scheduler, config, accelerator, divergence)
         passes.append({name: accelerator.reduce(value, "sum").item() for name, value in sums.items()})
         if config.target_kl is not None and passes[-1]["policy/approx_kl"] / passes[-1]["tokens"] > config.target_kl:
             for _ in range(count * (config.ppo_epochs - epoch)):
@@ -150,18 +152,17 @@ def ppo_update(models: Models, batches, optimizer, scheduler, config, accelerato
     }
 
 
-def optimizer_step(models: Models, optimizer, scheduler, config, accelerator) -> torch.Tensor:
-    """One step on the gradients gathered so far; returns their norm before clipping."""
+def optimizer_step(models: Models, optimizer, scheduler, config, accelerator, divergence: Divergence) -> torch.Tensor:
+    """One step on the gradients gathered so far, left out where they are not finite; returns their norm before clipping."""
     # 0 is no clipping, as in transformers' Trainer
     norm = accelerator.clip_grad_norm_(models.trained.parameters(), config.max_grad_norm or math.inf)
-    # fp16 finds its loss scale by steps whose gradient overflows, and leaves those steps out
-    if not math.isfinite(norm) and config.mixed_precision != "fp16":
-        raise UserError("the gradient is not finite (NaN or infinite): lower learning_rate, or look at the reward "
-                        "model's scores in metrics.jsonl; the last checkpoint is intact")
+    left_out = divergence.leaves_out(norm)
+    if left_out:
+        optimizer.zero_grad()  # to None: at a gradient of 0 AdamW would still move
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
-    if models.average is not None:
+    if models.average is not None and not left_out:
         models.average.update_parameters(models.policy)
     return norm
 
@@ -254,6 +255,7 @@ def train(models, tokenizer, prompts, judge, validation, supervised, config, run
     if config.resume:
         done, saved = keeper.load()
         carried = Carried(**{**asdict(carried), **saved})
+    divergence = Divergence(run, tokenizer, accelerator)
     episodes = config.prompts_per_update * config.responses_per_prompt
     bar = tqdm(total=config.updates, initial=done, desc="ppo", unit="update", disable=not accelerator.is_main_process)
     for update in range(done, config.updates):
@@ -272,7 +274,8 @@ def train(models, tokenizer, prompts, judge, validation, supervised, config, run
         evaluated = time.time()
         shuffle = random.Random(f"{config.seed}-{update}")
         examples = supervised and supervised_batches(supervised, tokenizer.pad_token_id, update, config, accelerator)
-        figures |= ppo_update(models, batches, optimizer, scheduler, config, accelerator, shuffle, examples)
+        divergence.step = update + 1
+        figures |= ppo_update(models, batches, optimizer, scheduler, config, accelerator, divergence, shuffle, examples)
         if config.kl_target is not None:
             carried.kl_coef = adapted_kl_coef(carried.kl_coef, figures["objective/kl"], config.kl_target, episodes,
                                               config.kl_horizon)
@@ -283,12 +286,14 @@ def train(models, tokenizer, prompts, judge, validation, supervised, config, run
         bar.update(1)
         bar.set_postfix(score=f"{figures['objective/score']:.2f}", kl=f"{figures['objective/kl']:.2f}")
         run.stop_signal = agreed(run.stop_signal)
-        if (update + 1) % config.save_steps == 0 or run.stop_signal is not None:
+        # between steps that were left out the weights may be broken
+        if not divergence.row and ((update + 1) % config.save_steps == 0 or run.stop_signal is not None):
             keeper.save(update + 1, asdict(carried))
         if run.stop_signal is not None:
             bar.close()
             run.stopped()
     bar.close()
+    divergence.end()
     with accelerator.autocast():
         evaluate(models.outcome, judge, validation, config, run, keeper, config.updates)
     return config.updates - done

@@ -226,8 +226,8 @@ SUMMARIES = [
     Mutation("ROUGE is recall", 14, METRICS,
              "example[name].fmeasure", "example[name].recall", ("test_metrics.py::test_rouge_by_hand",)),
     Mutation("the loss of a step is a mean of micro-batch means (SFT, reward)", 12, TRAINER,
-             "return total / num_items_in_batch * self.accelerator.num_processes",
-             "return total / items / self.args.gradient_accumulation_steps", ("test_trainer.py",)),
+             "loss = total / num_items_in_batch * self.accelerator.num_processes",
+             "loss = total / items / self.args.gradient_accumulation_steps", ("test_trainer.py",)),
 ]
 
 RANKINGS = [
@@ -620,7 +620,7 @@ PROCESSES = [
     Mutation("parts: only the last one is counted", 12, "scripts/utils/trainer.py",
              '"items": sum(part["items"] for part in parts)', '"items": parts[-1]["items"]', ("test_trainer.py",)),
     Mutation("two processes: the Trainer's loss is not multiplied by their number", 12, TRAINER,
-             "return total / num_items_in_batch * self.accelerator.num_processes", "return total / num_items_in_batch",
+             "loss = total / num_items_in_batch * self.accelerator.num_processes", "loss = total / num_items_in_batch",
              (f"{TWO}[reward-split1-]",)),
     Mutation("two processes: each divides by its own tokens", 12, LOOP,
              'accelerator.reduce(sum(b.rollout.response_mask.sum() for b in minibatch), "sum")',

@@ -19,6 +19,7 @@ import train_ppo
 from utils.config import UserError
 from utils.data import Tokenised, load_data
 from utils.data_report import DataReport
+from utils.divergence import Divergence
 from utils.models import load_tokenizer, response_logprobs, response_values, scores
 from utils.ppo import Rollout
 from utils.prompt_groups import pack
@@ -209,7 +210,8 @@ def test_with_lora_the_reference_is_the_policy_without_its_adapter(config):
     config = replace(config, lora_rank=2)
     models, optimizer, scheduler, accelerator = made(config)
     batches = rollout(models, config, accelerator)
-    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, train_ppo.random.Random(0))
+    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, Divergence(None, None, accelerator),
+                         train_ppo.random.Random(0))
     after = rollout(models, config, accelerator, update=0)
     sft, reward_model = policy("opt"), scalar_model("opt", seed=1)  # as they were saved
     for batch in after:
@@ -315,7 +317,8 @@ def test_the_average_is_taken_after_every_step_and_starts_at_the_sft_model(confi
     optimizer.step = watched
     batches = rollout(models, config, accelerator)
     start = weight.detach().clone()
-    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, train_ppo.random.Random(0))
+    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, Divergence(None, None, accelerator),
+                         train_ppo.random.Random(0))
     average = dict(models.outcome.named_parameters())[name]
     torch.testing.assert_close(average.detach(), expected)
     assert (average - weight).abs().max() > 1e-4 and (average - start).abs().max() > 1e-4

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from families import EOS, PAD, policy, random_groups, scalar_model
 
 import train_ppo
+from utils.divergence import Divergence
 from utils.models import response_logprobs, response_values, scores
 from utils.ppo import Rollout
 from utils.rollout import Carried, MicroBatch, rollout_metrics
@@ -54,7 +55,8 @@ def updated(config):
     step = optimizer.step
     optimizer.step = lambda: (steps.append(1), step())
     batches = rollout(models, config, accelerator)
-    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, random.Random(0))
+    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator,
+                                   Divergence(None, None, accelerator), random.Random(0))
     return figures, [p.detach().clone() for p in models.trained.parameters()], len(steps), scheduler
 
 
@@ -193,7 +195,8 @@ def test_the_first_gradient_is_that_of_the_mean_over_real_tokens(size, config):
     (total / sum(mask.sum() for mask in masks)).backward()
     expected = torch.cat([p.grad.flatten() for p in models.policy.parameters()]).norm().item()
     models.trained.zero_grad()
-    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, random.Random(0))
+    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator,
+                                   Divergence(None, None, accelerator), random.Random(0))
     assert figures["policy/grad_norm"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -226,7 +229,8 @@ def test_a_step_takes_this_steps_gradient_clipped_to_the_norm(config):
 
     optimizer.step = watched
     batches = rollout(models, config, accelerator)
-    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, random.Random(0))
+    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator,
+                                   Divergence(None, None, accelerator), random.Random(0))
     assert figures["policy/grad_norm"] > 0.01, "as it was before clipping"
     lengths = [(after - before).norm().item() for before, after in zip(places, places[1:], strict=False)]
     assert lengths == pytest.approx([0.01, 0.01], rel=1e-2)
@@ -268,7 +272,8 @@ def test_gradient_checkpointing_recomputes_in_the_update(config, monkeypatch):
             monkeypatch.setattr(layer, "_gradient_checkpointing_func",
                                 lambda *a, inner=inner, **k: (calls.append(torch.is_grad_enabled()), inner(*a, **k))[1])
     batches = rollout(models, config, accelerator)
-    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, random.Random(0))
+    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, Divergence(None, None, accelerator),
+                         random.Random(0))
     assert sum(calls) == len(batches) * 2 * 2, "two models of two layers in each micro-batch"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import PAD, random_groups
 
-from utils.prompt_groups import attention_mask, end_states, micro_batches, pack, response_states, share_rows, spread
+from utils.prompt_groups import attention_mask, end_states, micro_batches, pack, response_states, share_rows, spread, unpack
 
 SIZES = [4, 1, 6], [[3, 1, 5], [2], [1, 1]]  # groups of 13, 3 and 8 tokens: the last two share a row
 
@@ -138,3 +138,9 @@ def test_spread_puts_values_back_in_order():
 def test_empty_prompts_and_completions_are_refused(prompts, completions):
     with pytest.raises(ValueError, match="at least one token"):
         pack(prompts, completions, PAD)
+
+
+def test_unpack_gives_back_what_was_packed():
+    """Also where groups share a row."""
+    prompts, completions = random_groups([9, 1, 2, 5], [[3, 1], [2], [1, 2, 4], [6]])
+    assert unpack(pack(prompts, completions, PAD)) == list(zip(prompts, completions, strict=True))

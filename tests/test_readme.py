@@ -33,6 +33,7 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/train_reward.py": ("train_reward", "RewardStageConfig", DEFAULTS / "reward.yaml"),
            "scripts/train_ppo.py": ("train_ppo", "PPOStageConfig", DEFAULTS / "ppo.yaml"),
            "scripts/compare_seeds.py": ("compare_seeds", "CompareConfig", None),
+           "scripts/kill_test.py": ("kill_test", "KillConfig", None),
            "scripts/over_optimisation.py": ("over_optimisation", "OverOptimisationConfig", None),
            "scripts/prepare_data.py": ("prepare_data", "PrepareConfig", None),
            "scripts/benchmark.py": ("benchmark", "BenchmarkConfig", None),

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +120,26 @@ def test_a_run_that_ended_before_its_first_step_does_not_block_the_next(tmp_path
     start(tmp_path).metrics(1, {"loss": 1.0})
     with pytest.raises(UserError, match="is in use"):
         start(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["config.tmp", "config.yaml", "data.tmp"])
+def test_a_run_that_was_killed_while_it_opened_its_folder_does_not_block_the_next(moment, tmp_path, monkeypatch):
+    """The folder is either as good as new or can be resumed, whichever file is being written."""
+    replace = os.replace
+
+    def killed(source, target):
+        if moment.endswith(".yaml"):
+            replace(source, target)
+        if moment in (Path(source).name, Path(target).name):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        start(tmp_path)
+    assert moment in contents(tmp_path)
+    start(tmp_path, resume=moment != "config.tmp")
+    assert "plots" in contents(tmp_path)
 
 
 @pytest.mark.parametrize("stray", ["mine.txt", "final", "summary.json"])

@@ -217,6 +217,18 @@ def test_stop_and_resume_end_like_an_undisturbed_run(script, finished, folder, m
     assert furthest(final, whole) < 1e-6
 
 
+@pytest.mark.parametrize("script", [train_sft, train_reward, train_ppo])
+def test_a_run_that_was_killed_after_its_last_step_makes_no_other(script, finished, folder):
+    run, whole = folder / "late" / NAMES[script], finished / NAMES[script]
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "final")
+    script.main(config_of(script, folder, "late", "--resume"))
+    found, expected = ([{name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
+                        for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, whole))
+    assert found == expected
+    assert furthest(*(load_file(path / "final" / "model.safetensors") for path in (run, whole))) == 0
+
+
 def test_adapters_are_trained_and_merged_into_stock_checkpoints(folder):
     """All three stages with LoRA, each on the one before; and a resumed one."""
     out, extra = "lora", "--lora_rank 2 --learning_rate 0.01 --gradient_checkpointing true"
@@ -315,7 +327,7 @@ def test_a_mistake_leaves_no_run_folder_behind(message, finished, folder):
 @pytest.mark.parametrize("script", [train_sft, train_reward])
 def test_a_loss_that_is_not_finite_stops_the_stage(script, finished, folder):
     """At a step that is logged, or in an evaluation before the next of them."""
-    with pytest.raises(UserError, match="(sft/loss|sft/grad_norm|validation: a score) is not finite .*: lower learning_rate"):
+    with pytest.raises(UserError, match="(the loss or the gradient|validation: a score) is not finite .*: lower learning_rate"):
         script.main(config_of(script, folder, "broken", "--learning_rate 1e30"))
     assert not (folder / "broken" / NAMES[script] / "final").exists()
 

@@ -35,7 +35,7 @@ class Stage(GroupLossMixin, Trainer):
 class Run:
     """Collects what a run is told."""
 
-    stage, stop_signal = "sft", None
+    stage, stop_signal, is_main = "sft", None, True
 
     def __init__(self, folder):
         self.folder, self.rows = folder, []
@@ -58,6 +58,7 @@ def trained(folder, batch_size, accumulation, steps=1, max_tokens=None, **more):
     )
     trainer = Stage(
         model=model, args=arguments, train_dataset=Rows(), loss_sum=train_sft.completion_loss_sum, run=run,
+        processing_class=SimpleNamespace(decode=str),
         data_collator=lambda rows: in_parts(rows, lambda part: train_sft.collate(part, PAD, "completion"), max_tokens),
     )
     trainer.train()
@@ -95,7 +96,7 @@ def test_rows_trained_are_those_of_this_session(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_after_it_is_logged(tmp_path):
-    with pytest.raises(UserError, match=r"^sft/(loss|grad_norm) is not finite .*: lower learning_rate"):
+    with pytest.raises(UserError, match=r"^step 4: the loss or the gradient is not finite .*: lower learning_rate"):
         trained(tmp_path, 4, 1, steps=9, learning_rate=1e30)
 
 

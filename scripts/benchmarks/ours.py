@@ -29,6 +29,7 @@ from benchmarks.tasks import (
 from benchmarks.turns import OneStepATurn, Turns
 from utils.data_report import DataReport
 from utils.distributed import my_share, world
+from utils.divergence import Divergence
 from utils.models import load_policy, load_scalar_model
 from utils.ppo_models import load_models, prepare
 from utils.rollout import Carried, collect_rollout, rollout_metrics
@@ -90,7 +91,7 @@ def ppo(task: Task, turns: Turns) -> None:
     models, optimizer, scheduler = prepare(load_models(config), config, accelerator)
     scored, prompts = [], my_share(task.prompts)
     models.reward_model.base_model.register_forward_hook(lambda *_: scored.append(1))
-    carried = Carried(config.kl_coef)
+    carried, divergence = Carried(config.kl_coef), Divergence(None, TOKENIZER, accelerator)
     if turns.clock:
         for name, part in (("sample", "generation"), ("judged", "scoring"), ("pack", "data")):
             turns.clock.watch(utils.rollout, name, part)
@@ -100,7 +101,8 @@ def ppo(task: Task, turns: Turns) -> None:
             return
         batches = collect_rollout(models, TOKENIZER, prompts, config, update, accelerator, carried)
         figures = rollout_metrics(batches, accelerator)
-        figures |= train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, random.Random(update))
+        figures |= train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, divergence,
+                                         random.Random(update))
         counts = {"episodes": sum(len(batch.ended) for batch in batches),
                   "tokens": sum(batch.rollout.response_mask.sum().item() for batch in batches)}
         turns.report(counts, epochs=figures["policy/epochs"], scored=bool(scored))

@@ -295,15 +295,18 @@ def start(main, config_class, default_file: Path | None, description: str) -> No
     except UserError as error:
         _leave(error)
     except Exception as error:
-        if not (reason := _broken_output(error)):
+        if reason := _broken_output(error):
+            _leave(f"{reason}; what was saved so far is intact")
+        if not (reason := _lost_process(error)):
             raise
-        _leave(f"{reason}; what was saved so far is intact")
+        _leave(f"another process of this run died or hung ({reason}); the last checkpoint is intact: look at what that process "
+               "said, and go on with --resume", status=1)
 
 
-def _leave(message):
+def _leave(message, status=2):
     threading.excepthook = lambda _: None  # trackers write in threads, which meet the same full disk
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _broken_output(error) -> str | None:
@@ -312,6 +315,14 @@ def _broken_output(error) -> str | None:
         return f"{error.filename or 'output'}: {error.strerror}"
     if re.search("No space left|PytorchStreamWriter failed|enforce fail at inline_container", str(error)):
         return "no space left on the disk"
+    return None
+
+
+def _lost_process(error) -> str | None:
+    """How an exchange with the other processes failed; None when the error is another. gloo says it in words only."""
+    said = re.search("Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting", str(error))
+    if said or isinstance(error, torch.distributed.DistError):
+        return said[0] if said else type(error).__name__
     return None
 
 

@@ -2,12 +2,16 @@
 
 import os
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, gather_object, reduce
 
 from utils.config import UserError
+
+# A process that waits longer for the others ends. The first of a node may read and tokenise a large data set meanwhile.
+TIMEOUT = timedelta(minutes=30)
 
 
 def world() -> PartialState:
@@ -20,7 +24,7 @@ def world() -> PartialState:
     if started > 1 and "LOCAL_RANK" not in os.environ:
         raise UserError(f"WORLD_SIZE: it is {started} here, but LOCAL_RANK is not set; start with torchrun, or unset WORLD_SIZE")
     # without CUDA accelerate forms no group unless it is asked for the CPU
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     formed = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if not started == formed == state.num_processes:
         raise UserError(f"WORLD_SIZE: {started} processes were started, but torch.distributed has a group of {formed} and "

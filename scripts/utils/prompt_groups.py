@@ -79,6 +79,17 @@ def pack(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]
                         torch.tensor(ends))
 
 
+def unpack(groups: PromptGroups) -> list[tuple[list[int], list[list[int]]]]:
+    """Prompt and completions of each group, as they were given to `pack`."""
+    found = []
+    for owner in range(int(groups.owners.max()) + 1):
+        own = groups.owners == owner
+        count = int(groups.segments[own].max())
+        prompt, *completions = (groups.input_ids[own & (groups.segments == k)].tolist() for k in range(count + 1))
+        found.append((prompt, completions))
+    return found
+
+
 def share_rows(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
     """Where each group goes, (row, first column); the number of rows; and their width, that of the largest group.
 

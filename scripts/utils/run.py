@@ -50,8 +50,9 @@ class Run:
 
     def _open(self):
         try:
-            (self.folder / "plots").mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.folder / "config.yaml")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.folder / "config.yaml")  # the first, for without it nothing can be resumed
+            (self.folder / "plots").mkdir(exist_ok=True)
             _end_line(self.folder / "metrics.jsonl")
         except OSError as error:
             raise UserError(f"output_dir: '{self.folder}' cannot be written to ({error.strerror}); name another") from None
@@ -198,10 +199,11 @@ def refuse_used_folder(config) -> None:
 
 def _nothing_trained(folder: Path) -> bool:
     """Whether a run ended here before its first step, by a mistake say: nothing to lose, and nothing to go on with."""
-    ours = {"config.yaml", "data.json", "rejected_rows.jsonl", "metrics.jsonl", "train.log", "plots", "tensorboard",
+    config = {"config.yaml", "config.tmp"}
+    ours = {*config, "data.json", "data.tmp", "rejected_rows.jsonl", "metrics.jsonl", "train.log", "plots", "tensorboard",
             "checkpoints"}
     names = {path.name for path in folder.iterdir()}
-    if "config.yaml" not in names or not names <= ours:
+    if not names & config or not names <= ours:
         return False
     checkpoints = [path for path in folder.glob("checkpoints/*") if not path.name.startswith("best-")]
     return not checkpoints and not any(row["step"] for row in read_whole_rows(folder / "metrics.jsonl"))

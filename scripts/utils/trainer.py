@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from utils.checkpoints import CheckpointFolder, load_weights, save_weights
 from utils.config import StageConfig, UserError, key
 from utils.distributed import agreed, gradients_of_part
+from utils.divergence import Divergence
 from utils.prompt_groups import PromptGroups, micro_batches
 from utils.run import Run
 from utils.zero import use_engine
@@ -46,7 +47,8 @@ class GroupLossMixin:
         super().__init__(*args, **kwargs)
         self.run = run
         self.evaluated = (None, None)  # step and figures
-        self.progress = RunCallback(run, lambda: self.model_wrapped)
+        self.divergence = Divergence(run, self.processing_class, self.accelerator)
+        self.progress = RunCallback(run, lambda: self.model_wrapped, self.divergence)
         self.checkpoints = CheckpointFolder(run)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided, over micro-batches too
         # the sampler draws its order from torch's own state, which dropout moves on each rank as far as its rows are long
@@ -78,6 +80,11 @@ class GroupLossMixin:
             sampler.lengths = list(sampler.lengths)  # else a read from the disk for each row
         return sampler
 
+    def _run_epoch(self, *args, **kwargs):
+        # after a resume at the last step, in the middle of an epoch, `Trainer` would make one more
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         count = torch.stack([batch["items"] for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(count).sum()
@@ -86,12 +93,25 @@ class GroupLossMixin:
         ends_step = self.accelerator.sync_gradients  # false for all but the last of gradient_accumulation_steps batches
         parts = [(part, num_items_in_batch) for part in inputs["parts"]]
         if self.is_deepspeed_enabled:  # all ranks must compute as many; what is computed once more counts nothing
-            parts += [(dict(parts[-1][0]), math.inf)] * (agreed(len(parts)) - len(parts))
+            parts += [(parts[-1][0], math.inf)] * (agreed(len(parts)) - len(parts))
         losses = []
         for number, (part, items) in enumerate(parts, start=1):
             with gradients_of_part(self.accelerator, model, last=ends_step and number == len(parts)):
                 losses.append(super().training_step(model, part, items))
         return sum(losses)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """`Trainer`'s, which it asks for before each step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.divergence.step = self.state.global_step + 1
+        if self.divergence.leaves_out(norm):
+            model.zero_grad()  # to None: at a gradient of 0 AdamW would still move
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._globalstep_last_logged == self.state.global_step:
+            self._tr_loss.zero_()  # `Trainer` subtracts it from itself, and a NaN stays
 
     def _save_checkpoint(self, model, trial):
         """`Trainer`'s, but written aside."""
@@ -117,7 +137,9 @@ class GroupLossMixin:
         if num_items_in_batch is None:
             num_items_in_batch = items
         # every rank's gradient is averaged over the ranks afterwards
-        return total / num_items_in_batch * self.accelerator.num_processes
+        loss = total / num_items_in_batch * self.accelerator.num_processes
+        self.divergence.watch(loss, PromptGroups(**{name: inputs[name] for name in PromptGroups._fields}))
+        return loss
 
 
 def in_parts(rows, collate, max_tokens: int | None) -> dict:
@@ -142,8 +164,8 @@ def group_forward(model, loss_sum):
 class RunCallback(TrainerCallback):
     """A progress bar, metrics.jsonl, and a clean stop; replaces the default printing."""
 
-    def __init__(self, run: Run, wrapped):
-        self.run, self.wrapped, self.bar, self.first_step = run, wrapped, None, 0
+    def __init__(self, run: Run, wrapped, divergence: Divergence):
+        self.run, self.wrapped, self.divergence, self.bar, self.first_step = run, wrapped, divergence, None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step = state.global_step
@@ -156,23 +178,21 @@ class RunCallback(TrainerCallback):
         self.run.stop_signal = agreed(self.run.stop_signal)
         if self.run.stop_signal is not None:
             control.should_save = control.should_training_stop = True
+        if self.divergence.row:  # the weights may be broken
+            control.should_save = control.should_evaluate = False
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
             self.run.metrics(state.global_step, {f"{self.run.stage}/{name}": logs[name]
                                                  for name in ("loss", "grad_norm", "learning_rate")})
-            # fp16 finds its loss scale by steps whose gradient overflows, and leaves those steps out
-            for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
-                if not math.isfinite(logs[name]):
-                    raise UserError(f"{self.run.stage}/{name} is not finite (NaN or infinite) at step {state.global_step}: lower "
-                                    "learning_rate, or look for broken rows; the last checkpoint is intact")
         evaluated = {name.replace("eval_", "eval/"): value for name, value in logs.items() if name.startswith("eval_")}
         if evaluated:
             self.run.metrics(state.global_step, evaluated)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+        self.divergence.end()
 
 
 def training_arguments(config, run: Run, kind, **more):
