@@ -16,6 +16,7 @@ import train_sft
 from utils.config import PROJECT, UserError, parse_config
 from utils.zero import load_settings
 
+pytestmark = pytest.mark.slow
 FILES = sorted(path.stem for path in (PROJECT / "configs" / "deepspeed").glob("*.json"))
 STAGES = ("sft", "reward", "ppo")
 STEPS, ROWS = 20, 8  # optimizer steps, and rows of one of them over all processes and micro-batches
