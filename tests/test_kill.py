@@ -12,6 +12,7 @@ import kill_test
 from utils.config import PROJECT
 
 
+@pytest.mark.slow
 def test_killed_runs_end_like_the_undisturbed_one(tmp_path):
     """Two kills of each stage, in the second half of its time; a process of its own, for forks want one without threads."""
     words = ["--kills", "2", "--seed", "26507", "--output", str(tmp_path / "kills.json")]
