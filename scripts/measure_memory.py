@@ -1,0 +1,101 @@
+"""What a stage really takes on this machine's CPU, beside what plan_memory.py says: peak memory and seconds a step.
+
+    python scripts/measure_memory.py --model facebook/opt-125m --stage sft --zero none
+    python scripts/measure_memory.py --model facebook/opt-1.3b --stage sft --zero zero3_nvme
+    python scripts/measure_memory.py --model facebook/opt-1.3b --stage ppo --zero zero3_offload --lora_rank 8
+
+The model has random weights and OPT's vocabulary, the texts are the embedded ones: one prompt in a forward pass. The stage's own
+script runs to its end, final/ included; its peak is that of the process.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from planning.architectures import OPT, opt_config
+from planning.fit import STAGES, Setup, choices_of, plan
+from planning.memory import GIB
+from utils.config import PROJECT, UserError, key, start
+
+PROMPT, COMPLETION, RESPONSE, K = 100, 30, 8, 2  # tokens, and responses in PPO; the embedded posts are about as long
+
+
+@dataclass
+class MeasureConfig:
+    """What to run."""
+
+    model: str = key("facebook/opt-125m", "A size of OPT.", choices=list(OPT))
+    stage: str = key("sft", "The stage.", choices=list(STAGES))
+    zero: str = key("none", "none, or a file of configs/deepspeed/, such as zero3_nvme.")
+    lora_rank: int = key(0, "Train adapters of this rank; 0: the weights.", low=0)
+    value_model: str = key("separate", "PPO's value model.", choices=["separate", "shared"])
+    steps: int = key(3, "Optimizer steps; the first is not timed.", unit="steps", low=2)
+    folder: str | None = key(None, "Where models and runs are written, and removed; none: the system's temporary folder.")
+
+
+def write_models(name: str, folder: Path) -> None:
+    """A random policy and reward model of this size, in 16 bits on the disk, with the mini tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
+    config = opt_config(name)
+    config.num_labels, config.dropout, config.pad_token_id = 1, 0.0, tokenizer.pad_token_id
+    torch.manual_seed(0)
+    for kind, model in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+        model.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+
+
+def command(config: MeasureConfig, folder: Path) -> list[str]:
+    """The stage's command line."""
+    words = [f"--model {folder / 'policy'} --output_dir {folder / 'run'} --report_to none --per_device_batch_size 1 "
+             f"--eval_batch_size 1 --eval_rows 1 --test_rows 1 --max_prompt_tokens {PROMPT} --eval_steps 999 "
+             f"--lora_rank {config.lora_rank}"]
+    if config.stage != "ppo":
+        words.append(f"--max_steps {config.steps} --logging_steps 1 --micro_batch_tokens none")
+    words.append({"sft": f"--max_new_tokens {RESPONSE}", "reward": "--save_steps 999 --centring_data none",
+                  "ppo": f"--reward_model {folder / 'reward'} --max_new_tokens {RESPONSE} --prompts_per_update 1 "
+                         f"--save_steps 999 --responses_per_prompt {K} --total_episodes {config.steps * K} "
+                         f"--ppo_epochs 1 --num_minibatches 1 --value_model {config.value_model}"}[config.stage])
+    if config.zero != "none":
+        words.append(f"--deepspeed {PROJECT}/configs/deepspeed/{config.zero}.json")
+    return [sys.executable, str(PROJECT / "scripts" / f"train_{config.stage}.py"), *" ".join(words).split()]
+
+
+def run(words: list[str], metrics: Path) -> tuple[float, list[float]]:
+    """Peak memory in bytes, and the seconds between one logged step and the next."""
+    process, seen = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), []
+    with tempfile.TemporaryFile("w+") as said:
+        while process.poll() is None:
+            os.set_blocking(process.stdout.fileno(), False)
+            said.write(process.stdout.read() or "")
+            steps = metrics.read_text().count('_rate"') if metrics.exists() else 0
+            seen += [time.time()] * (steps - len(seen))
+            time.sleep(0.05)
+        if process.returncode:
+            said.seek(0)
+            raise UserError(f"the run ended with status {process.returncode}: {said.read()[-1000:]}")
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, [b - a for a, b in zip(seen, seen[1:], strict=False)]
+
+
+def main(config: MeasureConfig) -> None:
+    zero = choices_of([config.zero])[0]
+    setup = Setup(config.model, None, config.value_model, config.lora_rank, 1, 1, None, None, 1, 1, PROMPT,
+                  RESPONSE if config.stage == "ppo" else COMPLETION, K if config.stage == "ppo" else 4, "fp32", False)
+    planned = plan(config.stage, zero, setup).host
+    with tempfile.TemporaryDirectory(dir=config.folder) as folder:
+        write_models(config.model, Path(folder))
+        peak, seconds = run(command(config, Path(folder)), Path(folder) / "run" / "metrics.jsonl")
+    print(f"{config.model}, {config.stage}, {config.zero}: peak {peak / GIB:.1f} GiB, planned {planned / GIB:.1f} "
+          f"({planned / peak - 1:+.0%}); {median(seconds):.1f} s a step ({len(seconds)} timed)")
+
+
+if __name__ == "__main__":
+    start(main, MeasureConfig, None, __doc__)
