@@ -159,6 +159,18 @@ def test_a_gradient_that_overflows_is_how_fp16_finds_its_scale(tmp_path):
     assert seen(ours, math.nan)
 
 
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.DEEPSPEED])
+def test_a_rank_whose_own_numbers_are_whole_decides_like_the_others(kind, tmp_path, monkeypatch):
+    """Else it would wait for ever for those that leave the step out."""
+    ours = divergence(tmp_path, kind=kind)
+    monkeypatch.setattr("utils.divergence.agreed", lambda number: 1)  # another rank found a NaN
+    if kind == DistributedType.NO:
+        assert seen(ours, 1.0)
+    else:
+        with pytest.raises(UserError, match="^step 0: the loss or the gradient is not finite"):
+            ours.watch(torch.tensor(1.0), GROUPS)
+
+
 def test_under_deepspeed_the_first_loss_ends_the_run_before_the_engine_steps(tmp_path):
     ours = divergence(tmp_path, kind=DistributedType.DEEPSPEED)
     assert not seen(ours, 1.0)
