@@ -116,6 +116,7 @@ def test_a_killed_runs_later_best_is_dropped_and_replaced(tmp_path):
 def test_an_old_folder_of_the_same_name_is_replaced(tmp_path):
     ours = keeper(tmp_path)
     (tmp_path / "checkpoints" / "best-3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "best-3" / "model.safetensors").write_text("of the run that was killed")
     offer(ours, 3, 1.0)
     assert kept(tmp_path) == ["best-3"]
     ours.policy.become(0.0)
@@ -172,13 +173,16 @@ def test_one_that_is_killed_while_writing_is_never_taken(tmp_path):
 
     def killed(aside):
         (aside / "weights").write_text("of st")
+        (aside / "optimizer").write_text("of st")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         ours.write("checkpoint-2", killed)
+    assert kept(tmp_path) == ["checkpoint-1", "checkpoint-2.tmp"]
     assert ours.newest("checkpoint").name == "checkpoint-1"
     written(tmp_path, [2])  # the run that goes on comes here again
     assert (ours.newest("checkpoint") / "weights").read_text() == "of step 2"
+    assert sorted(path.name for path in ours.newest("checkpoint").iterdir()) == ["manifest.json", "weights"]
     assert kept(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
 

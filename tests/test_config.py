@@ -334,6 +334,17 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
         started(RuntimeError("a bug"), monkeypatch, None)
 
 
+@pytest.mark.parametrize(("words", "kept"), [
+    ([], True), (["--gradient_checkpointing", "true"], False), (["--deepspeed", "configs/deepspeed/zero2.json"], False),
+])
+def test_a_run_that_is_to_save_memory_gives_freed_memory_back(words, kept, monkeypatch):
+    done = []
+    monkeypatch.setattr("utils.config.keep_freed_memory", lambda: done.append("keep"))
+    monkeypatch.setattr(sys, "argv", ["train_toy.py", *words])
+    start(lambda config: done.append("main"), Toy, Path("/dev/null"), "")
+    assert done == (["keep", "main"] if kept else ["main"])
+
+
 def test_an_owner_that_is_a_folder_here_is_no_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()

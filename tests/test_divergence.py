@@ -18,6 +18,7 @@ import train_sft
 from utils.config import PROJECT, UserError, parse_config
 from utils.divergence import Divergence
 from utils.prompt_groups import pack
+from utils.trainer import GroupLossMixin
 
 STAGES = {"sft": (train_sft, "SFTStageConfig", "--max_steps 6 --eval_steps 1"),
           "reward": (train_reward, "RewardStageConfig", "--max_steps 6 --eval_steps 2 --save_steps 1"),
@@ -80,6 +81,15 @@ def test_one_bad_step_is_left_out_and_the_run_goes_on(stage, models, steps, tmp_
     rows = rows_of(tmp_path / "broken_batch.jsonl")
     assert rows and {row["step"] for row in rows} == {BAD if stage != "ppo" else 2}
     assert all(math.isfinite(float(row["loss"])) and "TL;DR:" in row["prompt"] and row["completions"] for row in rows)
+
+
+def test_the_losses_logged_after_a_broken_one_are_their_own(models, steps, tmp_path, monkeypatch):
+    compute = GroupLossMixin.compute_loss
+    monkeypatch.setattr(GroupLossMixin, "compute_loss", lambda self, *args, **more: compute(self, *args, **more) * (
+        math.nan if len(steps) + 1 == BAD else 1.0))
+    run("reward", models, tmp_path)
+    logged = [row["reward/loss"] for row in rows_of(tmp_path / "metrics.jsonl") if "reward/loss" in row]
+    assert [loss is None for loss in logged] == [number == BAD for number in range(1, 7)]
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
@@ -157,6 +167,18 @@ def test_a_gradient_that_overflows_is_how_fp16_finds_its_scale(tmp_path):
     ours = divergence(tmp_path, "fp16")
     assert not any(seen(ours, 1.0, math.inf) for _ in range(9))
     assert seen(ours, math.nan)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.DEEPSPEED])
+def test_a_rank_whose_own_numbers_are_whole_decides_like_the_others(kind, tmp_path, monkeypatch):
+    """Else it would wait for ever for those that leave the step out."""
+    ours = divergence(tmp_path, kind=kind)
+    monkeypatch.setattr("utils.divergence.agreed", lambda number: 1)  # another rank found a NaN
+    if kind == DistributedType.NO:
+        assert seen(ours, 1.0)
+    else:
+        with pytest.raises(UserError, match="^step 0: the loss or the gradient is not finite"):
+            ours.watch(torch.tensor(1.0), GROUPS)
 
 
 def test_under_deepspeed_the_first_loss_ends_the_run_before_the_engine_steps(tmp_path):

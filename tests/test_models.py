@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from utils.config import UserError
 from utils.models import (
     PolicyAndValue,
+    ScalarHead,
     centre_scores,
     hidden_states,
     load_policy,
@@ -222,6 +223,16 @@ def test_scores_and_values_are_float32_under_bf16():
         assert numbers.dtype == torch.float32
         assert (numbers != numbers.bfloat16().float()).any(), "all of them are numbers that bfloat16 has"
     close(found[0], scores(model, groups), tolerance=0.05)
+
+
+@torch.no_grad()
+def test_a_head_in_16_bits_says_float32():
+    """As in DeepSpeed's engine. Its weights are rounded there; their sum of products is not."""
+    head = ScalarHead(32, 1).bfloat16()
+    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = head(states)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[:, 0].double(), states.double() @ head.weight[0].double() + head.bias.double())
 
 
 @pytest.mark.parametrize(("family", "width"), [("opt", 512), ("opt-350m", 256)])

@@ -98,6 +98,23 @@ def test_page_locked_memory_comes_in_powers_of_two():
     assert item.bytes == 2 * 56 + 2 * 112
 
 
+def test_ddp_copies_float32_gradients_and_autocast_16_bit_weights():
+    held, work = held_models("sft", SETUP), SETUP.work("sft")
+    def found(term, **changes):
+        items = term(held, CHOICE["none"], work._replace(**changes))
+        return sum(item.bytes for item in items if "update" in item.alive)
+    assert [found(memory.exchange_buffers, processes=count) for count in (1, 2)] == [0, 4 * 125_239_296]
+    assert [found(memory.gathered, precision=precision) for precision in ("fp32", "bf16")] == [0, 2 * 125_239_296]
+
+
+def test_zero3_keeps_half_the_reuse_distance_and_what_is_fetched_ahead():
+    """In 16 bits: half of 10^9 parameters, and .9 x 2048^2; or the whole model where it has less."""
+    for name, live in (("facebook/opt-1.3b", 500_000_000 + 3_774_873), ("facebook/opt-125m", 125_239_296)):
+        setup = SETUP._replace(model=name)
+        items = memory.gathered(held_models("sft", setup), CHOICE["zero3"], setup.work("sft"))
+        assert [item.bytes for item in items if "update" in item.alive] == [2 * live]
+
+
 def test_a_sub_group_is_closed_by_the_tensor_that_fills_it(monkeypatch):
     monkeypatch.setitem(memory.SUB_GROUP, "zero3", 10)
     work = SETUP.work("sft")

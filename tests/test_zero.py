@@ -11,10 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 
-import train_ppo
-import train_sft
-from utils.config import PROJECT, UserError, parse_config
-from utils.zero import load_settings
+from utils.config import PROJECT
 
 pytestmark = pytest.mark.slow
 FILES = sorted(path.stem for path in (PROJECT / "configs" / "deepspeed").glob("*.json"))
@@ -140,42 +137,3 @@ def test_adapters_projections_parts_and_shared_trunks(others, stage, kind, engin
         return
     assert losses(ours) == pytest.approx(losses(plain), abs=1e-5)
     assert furthest(load_file(ours / "final" / "model.safetensors"), load_file(plain / "final" / "model.safetensors")) < 1e-4
-
-
-# ------------------------------------------------------------------------------------------------- configurations
-
-BROKEN = {
-    "no file": (None, "deepspeed: '.*' does not exist"),
-    "no JSON": ("{", "is no DeepSpeed configuration with zero_optimization.stage"),
-    "a list": ("[]", "is no DeepSpeed configuration"),
-    "no stage": ('{"zero_optimization": {}}', "is no DeepSpeed configuration"),
-    "no such stage": ('{"zero_optimization": {"stage": 4}}', "must be one of 0, 1, 2, 3, found 4"),
-    "an optimizer": ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "leave optimizer and scheduler out"),
-    "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 0, 1, 2, 3, found 'auto'"),
-}
-
-
-@pytest.mark.parametrize("case", list(BROKEN))
-def test_a_broken_configuration_is_refused(case, tmp_path):
-    text, message = BROKEN[case]
-    path = tmp_path / "engine.json"
-    if text is not None:
-        path.write_text(text)
-    config = parse_config(train_sft.SFTStageConfig, PROJECT / "configs" / "tldr_mini" / "sft.yaml", ["--deepspeed", str(path)])
-    with pytest.raises(UserError, match=f"^deepspeed: .*{message}" if text else message):
-        load_settings(config)
-
-
-@pytest.mark.parametrize(("words", "message"), [
-    ("--deepspeed configs/deepspeed/zero3.json --ema_decay 0.9", "^ema_decay: .* ZeRO-3"),
-    ("--deepspeed configs/deepspeed/zero3_nvme.json --resume", "^resume: DeepSpeed does not bring back"),
-])
-def test_what_an_engine_cannot_do_is_refused(words, message):
-    config = parse_config(train_ppo.PPOStageConfig, PROJECT / "configs" / "tldr_mini" / "ppo.yaml", words.split())
-    with pytest.raises(UserError, match=message):
-        load_settings(config)
-
-
-def test_launchers_may_add_their_local_rank():
-    words = ["--local_rank=1", "--local-rank=0", "--seed", "3"]
-    assert parse_config(train_sft.SFTStageConfig, PROJECT / "configs" / "tldr_mini" / "sft.yaml", words).seed == 3

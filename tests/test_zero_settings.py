@@ -1,0 +1,134 @@
+"""What DeepSpeed's files become: "auto" filled in as transformers fills it in, and what is refused. No engine is made here."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoConfig
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
+
+import train_ppo
+import train_sft
+from utils import zero
+from utils.config import PROJECT, UserError, parse_config
+from utils.zero import load_settings, use_engine
+
+FOLDER = PROJECT / "configs" / "deepspeed"
+FILES = sorted(path.stem for path in FOLDER.glob("*.json"))
+PROCESSES = 3
+
+
+@pytest.fixture(autouse=True)
+def active(monkeypatch):
+    """Three processes without a group, and a module that remembers nothing afterwards."""
+    monkeypatch.setattr(zero, "world", lambda: SimpleNamespace(num_processes=PROCESSES))
+    monkeypatch.setattr(zero, "_form_group", lambda: None)
+    monkeypatch.setattr(zero, "_active", {})
+    yield zero._active
+    unset_hf_deepspeed_config()
+
+
+def config_of(*words, script=train_sft, kind="SFTStageConfig", stage="sft"):
+    return parse_config(getattr(script, kind), PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", list(words))
+
+
+def filled_by_transformers(settings, config):
+    """And by hand what its `Trainer` leaves to DeepSpeed: the bucket of gathered weights is as large as that of gradients."""
+    arguments = SimpleNamespace(
+        world_size=PROCESSES, per_device_train_batch_size=config.per_device_batch_size, max_grad_norm=config.max_grad_norm,
+        gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=1.0, adam_beta1=0.9, adam_beta2=0.99,
+        adam_epsilon=1.0, weight_decay=0.0, save_on_each_node=False, fp16=config.mixed_precision == "fp16",
+        bf16=config.mixed_precision == "bf16", fp16_full_eval=False, bf16_full_eval=False, get_warmup_steps=lambda steps: 1)
+    theirs = HfTrainerDeepSpeedConfig(copy.deepcopy(settings))
+    theirs.trainer_config_process(arguments)
+    theirs.trainer_config_finalize(arguments, SimpleNamespace(config=AutoConfig.from_pretrained(config.model)), 10)
+    engine = theirs.config["zero_optimization"]
+    if "allgather_bucket_size" in engine:
+        engine["allgather_bucket_size"] = engine["reduce_bucket_size"]
+    if engine.get("offload_optimizer", {}).get("nvme_path"):
+        engine["offload_optimizer"]["nvme_path"] = f"{config.output_dir}/nvme"
+    return theirs.config
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("name", FILES)
+def test_auto_is_what_transformers_makes_of_it(name, precision, active):
+    config = config_of("--deepspeed", str(FOLDER / f"{name}.json"), "--model", str(PROJECT / "assets" / "opt-mini"),
+                       "--per_device_batch_size", "5", "--gradient_accumulation_steps", "7", "--max_grad_norm", "0.3",
+                       "--mixed_precision", precision)
+    settings = json.loads((FOLDER / f"{name}.json").read_text())
+    assert '"auto"' in json.dumps(settings)
+    expected = filled_by_transformers(settings, config)
+    found = load_settings(config)
+    assert found == expected and '"auto"' not in json.dumps(found)
+    assert active["settings"] == found and active["kept"].config == found
+
+
+def test_ppo_accumulates_nothing():
+    """The loop counts its micro-batches itself."""
+    config = config_of("--deepspeed", "configs/deepspeed/zero2.json", "--per_device_batch_size", "5",
+                       "--model", str(PROJECT / "assets" / "opt-mini"), script=train_ppo, kind="PPOStageConfig", stage="ppo")
+    found = load_settings(config)
+    assert (found["train_batch_size"], found["gradient_accumulation_steps"]) == (5 * PROCESSES, 1)
+
+
+def test_a_place_is_that_of_the_whole_path():
+    numbers = {"a": 1, "b.a": 2, "b.c.a": 3}
+    settings = {"a": "auto", "b": {"a": "auto", "c": {"a": "auto", "d": [4], "e": False}}}
+    assert zero._filled(settings, numbers, "") == {"a": 1, "b": {"a": 2, "c": {"a": 3, "d": [4], "e": False}}}
+
+
+def test_without_the_key_nothing_is_loaded(active):
+    assert load_settings(config_of()) is None and not active
+
+
+BROKEN = {
+    "no file": (None, "deepspeed: '.*' does not exist"),
+    "no JSON": ("{", "is no DeepSpeed configuration with zero_optimization.stage"),
+    "a list": ("[]", "is no DeepSpeed configuration"),
+    "no stage": ('{"zero_optimization": {}}', "is no DeepSpeed configuration"),
+    "no such stage": ('{"zero_optimization": {"stage": 4}}', "must be one of 0, 1, 2, 3, found 4"),
+    "an optimizer": ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "leave optimizer and scheduler out"),
+    "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 0, 1, 2, 3, found 'auto'"),
+    "auto for another": ('{"zero_optimization": {"stage": 1, "mine": "auto"}}', "'zero_optimization.mine' cannot be \"auto\""),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_a_broken_configuration_is_refused(case, tmp_path):
+    text, message = BROKEN[case]
+    path = tmp_path / "engine.json"
+    if text is not None:
+        path.write_text(text)
+    config = config_of("--deepspeed", str(path))
+    with pytest.raises(UserError, match=f"^deepspeed: .*{message}" if text else message):
+        load_settings(config)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--deepspeed configs/deepspeed/zero3.json --ema_decay 0.9", "^ema_decay: .* ZeRO-3"),
+    ("--deepspeed configs/deepspeed/zero3_nvme.json --resume", "^resume: DeepSpeed does not bring back"),
+])
+def test_what_an_engine_cannot_do_is_refused(words, message):
+    config = config_of(*words.split(), script=train_ppo, kind="PPOStageConfig", stage="ppo")
+    with pytest.raises(UserError, match=message):
+        load_settings(config)
+
+
+def test_launchers_may_add_their_local_rank():
+    assert config_of("--local_rank=1", "--local-rank=0", "--seed", "3").seed == 3
+
+
+def engine_of(**more):
+    return SimpleNamespace(zero_optimization_stage=lambda: 2, **{"world_size": PROCESSES, **more})
+
+
+def test_an_engine_that_is_not_in_force_is_refused(active):
+    use_engine(object())  # it was not asked for
+    active["settings"] = {}
+    for engine in (SimpleNamespace(world_size=PROCESSES), engine_of(world_size=1)):
+        with pytest.raises(UserError, match="^deepspeed: it was asked for, but the model was not put into its engine"):
+            use_engine(engine)
+    use_engine(ours := engine_of())
+    assert active["engine"] is ours
