@@ -40,7 +40,7 @@ over_optimisation: demo
 	  --runs $(KL_COEFS:%=outputs/over/kl%) --rows 200 --output outputs/over.png
 
 test: .venv/ready-dev
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 mutations: .venv/ready-dev
 	$(PY) tests/mutations.py $(ARGS)

@@ -60,7 +60,7 @@ def comparisons(stages: list[str], shapes: list[str], peers: list[str], ks: list
                     continue
                 usual = min(REPETITIONS[shape], PPO_REPETITIONS) if stage == "ppo" else REPETITIONS[shape]
                 count = repetitions or (QUICK_REPETITIONS if quick else usual)
-                posts = POSTS[shape][stage, k] // (2 if quick and stage == "sft" else 1)
+                posts = POSTS[shape][stage, k] // (2 if quick and stage in ("sft", "ppo") else 1)
                 found += [Comparison(stage, shape, k, peer, posts, count)
                           for peer in PEERS[stage] if not peers or peer in peers]
     return found
