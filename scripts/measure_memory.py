@@ -8,7 +8,6 @@ The model has random weights and OPT's vocabulary, the texts are the embedded on
 script runs to its end, final/ included; its peak is that of the process.
 """
 
-import os
 import resource
 import subprocess
 import sys
@@ -71,11 +70,10 @@ def command(config: MeasureConfig, folder: Path) -> list[str]:
 
 def run(words: list[str], metrics: Path) -> tuple[float, list[float]]:
     """Peak memory in bytes, and the seconds between one logged step and the next."""
-    process, seen = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), []
+    seen = []
     with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            os.set_blocking(process.stdout.fileno(), False)
-            said.write(process.stdout.read() or "")
             steps = metrics.read_text().count('_rate"') if metrics.exists() else 0
             seen += [time.time()] * (steps - len(seen))
             time.sleep(0.05)

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, PAD, policy, random_groups, scalar_model
 
 from utils.lora import add_adapter, merge_adapter, twin
-from utils.models import response_logprobs, scores
+from utils.models import response_logprobs, scores, with_our_heads
 from utils.prompt_groups import pack
 
 CONFIG = SimpleNamespace(lora_rank=2, lora_alpha=3)
@@ -49,7 +49,7 @@ def test_a_merged_model_is_a_stock_model_that_says_the_same(family, tmp_path):
         assert model.state_dict().keys() == stock.state_dict().keys()
         torch.testing.assert_close(measure(model), before, rtol=1e-4, atol=1e-4)
         model.save_pretrained(tmp_path / family)
-        loaded = type(stock).from_pretrained(tmp_path / family).eval()
+        loaded = with_our_heads(type(stock).from_pretrained(tmp_path / family)).eval()
         torch.testing.assert_close(measure(loaded), before, rtol=1e-4, atol=1e-4)
     assert merge_adapter(make(family)).state_dict().keys() == stock.state_dict().keys()
 
