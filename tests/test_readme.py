@@ -37,6 +37,7 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/over_optimisation.py": ("over_optimisation", "OverOptimisationConfig", None),
            "scripts/prepare_data.py": ("prepare_data", "PrepareConfig", None),
            "scripts/benchmark.py": ("benchmark", "BenchmarkConfig", None),
+           "scripts/measure_memory.py": ("measure_memory", "MeasureConfig", None),
            "scripts/plan_memory.py": ("plan_memory", "PlanConfig", None)}
 PYTHON = [c for c in commands() if c.startswith("python scripts/")]
 
