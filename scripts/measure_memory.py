@@ -5,7 +5,8 @@
     python scripts/measure_memory.py --model facebook/opt-1.3b --stage ppo --zero zero3_offload --lora_rank 8
 
 The model has random weights and OPT's vocabulary, the texts are the embedded ones: one prompt in a forward pass. The stage's own
-script runs to its end, final/ included; its peak is that of the process.
+script runs to its end, final/ included; its peak is that of the process. Without an engine a run keeps freed memory
+(`keep_freed_memory` in utils/config.py), which the plan does not count.
 """
 
 import resource

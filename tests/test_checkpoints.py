@@ -136,7 +136,7 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(tmp_path):
     ours = keeper(tmp_path)
     ours.run.size = 7
     assert ours.load() == (0, {}) and ours.run.size == 0
-    assert ours.run.said == ["no checkpoint yet: starting from the beginning"]
+    assert ours.run.said == ["no whole checkpoint: starting from the beginning"]
 
 
 def written(folder, steps, run=None):

@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from utils.config import UserError
@@ -56,18 +57,24 @@ class CheckpointFolder:
         Raises:
             UserError: when other than this many processes wrote it: their random states and data are no others'.
         """
+        # read by one process: a large checkpoint takes minutes
+        found = broadcast_object_list([self._newest_whole(kind) if world().is_main_process else None])[0]
+        if found is None:
+            self.run.say("no whole checkpoint: starting from the beginning")
+            self.run.rewind(0)
+            return None
+        path, manifest = found
+        if manifest["processes"] != world().num_processes:
+            raise UserError(f"resume: '{path}' was written by {manifest['processes']} processes, here are "
+                            f"{world().num_processes}; start as many, or a new run in another --output_dir")
+        self.run.rewind(manifest["metrics_bytes"])
+        return path
+
+    def _newest_whole(self, kind):
         for path in reversed(self.found(kind)):
-            manifest = _whole_manifest(path)
-            if manifest is None:
-                self.run.say(f"'{path}' is not what was written there; going back to the one before")
-                continue
-            if manifest["processes"] != world().num_processes:
-                raise UserError(f"resume: '{path}' was written by {manifest['processes']} processes, here are "
-                                f"{world().num_processes}; start as many, or a new run from final/ or a best checkpoint")
-            self.run.rewind(manifest["metrics_bytes"])
-            return path
-        self.run.say("no checkpoint yet: starting from the beginning")
-        self.run.rewind(0)
+            if (manifest := _whole_manifest(path)) is not None:
+                return path, manifest
+            self.run.say(f"'{path}' is not what was written there; going back to the one before")
         return None
 
 

@@ -349,7 +349,8 @@ class StageConfig:
                          source="LoRA, 2106.09685", low=0)
     lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", source="LoRA, 2106.09685", low=1)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
-    mixed_precision: str = key("no", "Arithmetic of the forward pass; weights stay float32.", choices=["no", "bf16", "fp16"])
+    mixed_precision: str = key("no", "Arithmetic of the forward pass; weights stay float32, under DeepSpeed those "
+                               "of its optimizer.", choices=["no", "bf16", "fp16"])
     deepspeed: str | None = key(None, "DeepSpeed configuration: one of configs/deepspeed/, or your own; none: no DeepSpeed.",
                                 source="ZeRO, 1910.02054")
     save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints", low=1)

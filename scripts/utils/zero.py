@@ -47,7 +47,7 @@ def load_settings(config) -> dict | None:
         raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are learning_rate, adam_eps, ... of "
                         "the stage")
     _form_group()
-    settings = _filled(settings, _numbers(config, settings), "")
+    settings = _filled(settings, _numbers(config), "")
     _active.update(settings=settings, kept=HfDeepSpeedConfig(settings))
     return settings
 
@@ -63,12 +63,12 @@ def _form_group():
     deepspeed.init_distributed(auto_mpi_discovery=False)  # it takes the group that there is; else it believes in a world of one
 
 
-def _numbers(config, settings) -> dict:
+def _numbers(config) -> dict:
     """What "auto" stands for, by its place in the file."""
     processes, hidden = world().num_processes, _hidden_size(config.model)
     accumulated = getattr(config, "gradient_accumulation_steps", 1)
     zero = {
-        "reduce_bucket_size": max(hidden * hidden, 1),
+        "reduce_bucket_size": hidden * hidden,
         "allgather_bucket_size": hidden * hidden,
         "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
         "stage3_param_persistence_threshold": 10 * hidden,
