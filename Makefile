@@ -39,8 +39,9 @@ over_optimisation: demo
 	$(PY) scripts/over_optimisation.py --sft "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" \
 	  --runs $(KL_COEFS:%=outputs/over/kl%) --rows 200 --output outputs/over.png
 
+# what DeepSpeed compiles stays here: elsewhere it may have been compiled for another processor
 test: .venv/ready-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 mutations: .venv/ready-dev
 	$(PY) tests/mutations.py $(ARGS)

@@ -24,6 +24,7 @@ def active(monkeypatch):
     """Three processes without a group, and a module that remembers nothing afterwards."""
     monkeypatch.setattr(zero, "world", lambda: SimpleNamespace(num_processes=PROCESSES))
     monkeypatch.setattr(zero, "_form_group", lambda: None)
+    monkeypatch.setattr(zero, "_compile_ops", lambda settings: None)
     monkeypatch.setattr(zero, "_active", {})
     yield zero._active
     unset_hf_deepspeed_config()
@@ -132,3 +133,18 @@ def test_an_engine_that_is_not_in_force_is_refused(active):
             use_engine(engine)
     use_engine(ours := engine_of())
     assert active["engine"] is ours
+
+
+def test_a_lock_that_a_killed_run_left_is_named(tmp_path, monkeypatch):
+    zero._wait_for_lock(tmp_path / "no folder" / "lock")
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(zero, "LOCK_SECONDS", -1)
+    with pytest.raises(UserError, match=r"^deepspeed: '.*/lock' is there, but nothing has been written beside it .*; remove it"):
+        zero._wait_for_lock(tmp_path / "lock")
+
+
+def test_a_run_with_its_optimizer_on_nvme_cannot_go_on(active):
+    assert zero.resumable()
+    for name in FILES:
+        active["settings"] = json.loads((FOLDER / f"{name}.json").read_text())
+        assert zero.resumable() == (name != "zero3_nvme")

@@ -1,14 +1,16 @@
-"""Processes that run stages one after the other, with and without DeepSpeed, started by torchrun from test_zero.py.
+"""Processes that run stages one after the other, with and without DeepSpeed, started from zero_cases.py.
 
     torchrun --standalone --nproc_per_node 2 tests/zero_runs.py CASES
 
-CASES is a JSON file: a list of [stage, output folder, words of the command line]. One start of Python for all of them saves
-minutes. The policy that PPO ends with is its last one, not its best, so that weights after all steps can be compared.
+CASES is a JSON file: a list of [stage, output folder, words of the command line, step to stop at or null]. One start of Python
+for all of them saves minutes. The policy that PPO ends with is its last one, not its best, so that weights after all steps can be
+compared.
 """
 
 import gc
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import conftest  # noqa: F401  where the scripts are, and no network
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from matplotlib.figure import Figure
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import train_ppo
@@ -23,9 +26,11 @@ import train_reward
 import train_sft
 from utils import zero
 from utils.config import PROJECT, UserError, parse_config
+from utils.run import Run
 
 STAGES = {"sft": (train_sft, train_sft.SFTStageConfig), "reward": (train_reward, train_reward.RewardStageConfig),
           "ppo": (train_ppo, train_ppo.PPOStageConfig)}
+write_metrics = Run.metrics
 
 
 def forget_engine() -> None:
@@ -44,11 +49,25 @@ def run(stage: str, out: str, words: list[str]) -> None:
     script.main(parse_config(kind, PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", [*words, "--output_dir", out]))
 
 
+def stop_at(step: int | None) -> None:
+    """As if a signal came while the metrics of a step are written."""
+    def metrics(run, at, values):
+        write_metrics(run, at, values)
+        if at == step:
+            run.stop_signal = signal.SIGTERM
+
+    Run.metrics = metrics
+
+
 def main(cases: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports made; each run collects garbage
+    Figure.savefig = lambda *args, **kwargs: None  # half a second a run, and not what is tested here
+    zero.FILE_BYTES = 50_000
     train_ppo.Keeper.restore_best = lambda keeper: None
     torch.distributed.destroy_process_group = lambda *group: None  # at the end of a PPO run; the next run needs it
-    for stage, out, words in json.loads(cases.read_text()):
+    for stage, out, words, step in json.loads(cases.read_text()):
+        stop_at(step)
         try:
             run(stage, out, words)
         except (UserError, SystemExit) as error:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from utils.config import UserError
 from utils.distributed import world
 from utils.run import Run
-from utils.zero import state_dict, whole
+from utils.zero import resumable, save_pretrained, whole
 
 _MANIFEST = "manifest.json"
 
@@ -104,13 +104,6 @@ def load_weights(model, folder: Path) -> None:
             model.load_state_dict(load_file(path), strict=False)
 
 
-def save_weights(model, folder: Path) -> None:
-    """`save_pretrained` on the main process, of weights that may be sharded over all."""
-    weights = state_dict(model)
-    if world().is_main_process:
-        model.save_pretrained(folder, state_dict=weights)
-
-
 class Keeper:
     """Checkpoints of the loop, and the best policy by held-out score within the KL budget (detail 33)."""
 
@@ -125,7 +118,7 @@ class Keeper:
             return
         self.best = {"update": update, "score": score, "kl": kl}
 
-        self.folder.write(f"best-{update}", lambda folder: save_weights(self.policy, folder))
+        self.folder.write(f"best-{update}", lambda folder: save_pretrained(self.policy, folder))
 
     def save(self, update: int, carried: dict) -> None:
         """Everything needed to go on after `update` updates; the newest `save_total_limit` are kept.
@@ -133,6 +126,9 @@ class Keeper:
         Args:
             carried: what the loop itself goes on with, for JSON.
         """
+        if not resumable():
+            return
+
         def write(folder):
             frozen = {"exclude_frozen_parameters": True} if self.config.deepspeed else {}
             self.accelerator.save_state(str(folder), **frozen)

@@ -27,7 +27,7 @@ from utils.distributed import world
 from utils.layouts import TLDR_TEMPLATE
 from utils.lora import merge_adapter
 from utils.models import load_tokenizer
-from utils.zero import state_dict
+from utils.zero import resumable, save_pretrained
 
 
 class Run:
@@ -125,15 +125,15 @@ class Run:
         The last thing that a stage does, since a run with final/ counts as finished.
         """
         merge_adapter(model)
-        weights = state_dict(model)
-        if not self.is_main:
-            return
         temporary = self.folder / "final.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
         model.config.use_cache = True  # trl's trainer switches it off; whoever generates with final/ wants it
         if model.can_generate():
             model.generation_config.use_cache = True
-        model.save_pretrained(temporary, state_dict=weights)
+        save_pretrained(model, temporary)
+        if not self.is_main:
+            return
         tokenizer.save_pretrained(temporary)
         stage = {"stage": self.stage, "parents": {k: identity(v) for k, v in parents.items()},
                  **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}
@@ -155,6 +155,9 @@ class Run:
 
     def stopped(self) -> None:
         """Say how to go on, and leave with the signal's exit status."""
+        if not resumable():
+            self.say("stopped; a run with its optimizer on NVMe cannot go on (README, Scaling out): start a new one")
+            sys.exit(128 + self.stop_signal)
         processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes != "1" else []
         command = shlex.join([sys.executable, *launcher, *sys.argv, *([] if self.config.resume else ["--resume"])])

@@ -11,13 +11,13 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from utils.checkpoints import CheckpointFolder, load_weights, save_weights
+from utils.checkpoints import CheckpointFolder, load_weights
 from utils.config import StageConfig, UserError, key
 from utils.distributed import agreed, gradients_of_part
 from utils.divergence import Divergence
 from utils.prompt_groups import PromptGroups, micro_batches
 from utils.run import Run
-from utils.zero import use_engine
+from utils.zero import resumable, save_pretrained, use_engine
 
 
 @dataclass
@@ -121,8 +121,9 @@ class GroupLossMixin:
         self.checkpoints.keep("checkpoint", self.args.save_total_limit, besides=best)
 
     def _write_checkpoint(self, folder):
-        save_weights(self.model, folder)
-        self._save_optimizer_and_scheduler(str(folder))
+        save_pretrained(self.model, folder)
+        if resumable():
+            self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
         if self.args.should_save:

@@ -7,21 +7,29 @@ while its module is computed, or inside `whole`.
 
 import json
 import os
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from utils.config import UserError, find_input, find_local
-from utils.distributed import world
+from utils.distributed import first_of_a_node, world
 
+FILE_BYTES = 2**31  # of a file of sharded weights
+LOCK_SECONDS = 600  # without a file more in a folder where something is compiled
 _STAGES = (0, 1, 2, 3)
 _active = {}  # the one engine of this process and what it was made from; they live until its end
 
 
 def load_settings(config) -> dict | None:
     """The DeepSpeed configuration of a run, every "auto" filled in; None without one. Models are loaded for it from now on.
+
+    DeepSpeed's extensions are compiled here when they are missing.
 
     Raises:
         UserError: when the file is none, or asks for what cannot be had here.
@@ -40,16 +48,63 @@ def load_settings(config) -> dict | None:
     if stage == 3 and getattr(config, "ema_decay", 0.0):
         raise UserError("ema_decay: the average of the policy is a whole model on each process, which ZeRO-3 is to avoid; "
                         "leave one of the two out")
-    if config.resume and "nvme" in json.dumps(settings["zero_optimization"]):
+    if config.resume and _uses_nvme(settings):
         raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; start a new run, or "
                         "train with zero3_offload.json, which can be resumed")
     if "optimizer" in settings or "scheduler" in settings:
         raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are learning_rate, adam_eps, ... of "
                         "the stage")
+    _compile_ops(settings["zero_optimization"])
     _form_group()
     settings = _filled(settings, _numbers(config), "")
     _active.update(settings=settings, kept=HfDeepSpeedConfig(settings))
     return settings
+
+
+def _uses_nvme(settings) -> bool:
+    return "nvme" in json.dumps(settings["zero_optimization"])
+
+
+def resumable() -> bool:
+    """Whether a checkpoint can bring back what the engine holds; DeepSpeed cannot, of what it had put on NVMe."""
+    return not (_active and _uses_nvme(_active["settings"]))
+
+
+def _compile_ops(zero: dict) -> None:
+    """Compile what DeepSpeed would compile in the middle of the run, in silence, and behind locks that a killed run leaves.
+
+    Raises:
+        UserError: when it cannot be compiled, or when a lock has been left.
+    """
+    from deepspeed.accelerator import get_accelerator
+    devices = {zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")} - {"none"}
+    wanted = {"CPUAdamBuilder": devices, "PinMemoryBuilder": "nvme" in devices, "AsyncIOBuilder": "nvme" in devices,
+              "ShareMemCommBuilder": get_accelerator().device_name() == "cpu"}
+    with first_of_a_node():
+        for kind in [kind for kind, needed in wanted.items() if needed]:
+            builder = get_accelerator().create_op_builder(kind)
+            folder = Path(_get_build_directory(builder.name, False))
+            _wait_for_lock(folder / "lock")
+            if world().is_local_main_process and not any(folder.glob("*.so")):
+                print(f"compiling DeepSpeed's {builder.name} into {folder}, once on this machine: a minute or more", flush=True)
+            try:
+                builder.load(verbose=False)
+            except (RuntimeError, ImportError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"deepspeed: its extension {builder.name} cannot be compiled here ({reason}); it takes g++ and "
+                                "ninja, and for NVMe libaio-dev") from None
+
+
+def _wait_for_lock(lock: Path) -> None:
+    """Until another run has compiled. torch would wait for ever for one that was killed."""
+    if lock.exists():
+        print(f"waiting for '{lock}': another run compiles there", flush=True)
+    while lock.exists():
+        newest = max((path.stat().st_mtime for path in lock.parent.iterdir()), default=0)
+        if time.time() - newest > LOCK_SECONDS:
+            raise UserError(f"deepspeed: '{lock}' is there, but nothing has been written beside it for {LOCK_SECONDS} seconds: a "
+                            "run that was killed while it compiled has left it; remove it")
+        time.sleep(1)
 
 
 def _form_group():
@@ -138,13 +193,49 @@ def whole(model, change: bool = False):
                 add_hooks(engine)
 
 
-def state_dict(model) -> dict[str, torch.Tensor] | None:
-    """Whole weights for `save_pretrained` on the main process, gathered one after the other; None when it has them itself."""
+def save_pretrained(model, folder: Path) -> None:
+    """`model.save_pretrained` on the main process, also of sharded weights; of these `FILE_BYTES` are whole at a time.
+
+    A larger model becomes several files with an index, as on the hub.
+    """
     if not is_deepspeed_zero3_enabled():
-        return None
+        if world().is_main_process:
+            model.save_pretrained(folder)
+        return
+    files, index, size = _in_files(model), {}, 0
+    for number, names in enumerate(files, start=1):
+        weights = _gathered(model, names)
+        if world().is_main_process:
+            name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else SAFE_WEIGHTS_NAME
+            model.save_pretrained(folder / "part", state_dict=weights)
+            index |= dict.fromkeys(weights, name)
+            size += sum(weight.nbytes for weight in weights.values())
+            (folder / "part" / SAFE_WEIGHTS_NAME).rename(folder / name)
+    if world().is_main_process:
+        for path in (folder / "part").iterdir():  # its config.json
+            path.rename(folder / path.name)
+        (folder / "part").rmdir()
+        if len(files) > 1:
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
+
+
+def _in_files(model) -> list[list[str]]:
+    """Names of the weights, in as many lists as files are needed."""
+    files, size = [[]], 0
+    for name, weight in model.named_parameters():
+        size += weight.ds_numel * weight.element_size()
+        if files[-1] and size > FILE_BYTES:
+            files, size = [*files, []], weight.ds_numel * weight.element_size()
+        files[-1].append(name)
+    return files
+
+
+def _gathered(model, names) -> dict[str, torch.Tensor]:
+    """These weights on the main process, nothing on the others; gathered one after the other."""
     import deepspeed
     found = {}
-    for name, weight in model.named_parameters():
+    for name in names:
+        weight = model.get_parameter(name)
         with deepspeed.zero.GatheredParameters([weight]):
             if world().is_main_process:
                 found[name] = weight.detach().cpu().clone()
