@@ -757,7 +757,7 @@ MACHINE = [
              'if stage == 3 and getattr(config, "ema_decay", 0.0):', "if False:",
              (f"{ENGINE_TESTS}what_an_engine_cannot_do_is_refused",)),
     Mutation("a run with its optimizer on NVMe is resumed without it", None, ENGINE,
-             'if config.resume and "nvme" in json.dumps(settings["zero_optimization"]):', "if False:",
+             "if config.resume and _uses_nvme(settings):", "if False:",
              (f"{ENGINE_TESTS}what_an_engine_cannot_do_is_refused",)),
     Mutation("an engine that was asked for need not be there", None, ENGINE,
              'if not hasattr(engine, "zero_optimization_stage") or', "if",

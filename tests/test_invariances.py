@@ -412,7 +412,6 @@ OPTIONS = ("--scale_scores true --whiten_rewards true --kl_target 0.05 --kl_hori
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "split", "options"), [
-    ("sft", ("--per_device_batch_size", 4), ""),
     ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2), ""),
     ("ppo", ("--per_device_batch_size", 2), ""),  # two micro-batches on each
     ("ppo", ("--per_device_batch_size", 2), OPTIONS),

@@ -14,15 +14,15 @@ from utils.config import PROJECT
 
 @pytest.mark.slow
 def test_killed_runs_end_like_the_undisturbed_one(tmp_path):
-    """Two kills of each stage, in the second half of its time; a process of its own, for forks want one without threads."""
-    words = ["--kills", "2", "--seed", "26507", "--output", str(tmp_path / "kills.json")]
+    """One kill of each stage, in the second half of its time; a process of its own, for forks want one without threads."""
+    words = ["--kills", "1", "--seed", "26507", "--output", str(tmp_path / "kills.json")]
     done = subprocess.run([sys.executable, PROJECT / "scripts" / "kill_test.py", *words], capture_output=True, text=True,
                           check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "kills.json").read_text())
     assert list(report) == list(kill_test.STAGES)
     for stage, rows in report.items():
-        assert [row["differs"] for row in rows] == [[], []]
+        assert [row["differs"] for row in rows] == [[]]
         assert all(row["lost"] <= kill_test.SAVE_STEPS[stage] for row in rows)
 
 

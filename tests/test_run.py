@@ -207,7 +207,8 @@ def test_a_finished_run_is_not_resumed(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
     start(tmp_path)
-    monkeypatch.setattr("utils.run.world", lambda: SimpleNamespace(is_main_process=False))
+    for module in ("utils.run", "utils.zero"):
+        monkeypatch.setattr(f"{module}.world", lambda: SimpleNamespace(is_main_process=False))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     other = Run(Toy(output_dir=str(tmp_path)), "sft", report_of("a note"))
     other.say("hello")

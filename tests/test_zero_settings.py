@@ -89,9 +89,10 @@ BROKEN = {
     "no JSON": ("{", "is no DeepSpeed configuration with zero_optimization.stage"),
     "a list": ("[]", "is no DeepSpeed configuration"),
     "no stage": ('{"zero_optimization": {}}', "is no DeepSpeed configuration"),
-    "no such stage": ('{"zero_optimization": {"stage": 4}}', "must be one of 0, 1, 2, 3, found 4"),
+    "no such stage": ('{"zero_optimization": {"stage": 4}}', "must be one of 1, 2, 3, found 4"),
+    "no sharding": ('{"zero_optimization": {"stage": 0}}', "found 0; for no sharding leave the key deepspeed out"),
     "an optimizer": ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "leave optimizer and scheduler out"),
-    "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 0, 1, 2, 3, found 'auto'"),
+    "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 1, 2, 3, found 'auto'"),
     "auto for another": ('{"zero_optimization": {"stage": 1, "mine": "auto"}}', "'zero_optimization.mine' cannot be \"auto\""),
 }
 

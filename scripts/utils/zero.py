@@ -22,7 +22,7 @@ from utils.distributed import first_of_a_node, world
 
 FILE_BYTES = 2**31  # of a file of sharded weights
 LOCK_SECONDS = 600  # without a file more in a folder where something is compiled
-_STAGES = (0, 1, 2, 3)
+_STAGES = (1, 2, 3)
 _active = {}  # the one engine of this process and what it was made from; they live until its end
 
 
@@ -44,7 +44,8 @@ def load_settings(config) -> dict | None:
         raise UserError(f"deepspeed: '{path}' is no DeepSpeed configuration with zero_optimization.stage "
                         f"({type(error).__name__}: {error}); take one of configs/deepspeed/") from None
     if stage not in _STAGES:
-        raise UserError(f"deepspeed: '{path}': zero_optimization.stage must be one of 0, 1, 2, 3, found {stage!r}")
+        raise UserError(f"deepspeed: '{path}': zero_optimization.stage must be one of 1, 2, 3, found {stage!r}; for no sharding "
+                        "leave the key deepspeed out")
     if stage == 3 and getattr(config, "ema_decay", 0.0):
         raise UserError("ema_decay: the average of the policy is a whole model on each process, which ZeRO-3 is to avoid; "
                         "leave one of the two out")
