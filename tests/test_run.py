@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -196,6 +197,24 @@ def test_the_line_that_says_how_to_go_on_can_be_pasted(tmp_path, monkeypatch, ca
         run.stopped()
     said = capsys.readouterr().out.strip().split("go on with: ")[1]
     assert shlex.split(said) == [sys.executable, *words, "--resume"]
+
+
+@pytest.mark.parametrize(("environment", "nvme", "message"), [
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, False, "go on with: .* -m torch.distributed.run --nproc_per_node 2 train.py "
+                                                          "--resume"),
+    ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False, "go on with the same command on each node, and --resume"),
+    ({}, True, "optimizer on NVMe cannot go on .*: start a new one"),
+])
+def test_what_a_stopped_run_says_is_true(environment, nvme, message, tmp_path, monkeypatch, capsys):
+    run = start(tmp_path)
+    run.stop_signal = 15
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr("utils.run.resumable", lambda: not nvme)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        run.stopped()
+    assert stopped.value.code == 143 and re.search(f"stopped; .*{message}$", capsys.readouterr().out.strip())
 
 
 def test_a_finished_run_is_not_resumed(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 
 from utils.config import PROJECT
@@ -16,16 +17,18 @@ DEEPSPEED = PROJECT / "configs" / "deepspeed"
 FILES = sorted(path.stem for path in DEEPSPEED.glob("*.json"))
 STAGES = ("sft", "reward", "ppo")
 ROWS = 8  # of an optimizer step, over all processes and micro-batches
-HAS_AIO = Path("/usr/include/libaio.h").exists()
+CLIP = 0.01  # far below the norm of a gradient, and low enough for Adam's epsilon to show it
+# compiling takes ten minutes, so the first run with zero3_nvme.json is not a test's
+HAS_AIO = Path(_get_build_directory("async_io", False), "async_io.so").exists()
 
 
 def make_models(folder: Path) -> None:
     """A tiny OPT and a reward model, and an OPT with OPT-350m's ways: a projection around its layers, norms behind them."""
     tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
-    for name, layers, width, before in (("usual", 1, 32, True), ("350m", 2, 16, False)):
+    for name, layers, width, before in (("usual", 1, 32, True), ("350m", 2, 16, False)):  # the first without biases
         config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=width, ffn_dim=64,
                            num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=384, dropout=0.0,
-                           num_labels=1, do_layer_norm_before=before, pad_token_id=tokenizer.pad_token_id)
+                           num_labels=1, do_layer_norm_before=before, enable_bias=not before, pad_token_id=tokenizer.pad_token_id)
         for kind, model in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
             torch.manual_seed(len(kind))
             model.from_config(config).save_pretrained(folder / name / kind)
@@ -35,7 +38,7 @@ def make_models(folder: Path) -> None:
 def words_of(folder: Path, stage: str, rows: int, accumulation: int, engine: str | None, steps: int, model: str = "usual"):
     """The command line of a stage: `rows` in a micro-batch of one process."""
     words = (f"--model {folder / model / 'policy'} --report_to none --eval_rows 3 --test_rows 3 --max_new_tokens 8 "
-             f"--per_device_batch_size {rows} ")
+             f"--per_device_batch_size {rows} --max_grad_norm {CLIP} ")
     if stage == "ppo":
         words += (f"--reward_model {folder / model / 'reward'} --prompts_per_update {ROWS} --responses_per_prompt 2 "
                   f"--ppo_epochs 4 --num_minibatches 1 --total_episodes {steps // 4 * ROWS * 2} --eval_steps 99 "

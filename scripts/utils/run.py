@@ -155,13 +155,15 @@ class Run:
 
     def stopped(self) -> None:
         """Say how to go on, and leave with the signal's exit status."""
-        if not resumable():
-            self.say("stopped; a run with its optimizer on NVMe cannot go on (README, Scaling out): start a new one")
-            sys.exit(128 + self.stop_signal)
         processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes != "1" else []
         command = shlex.join([sys.executable, *launcher, *sys.argv, *([] if self.config.resume else ["--resume"])])
-        self.say(f"stopped; go on with: {command}")
+        if not resumable():
+            self.say("stopped; a run with its optimizer on NVMe cannot go on (README, Scaling out): start a new one")
+        elif os.environ.get("WORLD_SIZE", "1") != processes:  # where the nodes met is not known here
+            self.say("stopped; go on with the same command on each node, and --resume")
+        else:
+            self.say(f"stopped; go on with: {command}")
         sys.exit(128 + self.stop_signal)
 
 
