@@ -9,7 +9,8 @@ script runs to its end, final/ included; its peak is that of the process. Withou
 (`keep_freed_memory` in utils/config.py), which the plan does not count.
 """
 
-import resource
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -74,14 +75,17 @@ def run(words: list[str], metrics: Path) -> tuple[float, list[float]]:
     seen = []
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT)
-        while process.poll() is None:
+        ended = 0
+        while not ended:
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
             steps = metrics.read_text().count('_rate"') if metrics.exists() else 0
             seen += [time.time()] * (steps - len(seen))
             time.sleep(0.05)
+        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
             raise UserError(f"the run ended with status {process.returncode}: {said.read()[-1000:]}")
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, [b - a for a, b in zip(seen, seen[1:], strict=False)]
+    return used.ru_maxrss * 1024, [b - a for a, b in zip(seen, seen[1:], strict=False)]
 
 
 def main(config: MeasureConfig) -> None:
@@ -90,7 +94,12 @@ def main(config: MeasureConfig) -> None:
                   RESPONSE if config.stage == "ppo" else COMPLETION, K if config.stage == "ppo" else 4, "fp32", False)
     planned = plan(config.stage, zero, setup).host
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
-        write_models(config.model, Path(folder))
+        # in a process of its own: what it takes would stay with this one, beside the run
+        writer = multiprocessing.get_context("spawn").Process(target=write_models, args=(config.model, Path(folder)))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise UserError(f"the models could not be written into '{folder}' (status {writer.exitcode})")
         peak, seconds = run(command(config, Path(folder)), Path(folder) / "run" / "metrics.jsonl")
     print(f"{config.model}, {config.stage}, {config.zero}: peak {peak / GIB:.1f} GiB, planned {planned / GIB:.1f} "
           f"({planned / peak - 1:+.0%}); {median(seconds):.1f} s a step ({len(seconds)} timed)")

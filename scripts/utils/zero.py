@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from utils.config import UserError, find_input, find_local
 from utils.distributed import first_of_a_node, world
 
-FILE_BYTES = 2**31  # of a file of sharded weights
+FILE_BYTES = 2**30  # of a file of sharded weights
 LOCK_SECONDS = 600  # without a file more in a folder where something is compiled
 _STAGES = (1, 2, 3)
 _active = {}  # the one engine of this process and what it was made from; they live until its end
@@ -212,6 +212,7 @@ def save_pretrained(model, folder: Path) -> None:
             index |= dict.fromkeys(weights, name)
             size += sum(weight.nbytes for weight in weights.values())
             (folder / "part" / SAFE_WEIGHTS_NAME).rename(folder / name)
+        del weights  # before the next ones are gathered
     if world().is_main_process:
         for path in (folder / "part").iterdir():  # its config.json
             path.rename(folder / path.name)
