@@ -198,3 +198,13 @@ def test_another_number_of_processes_is_refused(tmp_path):
     manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 4'))
     with pytest.raises(UserError, match="^resume: .*checkpoint-1' was written by 4 processes, here are 1; start as many"):
         ours.newest("checkpoint")
+
+
+def test_without_checkpoints_to_resume_from_only_the_best_policy_stays(tmp_path, monkeypatch):
+    """As with an optimizer on NVMe."""
+    monkeypatch.setattr("utils.checkpoints.resumable", lambda: False)
+    ours = keeper(tmp_path)
+    for update in (1, 2, 3):
+        offer(ours, update, score=float(update))
+        ours.save(update, {})
+    assert kept(tmp_path) == ["best-3"]

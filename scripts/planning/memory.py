@@ -213,8 +213,8 @@ def gathered(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
     Sampling gathers the whole policy once. In training a weight is kept when it is used again within `stage3_max_reuse_distance`
     parameters: those of the last layers, half that distance before the turn to the backward pass, and what is fetched ahead
-    (.9 hidden^2). Saving makes 1 GiB whole at a time, in the host's memory (utils/zero.py), no more than that. Autocast keeps a
-    16-bit copy of each trainable weight.
+    (.9 hidden^2). Saving, of 1 GiB at a time (utils/zero.py), is left out. Autocast keeps a 16-bit copy of each trainable
+    weight.
     """
     policy, count = held[0].model, sum(one.model.parameters for one in held if one.trained)
     if zero.stage == 0:

@@ -126,16 +126,14 @@ class Keeper:
         Args:
             carried: what the loop itself goes on with, for JSON.
         """
-        if not resumable():
-            return
-
         def write(folder):
             frozen = {"exclude_frozen_parameters": True} if self.config.deepspeed else {}
             self.accelerator.save_state(str(folder), **frozen)
             if self.accelerator.is_main_process:
                 (folder / "progress.json").write_text(json.dumps({"update": update, "best": self.best, "carried": carried}))
 
-        self.folder.write(f"update-{update}", write)
+        if resumable():
+            self.folder.write(f"update-{update}", write)
         self.folder.keep("update", self.config.save_total_limit)
         if self.accelerator.is_main_process:
             self._drop_forgotten()

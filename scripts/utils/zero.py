@@ -49,36 +49,36 @@ def load_settings(config) -> dict | None:
     if stage == 3 and getattr(config, "ema_decay", 0.0):
         raise UserError("ema_decay: the average of the policy is a whole model on each process, which ZeRO-3 is to avoid; "
                         "leave one of the two out")
-    if config.resume and _uses_nvme(settings):
+    if config.resume and "nvme" in _offloaded_to(settings):
         raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; start a new run, or "
                         "train with zero3_offload.json, which can be resumed")
     if "optimizer" in settings or "scheduler" in settings:
         raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are learning_rate, adam_eps, ... of "
                         "the stage")
-    _compile_ops(settings["zero_optimization"])
+    _compile_ops(_offloaded_to(settings))
     _form_group()
     settings = _filled(settings, _numbers(config), "")
     _active.update(settings=settings, kept=HfDeepSpeedConfig(settings))
     return settings
 
 
-def _uses_nvme(settings) -> bool:
-    return "nvme" in json.dumps(settings["zero_optimization"])
+def _offloaded_to(settings) -> set[str]:
+    zero = settings["zero_optimization"]
+    return {(zero.get(part) or {}).get("device", "none") for part in ("offload_optimizer", "offload_param")} - {"none"}
 
 
 def resumable() -> bool:
     """Whether a checkpoint can bring back what the engine holds; DeepSpeed cannot, of what it had put on NVMe."""
-    return not (_active and _uses_nvme(_active["settings"]))
+    return not (_active and "nvme" in _offloaded_to(_active["settings"]))
 
 
-def _compile_ops(zero: dict) -> None:
+def _compile_ops(devices: set[str]) -> None:
     """Compile what DeepSpeed would compile in the middle of the run, in silence, and behind locks that a killed run leaves.
 
     Raises:
         UserError: when it cannot be compiled, or when a lock has been left.
     """
     from deepspeed.accelerator import get_accelerator
-    devices = {zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")} - {"none"}
     wanted = {"CPUAdamBuilder": devices, "PinMemoryBuilder": "nvme" in devices, "AsyncIOBuilder": "nvme" in devices,
               "ShareMemCommBuilder": get_accelerator().device_name() == "cpu"}
     with first_of_a_node():
