@@ -5,12 +5,12 @@
     python scripts/measure_memory.py --model facebook/opt-1.3b --stage ppo --zero zero3_offload --lora_rank 8
 
 The model has random weights and OPT's vocabulary, the texts are the embedded ones: one prompt in a forward pass. The stage's own
-script runs to its end, final/ included; its peak is that of the process. Without an engine a run keeps freed memory
-(`keep_freed_memory` in utils/config.py), which the plan does not count.
+script runs to its end, final/ included. Its peak is that of the process, but for pages of files: those of a checkpoint that is
+read are the system's to drop. Without an engine a run keeps freed memory (`keep_freed_memory` in utils/config.py), which the
+plan does not count. Linux only.
 """
 
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,20 +37,22 @@ class MeasureConfig:
     model: str = key("facebook/opt-125m", "A size of OPT.", choices=list(OPT))
     stage: str = key("sft", "The stage.", choices=list(STAGES))
     zero: str = key("none", "none, or a file of configs/deepspeed/, such as zero3_nvme.")
+    mixed_precision: str = key("no", "As in the stages; float32 or bfloat16.", choices=["no", "bf16"])
     lora_rank: int = key(0, "Train adapters of this rank; 0: the weights.", low=0)
     value_model: str = key("separate", "PPO's value model.", choices=["separate", "shared"])
     steps: int = key(3, "Optimizer steps; the first is not timed.", unit="steps", low=2)
     folder: str | None = key(None, "Where models and runs are written, and removed; none: the system's temporary folder.")
 
 
-def write_models(name: str, folder: Path) -> None:
-    """A random policy and reward model of this size, in 16 bits on the disk, with the mini tokenizer."""
+def write_models(name: str, stage: str, folder: Path) -> None:
+    """A random policy of this size, and for PPO a reward model, in 16 bits on the disk, with the mini tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
     config = opt_config(name)
     config.num_labels, config.dropout, config.pad_token_id = 1, 0.0, tokenizer.pad_token_id
     torch.manual_seed(0)
-    for kind, model in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        model.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / kind)
+    kinds = {"policy": AutoModelForCausalLM} | ({"reward": AutoModelForSequenceClassification} if stage == "ppo" else {})
+    for kind, model in kinds.items():
+        model.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / kind, max_shard_size="1GB")
         tokenizer.save_pretrained(folder / kind)
 
 
@@ -58,7 +60,7 @@ def command(config: MeasureConfig, folder: Path) -> list[str]:
     """The stage's command line."""
     words = [f"--model {folder / 'policy'} --output_dir {folder / 'run'} --report_to none --per_device_batch_size 1 "
              f"--eval_batch_size 1 --eval_rows 1 --test_rows 1 --max_prompt_tokens {PROMPT} --eval_steps 999 "
-             f"--lora_rank {config.lora_rank}"]
+             f"--mixed_precision {config.mixed_precision} --lora_rank {config.lora_rank}"]
     if config.stage != "ppo":
         words.append(f"--max_steps {config.steps} --logging_steps 1 --micro_batch_tokens none")
     words.append({"sft": f"--max_new_tokens {RESPONSE}", "reward": "--save_steps 999 --centring_data none",
@@ -72,30 +74,35 @@ def command(config: MeasureConfig, folder: Path) -> list[str]:
 
 def run(words: list[str], metrics: Path) -> tuple[float, list[float]]:
     """Peak memory in bytes, and the seconds between one logged step and the next."""
-    seen = []
+    seen, peak = [], 0
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT)
-        ended = 0
-        while not ended:
-            ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        while process.poll() is None:
+            peak = max(peak, memory_of(process.pid))
             steps = metrics.read_text().count('_rate"') if metrics.exists() else 0
             seen += [time.time()] * (steps - len(seen))
             time.sleep(0.05)
-        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
             raise UserError(f"the run ended with status {process.returncode}: {said.read()[-1000:]}")
-    return used.ru_maxrss * 1024, [b - a for a, b in zip(seen, seen[1:], strict=False)]
+    return peak, [b - a for a, b in zip(seen, seen[1:], strict=False)]
+
+
+def memory_of(process: int) -> int:
+    """Bytes that it has in memory, pages of files left out; 0 of one that has ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def main(config: MeasureConfig) -> None:
     zero = choices_of([config.zero])[0]
     setup = Setup(config.model, None, config.value_model, config.lora_rank, 1, 1, None, None, 1, 1, PROMPT,
-                  RESPONSE if config.stage == "ppo" else COMPLETION, K if config.stage == "ppo" else 4, "fp32", False)
+                  RESPONSE if config.stage == "ppo" else COMPLETION, K if config.stage == "ppo" else 4,
+                  "fp32" if config.mixed_precision == "no" else config.mixed_precision, False)
     planned = plan(config.stage, zero, setup).host
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         # in a process of its own: what it takes would stay with this one, beside the run
-        writer = multiprocessing.get_context("spawn").Process(target=write_models, args=(config.model, Path(folder)))
+        writer = multiprocessing.get_context("spawn").Process(target=write_models, args=(config.model, config.stage, Path(folder)))
         writer.start()
         writer.join()
         if writer.exitcode:

@@ -69,8 +69,8 @@ def refuse_impossible(config: PlanConfig) -> None:
             raise UserError(f"zero: '{name}' is none; there are: {' | '.join(names)}")
     if config.precision not in (None, "bf16", "fp16", "fp32"):
         raise UserError(f"precision: '{config.precision}' is none; there are: bf16 | fp16 | fp32")
-    if config.gpus == 0 and config.precision in ("bf16", "fp16"):
-        raise UserError(f"precision: a CPU trains in fp32 here, not in {config.precision}; leave it out, or give --gpus 1")
+    if config.gpus == 0 and config.precision == "fp16":
+        raise UserError("precision: a CPU trains in fp32 or bf16, not in fp16; leave it out, or give --gpus 1")
     if config.gpus and config.processes != 1:
         raise UserError("processes: it is for --gpus 0; a GPU has one process")
     if config.gpus_per_node and config.gpus % config.gpus_per_node:

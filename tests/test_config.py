@@ -340,9 +340,37 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
 def test_a_run_that_is_to_save_memory_gives_freed_memory_back(words, kept, monkeypatch):
     done = []
     monkeypatch.setattr("utils.config.keep_freed_memory", lambda: done.append("keep"))
+    monkeypatch.setattr("utils.config.give_back_freed_memory", lambda: done.append("give back"))
     monkeypatch.setattr(sys, "argv", ["train_toy.py", *words])
     start(lambda config: done.append("main"), Toy, Path("/dev/null"), "")
-    assert done == (["keep", "main"] if kept else ["main"])
+    assert done == ["keep" if kept else "give back", "main"]
+
+
+HOLES = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from utils import config
+getattr(config, sys.argv[2])()
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+torch.ones(2**22 + 2**21)  # 24 MiB come and go: glibc then takes smaller tensors from its heap
+before, tensors = held(), [torch.ones(2**21) for _ in range(32)]
+full = held()
+del tensors[::2]
+print(full - before, held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+@pytest.mark.parametrize(("function", "left"), [("give_back_freed_memory", 128), ("keep_freed_memory", 256)])
+def test_tensors_leave_holes_or_go_back(function, left):
+    """32 tensors of 8 MiB, of which every second is freed."""
+    words = [sys.executable, "-c", HOLES, str(PROJECT / "scripts"), function]
+    full, then = map(float, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    assert full == pytest.approx(256, abs=16) and then == pytest.approx(left, abs=16)
 
 
 def test_an_owner_that_is_a_folder_here_is_no_hub_name(tmp_path, monkeypatch):

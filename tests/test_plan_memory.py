@@ -110,9 +110,20 @@ def test_ddp_copies_float32_gradients_and_autocast_16_bit_weights():
 def test_zero3_keeps_half_the_reuse_distance_and_what_is_fetched_ahead():
     """In 16 bits: half of 10^9 parameters, and .9 x 2048^2; or the whole model where it has less."""
     for name, live in (("facebook/opt-1.3b", 500_000_000 + 3_774_873), ("facebook/opt-125m", 125_239_296)):
-        setup = SETUP._replace(model=name)
+        setup = SETUP._replace(model=name, processes=2)
         items = memory.gathered(held_models("sft", setup), CHOICE["zero3"], setup.work("sft"))
         assert [item.bytes for item in items if "update" in item.alive] == [2 * live]
+
+
+@pytest.mark.parametrize(("choice", "processes", "memory_of_a_gpu", "copied"), [
+    ("zero3", 1, 80 * GIB, False), ("zero3_offload", 1, 80 * GIB, True), ("zero3_offload", 1, None, False),
+    ("zero3_nvme", 1, None, False), ("zero3", 2, 80 * GIB, True), ("zero3_offload", 2, None, True),
+])
+def test_one_process_copies_the_weights_only_from_where_they_lie_to_its_gpu(choice, processes, memory_of_a_gpu, copied):
+    """`NoGatherHandle` takes `ds_tensor.data.to(device)`, which is the tensor itself where it is there already."""
+    setup = SETUP._replace(processes=processes, device_memory=memory_of_a_gpu)
+    items = memory.gathered(held_models("sft", setup), CHOICE[choice], setup.work("sft"))
+    assert [item.bytes for item in items] == [2 * 125_239_296] * 2 * copied
 
 
 def test_a_sub_group_is_closed_by_the_tensor_that_fills_it(monkeypatch):
@@ -366,7 +377,7 @@ def test_a_clear_warning_where_nothing_fits(monkeypatch, capsys):
     (["--stage", "dpo"], "'dpo'"),
     (["--zero", "zero4"], "zero: 'zero4' is none; there are: none | zero1"),
     (["--precision", "int8"], "precision: 'int8' is none"),
-    (["--gpus", "0", "--precision", "bf16"], "precision: a CPU trains in fp32"),
+    (["--gpus", "0", "--precision", "fp16"], "precision: a CPU trains in fp32 or bf16"),
     (["--gpus", "2", "--processes", "2"], "processes: it is for --gpus 0"),
     (["--gpus", "8", "--gpus_per_node", "3"], "gpus_per_node: 8 GPUs are no whole nodes of 3"),
     (["--prompt_length", "2040"], "2048 positions"),

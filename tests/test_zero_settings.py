@@ -76,7 +76,7 @@ def test_ppo_accumulates_nothing():
 
 def test_a_place_is_that_of_the_whole_path():
     numbers = {"a": 1, "b.a": 2, "b.c.a": 3}
-    settings = {"a": "auto", "b": {"a": "auto", "c": {"a": "auto", "d": [4], "e": False}}}
+    settings = {"a": "auto", "b": {"a": "auto", "n": None, "c": {"a": "auto", "d": [4], "e": False}}}
     assert zero._filled(settings, numbers, "") == {"a": 1, "b": {"a": 2, "c": {"a": 3, "d": [4], "e": False}}}
 
 
@@ -92,6 +92,10 @@ BROKEN = {
     "no such stage": ('{"zero_optimization": {"stage": 4}}', "must be one of 1, 2, 3, found 4"),
     "no sharding": ('{"zero_optimization": {"stage": 0}}', "found 0; for no sharding leave the key deepspeed out"),
     "an optimizer": ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "leave optimizer and scheduler out"),
+    "another key": ('{"zero_optimization": {"stage": 1, "overlap_com": true}}', "zero_optimization.overlap_com: Extra inputs"),
+    "no device": ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}',
+                  "zero_optimization.offload_param.device: Input should be 'none', 'cpu' or 'nvme'"),
+    "a device alone": ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', "zero_optimization.offload_optimizer: "),
     "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 1, 2, 3, found 'auto'"),
     "auto for another": ('{"zero_optimization": {"stage": 1, "mine": "auto"}}', "'zero_optimization.mine' cannot be \"auto\""),
 }
@@ -110,7 +114,7 @@ def test_a_broken_configuration_is_refused(case, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     ("--deepspeed configs/deepspeed/zero3.json --ema_decay 0.9", "^ema_decay: .* ZeRO-3"),
-    ("--deepspeed configs/deepspeed/zero3_nvme.json --resume", "^resume: DeepSpeed does not bring back"),
+    ("--deepspeed configs/deepspeed/zero3_nvme.json --model assets/opt-mini --resume", "^resume: DeepSpeed does not bring back"),
 ])
 def test_what_an_engine_cannot_do_is_refused(words, message):
     config = config_of(*words.split(), script=train_ppo, kind="PPOStageConfig", stage="ppo")

@@ -213,15 +213,15 @@ def gathered(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
     Sampling gathers the whole policy once. In training a weight is kept when it is used again within `stage3_max_reuse_distance`
     parameters: those of the last layers, half that distance before the turn to the backward pass, and what is fetched ahead
-    (.9 hidden^2). Saving, of 1 GiB at a time (utils/zero.py), is left out. Autocast keeps a 16-bit copy of each trainable
-    weight.
+    (.9 hidden^2). One process has them whole, and copies only what lies elsewhere (partition_parameters.py, :105). Saving, of
+    1 GiB at a time (utils/zero.py), is left out. Autocast keeps a 16-bit copy of each trainable weight.
     """
     policy, count = held[0].model, sum(one.model.parameters for one in held if one.trained)
     if zero.stage == 0:
         cast = 2 * work.mixed
         return [Item("gathered", cast * sum(trained_of(held)), alive=("update",)),
                 Item("gathered", cast * sum(policy.trained) * samples(work), alive=("generation",))]
-    if zero.stage < 3:
+    if zero.stage < 3 or work.processes == 1 and (work.cpu or zero.weights == "device"):
         return []
     ahead = int(0.9 * policy.hidden**2)
     live = min(count, max(REUSE // 2, policy.largest) + ahead)

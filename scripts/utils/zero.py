@@ -49,22 +49,33 @@ def load_settings(config) -> dict | None:
     if stage == 3 and getattr(config, "ema_decay", 0.0):
         raise UserError("ema_decay: the average of the policy is a whole model on each process, which ZeRO-3 is to avoid; "
                         "leave one of the two out")
-    if config.resume and "nvme" in _offloaded_to(settings):
-        raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; start a new run, or "
-                        "train with zero3_offload.json, which can be resumed")
     if "optimizer" in settings or "scheduler" in settings:
         raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are learning_rate, adam_eps, ... of "
                         "the stage")
+    settings = _filled(settings, _numbers(config), "")
+    _refuse_invalid(settings["zero_optimization"], path)
+    if config.resume and "nvme" in _offloaded_to(settings):
+        raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; start a new run, or "
+                        "train with zero3_offload.json, which can be resumed")
     _compile_ops(_offloaded_to(settings))
     _form_group()
-    settings = _filled(settings, _numbers(config), "")
     _active.update(settings=settings, kept=HfDeepSpeedConfig(settings))
     return settings
 
 
+def _refuse_invalid(zero: dict, path) -> None:
+    """DeepSpeed looks at it as well, but later, and ends in a traceback."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:  # pydantic's
+        found = error.errors()[0]
+        raise UserError(f"deepspeed: '{path}': {'.'.join(['zero_optimization', *map(str, found['loc'])])}: {found['msg']}") from None
+
+
 def _offloaded_to(settings) -> set[str]:
     zero = settings["zero_optimization"]
-    return {(zero.get(part) or {}).get("device", "none") for part in ("offload_optimizer", "offload_param")} - {"none"}
+    return {zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")} - {"none"}
 
 
 def resumable() -> bool:
@@ -148,8 +159,8 @@ def _hidden_size(name) -> int:
 
 
 def _filled(node, numbers, place):
-    if isinstance(node, dict):
-        return {name: _filled(value, numbers, f"{place}.{name}".lstrip(".")) for name, value in node.items()}
+    if isinstance(node, dict):  # null says what a missing key says, but accelerate looks into it
+        return {name: _filled(value, numbers, f"{place}.{name}".lstrip(".")) for name, value in node.items() if value is not None}
     if node != "auto":
         return node
     if place not in numbers:
