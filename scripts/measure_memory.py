@@ -102,7 +102,8 @@ def main(config: MeasureConfig) -> None:
     planned = plan(config.stage, zero, setup).host
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         # in a process of its own: what it takes would stay with this one, beside the run
-        writer = multiprocessing.get_context("spawn").Process(target=write_models, args=(config.model, config.stage, Path(folder)))
+        models = (config.model, config.stage, Path(folder))
+        writer = multiprocessing.get_context("spawn").Process(target=write_models, args=models)
         writer.start()
         writer.join()
         if writer.exitcode:

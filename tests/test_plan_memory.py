@@ -115,6 +115,15 @@ def test_zero3_keeps_half_the_reuse_distance_and_what_is_fetched_ahead():
         assert [item.bytes for item in items if "update" in item.alive] == [2 * live]
 
 
+@pytest.mark.parametrize(("model", "choice", "memory_of_a_gpu", "held"), [
+    ("125m", "zero3", None, [2 * 125_239_296]), ("1.3b", "zero3_nvme", None, [2**30]),
+    ("1.3b", "zero2", None, []), ("1.3b", "zero3", 80 * GIB, []),
+])
+def test_a_process_on_a_cpu_holds_one_file_to_save_it(model, choice, memory_of_a_gpu, held):
+    setup = SETUP._replace(model=f"facebook/opt-{model}", device_memory=memory_of_a_gpu)
+    assert [item.bytes for item in memory.saving(held_models("sft", setup), CHOICE[choice], setup.work("sft"))] == held
+
+
 @pytest.mark.parametrize(("choice", "processes", "memory_of_a_gpu", "copied"), [
     ("zero3", 1, 80 * GIB, False), ("zero3_offload", 1, 80 * GIB, True), ("zero3_offload", 1, None, False),
     ("zero3_nvme", 1, None, False), ("zero3", 2, 80 * GIB, True), ("zero3_offload", 2, None, True),

@@ -95,7 +95,7 @@ BROKEN = {
     "another key": ('{"zero_optimization": {"stage": 1, "overlap_com": true}}', "zero_optimization.overlap_com: Extra inputs"),
     "no device": ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}',
                   "zero_optimization.offload_param.device: Input should be 'none', 'cpu' or 'nvme'"),
-    "a device alone": ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', "zero_optimization.offload_optimizer: "),
+    "a device alone": ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', "zero_optimization.offload_optimizer:"),
     "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 1, 2, 3, found 'auto'"),
     "auto for another": ('{"zero_optimization": {"stage": 1, "mine": "auto"}}', "'zero_optimization.mine' cannot be \"auto\""),
 }

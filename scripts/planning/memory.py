@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from planning.architectures import Model, kept_bytes
+from utils.zero import FILE_BYTES
 
 GIB = 2**30
-PHASES = ("loading", "generation", "update", "step")  # of which one is at a time
+PHASES = ("loading", "generation", "update", "step", "saving")  # of which one is at a time
 ALWAYS = PHASES
 RUNNING = PHASES[1:]
 TRAINING = ("update", "step")
@@ -213,8 +214,8 @@ def gathered(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
     Sampling gathers the whole policy once. In training a weight is kept when it is used again within `stage3_max_reuse_distance`
     parameters: those of the last layers, half that distance before the turn to the backward pass, and what is fetched ahead
-    (.9 hidden^2). One process has them whole, and copies only what lies elsewhere (partition_parameters.py, :105). Saving, of
-    1 GiB at a time (utils/zero.py), is left out. Autocast keeps a 16-bit copy of each trainable weight.
+    (.9 hidden^2). One process has them whole, and copies only what lies elsewhere (partition_parameters.py, :105). Autocast keeps
+    a 16-bit copy of each trainable weight.
     """
     policy, count = held[0].model, sum(one.model.parameters for one in held if one.trained)
     if zero.stage == 0:
@@ -300,8 +301,16 @@ def scoring(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     return [Item("scoring", rows, alive=("generation",))]
 
 
+def saving(held: list[Held], zero: Zero, work: Work) -> list[Item]:
+    """Under ZeRO-3 the weights of one file are whole to be written (utils/zero.py). Beside GPUs a node has room for them."""
+    if zero.stage < 3 or not work.cpu:
+        return []
+    largest = max(one.model.parameters for one in held) * weight_bytes(zero, work)
+    return [Item("saving", min(FILE_BYTES, largest), alive=("saving",))]
+
+
 TERMS = [weights, gradients, optimizer, step, exchange_buffers, pinned, gathered, activations, logits, generation, scoring,
-         loading]
+         loading, saving]
 
 
 def items_of(held: list[Held], zero: Zero, work: Work) -> list[Item]:

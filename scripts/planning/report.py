@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 # columns of the table, and the terms in each
 COLUMNS = {"weights": ("weights", "gathered"), "gradients": ("gradients", "step"), "optimizer": ("optimizer",),
            "frozen": ("frozen models",), "activations": ("activations",), "logits": ("logits",),
-           "generation": ("kv cache", "sampling", "scoring"), "other": ("base", "buffers", "pinned", "loading")}
+           "generation": ("kv cache", "sampling", "scoring"), "other": ("base", "buffers", "pinned", "loading", "saving")}
 
 
 def size(count: float) -> str:

@@ -70,7 +70,8 @@ def _refuse_invalid(zero: dict, path) -> None:
         DeepSpeedZeroConfig(**zero)
     except ValueError as error:  # pydantic's
         found = error.errors()[0]
-        raise UserError(f"deepspeed: '{path}': {'.'.join(['zero_optimization', *map(str, found['loc'])])}: {found['msg']}") from None
+        place = ".".join(["zero_optimization", *map(str, found["loc"])])
+        raise UserError(f"deepspeed: '{path}': {place}: {found['msg']}") from None
 
 
 def _offloaded_to(settings) -> set[str]:
