@@ -1,13 +1,16 @@
 """The three stages under DeepSpeed end like runs without it: every ZeRO stage and offload, processes, accumulation."""
 
+import os
+
 import pytest
 from zero_cases import FILES, HAS_AIO, ROWS, STAGES, final_weights, furthest, launch, losses, make_models, weights_of, words_of
 
 pytestmark = pytest.mark.slow
 STEPS = 20
-# processes, and micro-batches of each in an optimizer step; without an engine is ZeRO 0
+# processes, and micro-batches of each in an optimizer step: both ends, or with ALL_SPLITS=1 all; without an engine is ZeRO 0
+SPLITS = [(1, 1), (1, 4), (2, 1), (2, 4)] if os.environ.get("ALL_SPLITS") else [(1, 1), (2, 4)]
 TABLE = [(stage, engine, *split) for engine in [None, *FILES] for stage in STAGES for split in
-         ([(1, 1), (2, 4)] if engine != "zero3_nvme" else [(2, 1)])]
+         (SPLITS if engine != "zero3_nvme" else [(2, 1)])]
 aio = pytest.mark.skipif(not HAS_AIO, reason="DeepSpeed's file access has not been compiled in this environment")
 
 

@@ -283,7 +283,7 @@ def give_back_freed_memory() -> None:
     """Let glibc give every tensor of 128 KiB or more pages of its own, which go back when it is freed.
 
     That is where glibc begins, but left alone it raises the limit up to 32 MiB, and keeps the holes that smaller tensors leave:
-    an OPT-1.3B reward model under zero3_nvme took 15.0 to 17.1 GiB so, and 13.0 with this, in the same time.
+    an OPT-1.3B reward model under zero3_nvme took 15.0 to 17.1 GiB so, and 13.0 with this.
     """
     _mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, which then stays
 
