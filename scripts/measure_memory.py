@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from planning.architectures import OPT, opt_config
 from planning.fit import STAGES, Setup, choices_of, plan
-from planning.memory import GIB
+from planning.memory import CHOICES, GIB
 from utils.config import PROJECT, UserError, key, start
 
 PROMPT, COMPLETION, RESPONSE, K = 100, 30, 8, 2  # tokens, and responses in PPO; the embedded posts are about as long
@@ -36,7 +36,7 @@ class MeasureConfig:
 
     model: str = key("facebook/opt-125m", "A size of OPT.", choices=list(OPT))
     stage: str = key("sft", "The stage.", choices=list(STAGES))
-    zero: str = key("none", "none, or a file of configs/deepspeed/, such as zero3_nvme.")
+    zero: str = key("none", "No engine, or a file of configs/deepspeed/.", choices=[zero.name for zero in CHOICES])
     mixed_precision: str = key("no", "As in the stages; float32 or bfloat16.", choices=["no", "bf16"])
     lora_rank: int = key(0, "Train adapters of this rank; 0: the weights.", low=0)
     value_model: str = key("separate", "PPO's value model.", choices=["separate", "shared"])
