@@ -35,7 +35,7 @@ class PlanConfig:
 
     model: str = key("facebook/opt-1.3b", "The policy: a folder, a hub name, or facebook/opt-125m to -66b (no network).")
     reward_model: str | None = key(None, "Reward and value model; none: of the policy's size.")
-    gpus: int = key(1, "GPUs in all; 0: processes on this machine's CPU, in float32.", unit="GPUs", low=0)
+    gpus: int = key(1, "GPUs in all; 0: processes on this machine's CPU.", unit="GPUs", low=0)
     gpus_per_node: int | None = key(None, "GPUs of a node; none: all, at most 8.", unit="GPUs", low=1)
     gpu_memory: float = key(80.0, "Memory of one GPU.", unit="GiB", low=0.1)
     cpu_memory: float | None = key(None, "Memory of a node; none: no limit, on a CPU that of this machine.", unit="GiB", low=0.1)

@@ -747,7 +747,7 @@ MACHINE = [
              (f"{ENGINE_TESTS}launchers_may_add_their_local_rank",)),
     Mutation("a run that is to save memory keeps what tensors free", None, CONFIG,
              'elif not getattr(config, "gradient_checkpointing", False):', "else:",
-             ("test_config.py::test_a_run_that_is_to_save_memory_gives_freed_memory_back",)),
+             ("test_config.py::test_freed_memory_is_kept_or_given_back_as_the_run_needs_it",)),
     Mutation("holes that tensors leave stay with the process", None, CONFIG,
              "_mallopt(-3, 2**17)", "pass", ("test_config.py::test_tensors_leave_holes_or_go_back",)),
     Mutation("what an engine's file sets to null is handed on", None, ENGINE,

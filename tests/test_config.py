@@ -341,7 +341,7 @@ ENGINE = ["--deepspeed", "configs/deepspeed/zero2.json"]
     ([], ["keep"]), (["--gradient_checkpointing", "true"], []), (ENGINE, ["give back"]),
     ([*ENGINE, "--gradient_checkpointing", "true"], ["give back"]),
 ])
-def test_a_run_that_is_to_save_memory_gives_freed_memory_back(words, expected, monkeypatch):
+def test_freed_memory_is_kept_or_given_back_as_the_run_needs_it(words, expected, monkeypatch):
     done = []
     monkeypatch.setattr("utils.config.keep_freed_memory", lambda: done.append("keep"))
     monkeypatch.setattr("utils.config.give_back_freed_memory", lambda: done.append("give back"))
