@@ -28,7 +28,7 @@ demo: .venv/ready
 SEEDS = 0 1 2 3 4
 seeds:
 	@for seed in $(SEEDS); do $(MAKE) demo OUT=outputs/seed$$seed ARGS="--seed $$seed" || exit; done
-	$(PY) scripts/compare_seeds.py --runs $(SEEDS:%=outputs/seed%) --output outputs/seeds.png --markdown
+	$(PY) scripts/studies/compare_seeds.py --runs $(SEEDS:%=outputs/seed%) --output outputs/seeds.png --markdown
 
 KL_COEFS = 0.0 0.04 0.12
 over_optimisation: demo
@@ -36,7 +36,7 @@ over_optimisation: demo
 	for coef in $(KL_COEFS); do \
 	  stage ppo "outputs/over/kl$$coef" --model "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" --kl_coef $$coef \
 	    --total_episodes 8192 --eval_steps 2 --eval_rows 200 || exit; done
-	$(PY) scripts/over_optimisation.py --sft "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" \
+	$(PY) scripts/studies/over_optimisation.py --sft "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" \
 	  --runs $(KL_COEFS:%=outputs/over/kl%) --rows 200 --output outputs/over.png
 
 # what DeepSpeed compiles stays here: elsewhere it may have been compiled for another processor

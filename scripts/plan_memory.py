@@ -26,7 +26,7 @@ from planning.fit import STAGES, Setup, batches_of, cheapest, choices_of, plan, 
 from planning.memory import CHOICES, GIB
 from planning.report import plot_sizes, print_plans, print_verdict, row_of
 from utils.config import UserError, key, start
-from utils.run import output_file
+from utils.runs.run import output_file
 
 
 @dataclass

@@ -26,14 +26,14 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.config import UserError, key, start
-from utils.data import Rows, load_data
-from utils.data_report import DataReport, token_lengths
-from utils.files import BadRow
-from utils.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
-from utils.models import load_tokenizer
-from utils.plots import plot_lengths
-from utils.sources import Source, data_key, open_source, sources_of
-from utils.validation import SHOWN
+from utils.data.files import BadRow
+from utils.data.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
+from utils.data.report import DataReport, token_lengths
+from utils.data.rows import Rows, load_data
+from utils.data.sources import Source, data_key, open_source, sources_of
+from utils.data.validation import SHOWN
+from utils.judge.plots import plot_lengths
+from utils.models.loading import load_tokenizer
 
 ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data", "prompts": "rlhf_training_data",
          "ratings": "rating_data"}

@@ -25,23 +25,23 @@ import torch
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from utils.checkpoints import Keeper
 from utils.config import PROJECT, StageConfig, UserError, key, start
-from utils.data import Rows, Tokenised, load_data, split_rows, tokenised
-from utils.data_report import DataReport
+from utils.data.report import DataReport
+from utils.data.rows import Rows, Tokenised, load_data, split_rows, tokenised
+from utils.data.sources import data_key
 from utils.distributed import agreed, build_accelerator, gradients_of_part, world
-from utils.divergence import Divergence
-from utils.evaluation import print_stages
-from utils.judging import Judge, load_rules, refuse_missing_facts
-from utils.metrics import length_controlled_win_rate, win_rate
-from utils.models import load_tokenizer
-from utils.plots import plot_ppo
+from utils.judge.evaluation import print_stages
+from utils.judge.judging import Judge, load_rules, refuse_missing_facts
+from utils.judge.metrics import length_controlled_win_rate, win_rate
+from utils.judge.plots import plot_ppo
+from utils.models.loading import load_tokenizer
+from utils.models.ppo_models import Models, load_models, prepare
+from utils.models.prompt_groups import PromptGroups, pack
 from utils.ppo import adapted_kl_coef, policy_loss, policy_statistics, value_loss
-from utils.ppo_models import Models, load_models, prepare
-from utils.prompt_groups import PromptGroups, pack
 from utils.rollout import Carried, MicroBatch, collect_rollout, rollout_metrics
-from utils.run import Run, check_task, refuse_impossible, stage_folders
-from utils.sources import data_key
+from utils.runs.checkpoints import Keeper
+from utils.runs.divergence import Divergence
+from utils.runs.run import Run, check_task, refuse_impossible, stage_folders
 from utils.zero import load_settings
 
 

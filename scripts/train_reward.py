@@ -24,12 +24,12 @@ from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments, set_seed
 
 from utils.config import PROJECT, UserError, key, start
-from utils.data import load_data, refuse_overlap, split_rows, tokenised
-from utils.data_report import DataReport
-from utils.evaluation import print_stages, refuse_too_long, score_groups
-from utils.layouts import NOTES
-from utils.lora import add_adapter
-from utils.metrics import (
+from utils.data.layouts import NOTES
+from utils.data.report import DataReport
+from utils.data.rows import load_data, refuse_overlap, split_rows, tokenised
+from utils.data.sources import data_key
+from utils.judge.evaluation import print_stages, refuse_too_long, score_groups
+from utils.judge.metrics import (
     bootstrap_interval,
     expected_calibration_error,
     label_ceiling,
@@ -37,11 +37,11 @@ from utils.metrics import (
     rank_correlation,
     reliability,
 )
-from utils.models import centre_scores, load_scalar_model, load_tokenizer, scores
-from utils.plots import plot_calibration, plot_reward
-from utils.prompt_groups import pack
-from utils.run import Run, check_task, refuse_impossible, stage_folders
-from utils.sources import data_key
+from utils.judge.plots import plot_calibration, plot_reward
+from utils.models.loading import centre_scores, load_scalar_model, load_tokenizer, scores
+from utils.models.lora import add_adapter
+from utils.models.prompt_groups import pack
+from utils.runs.run import Run, check_task, refuse_impossible, stage_folders
 from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
 from utils.zero import load_settings
 

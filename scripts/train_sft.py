@@ -20,16 +20,16 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from utils.config import PROJECT, key, start
-from utils.data import load_data, split_rows, tokenised
-from utils.data_report import DataReport
-from utils.evaluation import print_stages, refuse_too_long, summarise
-from utils.lora import add_adapter
-from utils.metrics import SummaryRouge
-from utils.models import load_policy, load_tokenizer, response_logprobs
-from utils.plots import plot_sft
-from utils.prompt_groups import pack
-from utils.run import Run, check_task, refuse_impossible, stage_folders
-from utils.sources import data_key
+from utils.data.report import DataReport
+from utils.data.rows import load_data, split_rows, tokenised
+from utils.data.sources import data_key
+from utils.judge.evaluation import print_stages, refuse_too_long, summarise
+from utils.judge.metrics import SummaryRouge
+from utils.judge.plots import plot_sft
+from utils.models.loading import load_policy, load_tokenizer, response_logprobs
+from utils.models.lora import add_adapter
+from utils.models.prompt_groups import pack
+from utils.runs.run import Run, check_task, refuse_impossible, stage_folders
 from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
 from utils.zero import load_settings
 

@@ -1,12 +1,7 @@
-"""Tests import the shared module as the scripts do: `scripts/` is the import root. Nothing may reach for a network."""
+"""Puts `tests/helpers` and `scripts` on the path; see `helpers/environment.py`."""
 
-import os
 import sys
-import tempfile
 from pathlib import Path
 
-CACHE = tempfile.TemporaryDirectory(prefix="opt-rlhf-tests-")  # removed at exit
-os.environ["HF_DATASETS_CACHE"] = CACHE.name
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
+import environment  # noqa: E402, F401  where the scripts are, and no network

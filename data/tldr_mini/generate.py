@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "scripts")]
 from posts import SLOTS, VALUES, Post, make_post  # noqa: E402
 from pretraining import corpus, list_rows  # noqa: E402
 from summaries import need_words, ranking, reference  # noqa: E402
-from utils.gold import load_gold  # noqa: E402
+from utils.judge.gold import load_gold  # noqa: E402
 
 WEIGHTS = {"relation": 0.10, "name": 0.12, "age": 0.10, "action": 0.10, "object": 0.14, "place": 0.12, "when": 0.12,
            "feeling": 0.10, "question": 0.10}  # fmt: skip

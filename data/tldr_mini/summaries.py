@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import phrases
 from posts import SLOTS, VALUES, Post, Story, derived, fits, gender_of, pieces, placeholders, sentence_case
-from utils.gold import gold_score, words_of
+from utils.judge.gold import gold_score, words_of
 
 # How often a reference mentions a fact. Authors leave facts out; PPO can learn to put them in.
 REFERENCE_CHANCES = {"name": 0.75, "age": 0.35, "place": 0.65, "when": 0.65, "feeling": 0.42, "question": 0.95}

@@ -19,10 +19,10 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
+from planning.flops import Size
 from utils.config import UserError, find_local
-from utils.flops import Size
-from utils.lora import add_adapter
-from utils.models import model_path, without_dropout
+from utils.models.loading import model_path, without_dropout
+from utils.models.lora import add_adapter
 
 # hidden size, layers, heads (Zhang et al., 2205.01068, table 1); two-layer MLPs of four times the hidden size
 OPT = {
@@ -31,7 +31,7 @@ OPT = {
     "facebook/opt-30b": (7168, 48, 56), "facebook/opt-66b": (9216, 64, 72),
 }
 _COUNTED = "counted"  # the attention of the models here
-_BLOCK = 128  # queries, as in utils/attention.py
+_BLOCK = 128  # queries, as in utils/models/attention.py
 
 
 class Model(NamedTuple):
@@ -117,7 +117,7 @@ def model_of(name: str, field: str, scalar: bool = False, lora_rank: int = 0) ->
 
 
 def _size(config, linear: int) -> Size:
-    """For `utils/flops.py`, which knows two-layer MLPs: one of such a width that the layers have as many linear weights."""
+    """For `planning/flops.py`, which knows two-layer MLPs: one of such a width that the layers have as many linear weights."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     return Size(hidden, layers, (linear // layers - 4 * hidden**2) // (2 * hidden), config.vocab_size)
 

@@ -1,9 +1,9 @@
-"""How long a stage takes: the operations that it needs (utils/flops.py), by what the devices do of them."""
+"""How long a stage takes: the operations that it needs (planning/flops.py), by what the devices do of them."""
 
 from typing import NamedTuple
 
+from planning import flops
 from planning.fit import Setup, held_models
-from utils import flops
 
 
 class Duration(NamedTuple):

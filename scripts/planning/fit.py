@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 
 
 def held_models(stage: str, setup: Setup) -> list[Held]:
-    """As train_sft.py, train_reward.py and utils/ppo_models.py hold them.
+    """As train_sft.py, train_reward.py and utils/models/ppo_models.py hold them.
 
     With LoRA the reference is the policy without its adapter, and the reward model a separate value model without its.
     """

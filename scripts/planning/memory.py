@@ -261,7 +261,7 @@ def row_bytes(model: Model, zero: Zero, work: Work) -> int:
 
 
 def logits(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """The probabilities at response positions, which the gradient of the head needs: one float32 table (utils/lm_head.py).
+    """The probabilities at response positions, which the gradient of the head needs: one float32 table (utils/models/lm_head.py).
 
     And in the backward pass its copy in 16 bits, and the head's gradient in float32 before it is that of the weight. A frozen
     head keeps nothing.
@@ -275,7 +275,7 @@ def logits(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def generation(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Sampling: K branches share their prompt's keys and values (utils/generation.py).
+    """Sampling: K branches share their prompt's keys and values (utils/models/generation.py).
 
     Besides the cache: the prompts' forward pass, which has alive at most what one layer would keep, and tables over the
     vocabulary (logits in both arithmetics, divided by the temperature, and their softmax).

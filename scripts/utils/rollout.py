@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from utils.generation import sample
-from utils.models import response_logprobs, scores
+from utils.models.generation import sample
+from utils.models.loading import response_logprobs, scores
+from utils.models.ppo_models import Models
+from utils.models.prompt_groups import PromptGroups, pack
 from utils.ppo import (
     Rollout,
     explained_variance,
@@ -25,8 +27,6 @@ from utils.ppo import (
     token_rewards,
     whiten,
 )
-from utils.ppo_models import Models
-from utils.prompt_groups import PromptGroups, pack
 
 
 class MicroBatch(NamedTuple):

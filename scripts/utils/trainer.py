@@ -11,12 +11,12 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from utils.checkpoints import CheckpointFolder, load_weights
 from utils.config import StageConfig, UserError, key
 from utils.distributed import agreed, gradients_of_part
-from utils.divergence import Divergence
-from utils.prompt_groups import PromptGroups, micro_batches
-from utils.run import Run
+from utils.models.prompt_groups import PromptGroups, micro_batches
+from utils.runs.checkpoints import CheckpointFolder, load_weights
+from utils.runs.divergence import Divergence
+from utils.runs.run import Run
 from utils.zero import resumable, save_pretrained, use_engine
 
 

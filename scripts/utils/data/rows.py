@@ -1,0 +1,270 @@
+"""The data of a run: every set that its configuration names, read, checked and tokenised before a weight is loaded.
+
+`utils/data/layouts.py` says what a row means, `utils/data/validation.py` reads, `utils/data/tokens.py` tokenises; both keep their results
+on the disk. What the scripts hold is numbers of rows.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from utils.config import UserError
+from utils.data.layouts import Example, Ranking
+from utils.data.report import DataReport
+from utils.data.sources import sources_of
+from utils.data.store import StoredSet
+from utils.data.tokens import TOO_LONG, cannot_fit, token_rows
+from utils.data.validation import read_set, refuse_findings
+
+
+class Tokenised(NamedTuple):
+    """Examples with their token ids; a completion ends with EOS. Columns of a `datasets` table stay on the disk."""
+
+    examples: Sequence[Example]
+    prompts: Sequence[list[int]]
+    completions: Sequence[list[int]] | None
+
+
+class Rows(Sequence):
+    """Rows of one or several stored sets, read from the disk when they are asked for: `Example`s or `Ranking`s.
+
+    Args:
+        sets: what is mixed.
+        tokens: the same rows as token ids, a table for each set; None where only text is wanted.
+        weights: how often the rows of each set are to be taken in training.
+        indices: (N,) rows, counted through all sets; None: all.
+    """
+
+    def __init__(self, sets: list[StoredSet], tokens: list[Dataset] | None, weights: list[float], indices=None):
+        self.sets, self.tokens, self.weights = sets, tokens, weights
+        self.starts = np.cumsum([0] + [stored.table.num_rows for stored in sets])
+        self.indices = np.arange(self.starts[-1]) if indices is None else np.asarray(indices, dtype=np.int64)
+
+    def select(self, indices) -> "Rows":
+        """Some of these rows by their places among them, in that order; or those where a mask is True."""
+        return Rows(self.sets, self.tokens, self.weights, self.indices[indices])
+
+    def first(self, count: int) -> "Rows":
+        """The first rows, at most so many; of a mixture the first of each set, in proportion to what there is of it."""
+        owners = np.searchsorted(self.starts, self.indices, side="right") - 1
+        ends = np.cumsum(np.bincount(owners, minlength=len(self.sets)))
+        shares = np.diff(ends * min(count, len(self)) // len(self), prepend=0)
+        return self.select(np.concatenate([np.flatnonzero(owners == owner)[:share] for owner, share in enumerate(shares)]))
+
+    def once(self) -> "Rows":
+        """Each of these rows once, whatever the weight of its set."""
+        return Rows(self.sets, self.tokens, self.weights, np.unique(self.indices))
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(index)
+        stored, row = self._find(index)
+        return stored.row(row)
+
+    def __iter__(self) -> Iterator[Example | Ranking]:
+        return (self[index] for index in range(len(self)))
+
+    def _find(self, index: int) -> tuple[StoredSet, int]:
+        number = int(self.indices[index])
+        owner = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.sets[owner], number - int(self.starts[owner])
+
+    def place(self, index: int) -> str:
+        """Where a row stands, `file:line`; of a group the first of its rows."""
+        stored, row = self._find(index)
+        return stored.place(row)
+
+    def prompts(self) -> np.ndarray:
+        """(N,) 16 bytes that stand for each row's prompt."""
+        marks = [mark for stored in self.sets for mark in stored.table.column("digest").to_pylist()]
+        return np.array(marks, dtype=object)[self.indices]
+
+    def weighed(self, seed: int) -> "Rows":
+        """The rows as often as the weights of their sets say; where a part of a set is taken, `seed` says which."""
+        if all(weight == 1 for weight in self.weights):
+            return self
+        parts = []
+        for number, weight in enumerate(self.weights):
+            own = np.flatnonzero((self.indices >= self.starts[number]) & (self.indices < self.starts[number + 1])).tolist()
+            part = random.Random(f"{seed}-{number}").sample(own, round(len(own) * (weight % 1)))
+            parts += own * int(weight) + sorted(part)
+        return self.select(np.array(parts, dtype=np.int64))
+
+    def dataset(self) -> Dataset:
+        """The rows as token ids: the table of `utils/data/tokens.py`, which stays on the disk."""
+        table = self.tokens[0] if len(self.tokens) == 1 else concatenate_datasets(self.tokens)
+        return table if np.array_equal(self.indices, np.arange(len(table))) else table.select(self.indices)
+
+    def finding_count(self) -> int:
+        """How many rows cannot be used: those that are none, and those whose prompt cannot fit."""
+        unfit = np.count_nonzero(self.token_column("cut") == TOO_LONG) if self.tokens else 0
+        return sum(stored.meta["rejected"] for stored in self.sets) + int(unfit)
+
+    def findings(self, config) -> Iterator[dict]:
+        """These rows: `place`, `reason`, `row`."""
+        for stored in self.sets:
+            yield from stored.rejected()
+        for index in np.flatnonzero(self.token_column("cut") == TOO_LONG).tolist() if self.tokens else ():
+            yield {"place": self.place(index), "reason": cannot_fit(config.max_prompt_tokens), "row": self[index]._asdict()}
+
+    def token_column(self, name: str) -> np.ndarray:
+        """(N,) a column of numbers of the token table: `length`, `longest` or `cut`."""
+        return np.concatenate([table.data.column(name).to_numpy() for table in self.tokens])[self.indices]
+
+
+def load_data(config, kinds: dict[str, str], tokenizer, report: DataReport) -> dict[str, Rows]:
+    """Every set that a configuration names, checked and tokenised.
+
+    Args:
+        kinds: configuration key -> what its rows are, see `read_set`. A key whose value is none is left out.
+        tokenizer: None where only text is wanted.
+        report: gets what was dropped, and the figures.
+
+    Raises:
+        UserError: with the findings in all of them, unless `on_bad_rows` is skip; or when nothing is left of one.
+    """
+    limits = {name: getattr(config, name) for name in ("max_completions", "min_score_ratio", "max_pairs_per_prompt")
+              if "rankings" in kinds.values()}
+    found = {}
+    for field, kind in kinds.items():
+        if (value := getattr(config, field)) is not None:
+            sources = sources_of(value)
+            sets = [read_set(source, field, kind, **(limits if kind == "rankings" else {})) for source in sources]
+            tokens = tokenizer and [token_rows(stored, tokenizer, config.max_prompt_tokens) for stored in sets]
+            found[field] = Rows(sets, tokens, [source.weight for source in sources])
+    if config.on_bad_rows == "error":
+        refuse_findings((one for rows in found.values() for one in rows.findings(config)),
+                        sum(rows.finding_count() for rows in found.values()))
+    return {field: _usable(rows, field, config, report) for field, rows in found.items()}
+
+
+def _usable(rows: Rows, field: str, config, report: DataReport) -> Rows:
+    """The rows without those that cannot be used; what is left out is reported."""
+    whole = rows
+    report.read(field, rows)
+    if count := rows.finding_count():
+        report.leave_out(field, count, partial(rows.findings, config))
+    if rows.tokens:
+        rows = rows.select(rows.token_column("cut") != TOO_LONG)
+    if not len(rows):
+        what = "comparison" if rows.sets[0].meta["kind"] == "rankings" else "row"
+        names = ", ".join(stored.label for stored in rows.sets)
+        why = f"; the first is {bad['place']}: {bad['reason']}" if (bad := next(whole.findings(config), None)) else ""
+        raise UserError(f"{field}: '{names}' holds no usable {what}{why}")
+    return rows
+
+
+def load_examples(value, field: str, need_completion: bool = True) -> Rows:
+    """The text of every example of a data set.
+
+    Args:
+        value: that of a data key: a file, a folder, a hub name, or a mixture.
+        field: the configuration key it came from, such as `actor_training_data`, for messages and the choice of a split.
+        need_completion: False for prompts only (PPO).
+
+    Raises:
+        UserError: naming file and line, for anything that is not an example.
+    """
+    kind = "examples" if need_completion else "prompts"
+    return load_data(SimpleNamespace(**{field: value}, on_bad_rows="error"), {field: kind}, None, DataReport())[field]
+
+
+def load_rankings(value, field: str, max_completions: int, say, min_score_ratio: float = 1.0,
+                  max_pairs_per_prompt: int | None = None) -> Rows:
+    """The text of every ranking of a data set; pairwise rows are grouped by prompt. The limits are those of `_Rankings`.
+
+    Args:
+        say: called with a line about what was dropped and why (detail 6).
+
+    Raises:
+        UserError: naming file and line, for anything that is not a comparison.
+    """
+    config = SimpleNamespace(**{field: value}, on_bad_rows="error", max_completions=max_completions,
+                             min_score_ratio=min_score_ratio, max_pairs_per_prompt=max_pairs_per_prompt)
+    report = DataReport()
+    rows = load_data(config, {field: "rankings"}, None, report)[field]
+    for note in report.notes:
+        say(note)
+    return rows
+
+
+def split_rows(config, role: str, found: dict[str, Rows], report: DataReport) -> tuple[Rows, Rows, Rows]:
+    """Training, validation and test rows, no prompt in two of them (detail 7). What is not named is held out.
+
+    Args:
+        role: the first part of the configuration keys: actor, reward or rlhf.
+        found: what `load_data` found.
+    """
+    train, held = found[f"{role}_training_data"], {}
+    for split, most in (("validation", config.eval_rows), ("test", config.test_rows)):
+        field = f"{role}_{split}_data"
+        held[field] = found.get(field)
+        if held[field] is None:
+            train, held[field] = split_off(train, min(0.1, most / len(train)), config.seed)
+        held[field] = held[field].first(most)
+    refuse_overlap({f"{role}_training_data": train, **held}, config.allow_overlap, report.say)
+    train = train.weighed(config.seed)
+    if not len(train):
+        raise UserError(f"{role}_training_data: its weights leave no row to train on; raise them")
+    return train, *held.values()
+
+
+def split_off(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """Hold some prompts out: (rows that stay, rows held out). No prompt is in both (detail 7)."""
+    marks = rows.prompts()
+    prompts = sorted(set(marks))
+    if len(prompts) < 4:
+        names = ", ".join(stored.label for stored in rows.sets)
+        raise UserError(f"{names}: {len(prompts)} different prompts are too few to hold some out; name validation and test data "
+                        "too")
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[: max(1, round(len(prompts) * share))])
+    mask = np.array([mark in held for mark in marks])
+    return rows.select(~mask), rows.select(mask)
+
+
+def refuse_overlap(splits: dict[str, Rows], allow: bool, say) -> None:
+    """Raise UserError, or `say` when it is allowed, when one prompt stands in two of the named splits (detail 7)."""
+    owner, clashes = {}, {}
+    for name, rows in splits.items():
+        for index, mark in enumerate(rows.prompts()):
+            first, place = owner.setdefault(mark, (name, index))
+            if first != name:
+                clashes.setdefault((first, name), {}).setdefault(mark, (place, index))
+    if not clashes:
+        return
+    lines = []
+    for (first, second), places in clashes.items():
+        shown = [f"{splits[second][b].prompt[:40]!r} ({splits[first].place(a)} and {splits[second].place(b)})"
+                 for a, b in list(places.values())[:3]]
+        more = f" and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
+        lines.append(f"the same prompt stands in {first} and in {second}: {', '.join(shown)}{more}")
+    if allow:
+        say("; ".join(lines) + " (allow_overlap)")
+    else:
+        raise UserError("; ".join(lines) + "; remove it from one, or accept it with allow_overlap: true")
+
+
+def tokenised(rows: Rows, max_completion_tokens: int | None, say) -> Tokenised:
+    """Examples with their tokens; those whose completion is longer than the limit are dropped and counted.
+
+    Args:
+        max_completion_tokens: None: only the prompts are wanted.
+    """
+    if max_completion_tokens is None:
+        return Tokenised(rows, rows.dataset()["prompt"], None)
+    kept = rows.select(rows.token_column("longest") <= max_completion_tokens)
+    if len(kept) < len(rows):
+        say(f"dropped {len(rows) - len(kept)} of {len(rows)} examples with more than {max_completion_tokens} completion tokens")
+    if not len(kept):
+        raise UserError(f"max_completion_tokens: no completion has {max_completion_tokens} tokens or fewer; raise it")
+    table = kept.dataset()
+    return Tokenised(kept, table["prompt"], table["completion"])

@@ -1,0 +1,172 @@
+"""Where rows come from: a local file, a folder saved by `datasets`, or a data set of the hub; and several of them mixed.
+
+A data key of the configuration holds a name, a mapping with `name` and more, or a list of both. `weight` says how often
+the rows of one are taken for training: 2 is each row twice, 0.5 a random half that the seed fixes, 1.5 each row and a
+half of them again. It is a factor on the set's own size, not a share of the mix. Only rows that are trained on are
+weighed; what is held out of them, or named for validation and test, is taken once.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import yaml
+
+from utils.config import UserError, find_input, find_local, is_hub_name, key
+from utils.data.files import FILE_ENDINGS, BadRow, read_file
+
+_HELD_OUT = ["validation", "valid", "valid1"]
+# by a part of the key; others: train
+_SPLITS = {"validation": _HELD_OUT, "test": ["test", "valid2"], "centring": _HELD_OUT, "rating": ["test", *_HELD_OUT]}
+
+
+class Source(NamedTuple):
+    """One data set by its name."""
+
+    name: str  # a file, a folder, or owner/name on the hub
+    config: str | None = None  # of the hub: the set's configuration
+    split: str | None = None  # of the hub and of folders; None: the one that serves the key's role
+    revision: str | None = None  # of the hub: branch, tag or commit
+    data_dir: str | None = None  # of the hub: a folder in the repository
+    weight: float = 1.0
+
+
+def data_key(default: str | None, help: str):
+    """A configuration field that names data; see `parse_sources`."""
+    return key(default, f"{help} File, folder or hub name; or a mapping with {', '.join(Source._fields)}; or a list of these, "
+               "mixed (weight 2: each row twice, 0.5: a random half). On the command line as JSON.", parse=parse_sources)
+
+
+def parse_sources(value):
+    """The value of a data key, checked: text, a mapping, or a list of these.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if isinstance(value, str) and value.startswith(("[", "{")):  # on the command line
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"is not JSON ({getattr(error, 'problem', None) or error})") from None
+    entries = value if isinstance(value, list) else [value]
+    if not entries:
+        raise ValueError("is an empty list; name a data set")
+    for entry in entries:
+        _check_entry(entry)
+    return value
+
+
+def _check_entry(entry) -> None:
+    if isinstance(entry, str) and entry:
+        return
+    if not isinstance(entry, dict):
+        raise ValueError(f"must be a name, a mapping with 'name', or a list of these, found {entry!r}")
+    for name, value in entry.items():
+        if name not in Source._fields:
+            why = "; code of a data set is never run" if name == "trust_remote_code" else ""
+            raise ValueError(f"has an unknown key '{name}'{why}; valid keys: {', '.join(Source._fields)}")
+        if name == "weight":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"has a weight of {value!r}; a number above 0 is needed")
+        elif not isinstance(value, str) or not value:
+            raise ValueError(f"has {value!r} for '{name}'; text is needed")
+    if "name" not in entry:
+        raise ValueError(f"has no 'name' in {entry!r}")
+
+
+def sources_of(value) -> list[Source]:
+    """The data sets that the (checked) value of a data key names."""
+    return [Source(entry) if isinstance(entry, str) else Source(**entry)
+            for entry in (value if isinstance(value, list) else [value])]
+
+
+class Opened(NamedTuple):
+    """A data set that is there."""
+
+    label: str  # for messages: a row's place is `label:number`
+    content: list[str]  # what identifies its content and how it is read
+    rows: Iterator[tuple[int, dict | BadRow]]  # each with its number, from 1
+
+
+def open_source(source: Source, field: str) -> Opened:
+    """A data set, ready to be read row by row.
+
+    Args:
+        field: the configuration key it came from, such as `actor_training_data`, for messages and the choice of a split.
+
+    Raises:
+        UserError: when it is not there, cannot be read, or has no split for the key's role.
+    """
+    name = source.name
+    if is_hub_name(name) and not name.endswith(FILE_ENDINGS) and find_local(name) is None:
+        return _open_hub(source, field)
+    path = find_input(name, field)
+    remote = [option for option in ("config", "revision", "data_dir") if getattr(source, option) is not None]
+    if path.is_file() and source.split is not None:
+        remote.append("split")
+    if remote:
+        raise UserError(f"{field}: '{name}' is on this disk and has no {' or '.join(remote)}; leave that out")
+    if path.is_dir():
+        return _open_saved(path, source.split, field)
+    ending = next(filter(path.name.endswith, FILE_ENDINGS), "")  # decides how the bytes are read
+    return Opened(str(path), [_digest([path]), ending], read_file(path, field))
+
+
+def _digest(paths: list[Path]) -> str:
+    """A hash of the bytes of files."""
+    hashes = []
+    for path in paths:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _open_saved(path: Path, split: str | None, field: str) -> Opened:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        rows = load_from_disk(str(path))
+    except (OSError, ValueError, RuntimeError, pyarrow.ArrowException):
+        raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one of "
+                        f"{', '.join(FILE_ENDINGS)}") from None
+    content = [_digest(sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json")))]
+    if not isinstance(rows, DatasetDict):
+        if split is not None:
+            raise UserError(f"{field}: '{path}' has no splits; leave split out")
+        return Opened(str(path), content, _numbered(rows))
+    split = _split_of(list(rows), split, field, str(path))
+    return Opened(f"{path}[{split}]", [*content, split], _numbered(rows[split]))
+
+
+def _open_hub(source: Source, field: str) -> Opened:
+    from datasets import get_dataset_split_names, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    more = {option: value for option, value in source._asdict().items() if option in ("revision", "data_dir") and value}
+    config = [source.config] if source.config else []
+    try:
+        split = source.split or _split_of(get_dataset_split_names(source.name, *config, **more), None, field, source.name)
+        rows = load_dataset(source.name, *config, split=split, **more)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # Runtime: loading scripts
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{field}: '{source.name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
+                        "without a network, name a local copy: a file, or a folder saved by `datasets`") from None
+    part = "/".join(value for value in (source.name, source.config, source.data_dir) if value)
+    return Opened(f"{part}[{split}]", [rows._fingerprint], _numbered(rows))
+
+
+def _numbered(rows):
+    return enumerate(rows, start=1)
+
+
+def _split_of(splits: list[str], asked: str | None, field: str, name: str) -> str:
+    """The split that was asked for, or the one that serves the role of a configuration key."""
+    wanted = [asked] if asked else next((names for role, names in _SPLITS.items() if role in field), ["train"])
+    found = next((split for split in wanted if split in splits), None)
+    if found is None:
+        raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)} (it has {', '.join(splits)}); "
+                        + ("take one of these" if asked else "name one with 'split', or a local file instead"))
+    return found

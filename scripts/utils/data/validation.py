@@ -1,0 +1,251 @@
+"""One pass over a data set: every row is checked, and what it says is stored in one form (`utils/data/store.py`).
+
+A row that its layout does not allow (a column missing or mistyped, an empty prompt or completion, ranks that do not match,
+no JSON, no UTF-8) is *rejected*: a finding for the user, see `on_bad_rows`. A comparison that is well-formed but compares
+nothing is *dropped* and counted, as detail 6 says: equal answers, an empty answer, two dialogues that share no prompt, a
+ranking of ties alone. The public sets hold a few of them, and nobody should have to mend a public set to train on it.
+
+All pairwise rows of one prompt become one group, in which each distinct completion stands once. A ranking is a group of its own.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+from tqdm.auto import tqdm
+
+from utils.config import UserError
+from utils.data.cache import cached
+from utils.data.files import BadRow
+from utils.data.layouts import (
+    RATINGS,
+    comparison_layout,
+    comparison_of,
+    example_layout,
+    example_of,
+    prompt_of,
+    ranking_of,
+    rating_layout,
+    rating_of,
+    score_ratio,
+)
+from utils.data.sources import Opened, Source, open_source
+from utils.data.store import Pairs, SetWriter, StoredSet
+
+SHOWN = 20  # findings that are listed, and places of dropped rows that are kept
+
+
+def read_set(source: Source, field: str, kind: str, **limits) -> StoredSet:
+    """A data set as stored rows, from the cache when its content has been read before.
+
+    Args:
+        field: the configuration key that names it.
+        kind: "examples" (a prompt with its completion), "prompts" (the completion may be missing), "rankings", or "ratings"
+            (answers with a number each).
+        limits: for rankings, those of `_Rankings`.
+
+    Raises:
+        UserError: when it is not there or cannot be read on. Rejected rows raise nothing here, see `refuse_findings`.
+    """
+    opened = open_source(source, field)
+    folder = cached("rows", [opened.content, kind, limits], partial(_build, opened, kind, limits))
+    return StoredSet(folder, opened.label)
+
+
+def refuse_findings(findings: Iterator[dict], count: int) -> None:
+    """Raise UserError with the first findings and the number of the others, when there are any.
+
+    Args:
+        findings: each with `place` (`file:line`) and `reason`.
+        count: how many there are.
+    """
+    if not count:
+        return
+    lines = [f"{found['place']}: {found['reason']}" for found, _ in zip(findings, range(SHOWN), strict=False)]
+    if count == 1:
+        raise UserError(f"{lines[0]} (or leave bad rows out: on_bad_rows: skip)")
+    if count > len(lines):
+        lines.append(f"and {count - len(lines)} more")
+    raise UserError(f"{count} rows cannot be used; mend them, or leave them out with on_bad_rows: skip\n" + "\n".join(lines))
+
+
+def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:
+    layouts, read = Counter(), 0
+    with SetWriter(folder) as writer:
+        taker = {"rankings": _Rankings, "ratings": _Ratings, "prompts": _Prompts, "examples": _Examples}[kind](writer, **limits)
+        for number, row in _progress(opened):
+            read += 1
+            if isinstance(row, BadRow):
+                writer.reject(number, row.reason, row.raw)
+                continue
+            try:
+                layouts[taker.take(row, number)] += 1
+            except UserError as error:
+                writer.reject(number, str(error).removeprefix(f"{number}: "), row)
+        taker.finish()
+    dropped = {reason: {"rows": len(numbers), "first": numbers[:SHOWN]} for reason, numbers in taker.dropped.items()}
+    meta = {"kind": kind, "layouts": dict(layouts), "read": read, "rejected": writer.rejected_count, "dropped": dropped,
+            "rows": writer.row_count}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _progress(opened: Opened):
+    """The rows with a bar, in a terminal only."""
+    with tqdm(desc=f"reading {opened.label}", unit=" rows", disable=None, leave=False) as bar:
+        for count, numbered in enumerate(opened.rows, start=1):
+            yield numbered
+            if count % 1000 == 0:
+                bar.update(1000)
+
+
+class _Examples:
+    """Stores examples."""
+
+    need_completion = True
+
+    def __init__(self, writer: SetWriter):
+        self.writer, self.dropped = writer, {}
+
+    def take(self, row: dict, number: int) -> str:
+        example = example_of(row, str(number), self.need_completion)
+        completions = [] if example.completion is None else [self.writer.text(example.completion)]
+        facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False, default=str)
+        self.writer.row(number, self.writer.text(example.prompt), completions, facts=facts)
+        layout = example_layout(row)
+        return layout if completions or layout == "messages" else layout.rpartition(", ")[0]
+
+    def finish(self):
+        pass
+
+
+class _Prompts(_Examples):
+    """Stores examples that may be without completion; of comparisons and ratings, whose prompts recur, each prompt once."""
+
+    need_completion = False
+
+    def __init__(self, writer: SetWriter):
+        super().__init__(writer)
+        self._seen = set()
+
+    def take(self, row: dict, number: int) -> str:
+        layout = None if row.keys() & {"messages", "completion"} else comparison_layout(row)
+        if layout is None and example_layout(row) is None:
+            layout = rating_layout(row)
+        if layout is None:
+            return super().take(row, number)
+        prompt = prompt_of(row, str(number))
+        if prompt is None:
+            self.dropped.setdefault("share no prompt", []).append(number)
+        elif (text := self.writer.text(prompt)) not in self._seen:
+            self._seen.add(text)
+            self.writer.row(number, text, [])
+        return layout
+
+
+class _Ratings:
+    """Stores the rated answers of each prompt as one row, an answer's mean rating as its label score."""
+
+    def __init__(self, writer: SetWriter):
+        self.writer, self.dropped = writer, {}
+        self._rated: dict[int, dict[int, list[float]]] = {}
+        self._numbers: dict[int, int] = {}
+
+    def take(self, row: dict, number: int) -> str:
+        prompt, completion, rating = rating_of(row, str(number))
+        if rating is None:
+            self.dropped.setdefault("no overall rating", []).append(number)
+            return RATINGS
+        text = self.writer.text(prompt)
+        self._numbers.setdefault(text, number)
+        self._rated.setdefault(text, {}).setdefault(self.writer.text(completion), []).append(rating)
+        return RATINGS
+
+    def finish(self):
+        for prompt, rated in self._rated.items():
+            self.writer.row(self._numbers[prompt], prompt, list(rated), label_scores=[fmean(values) for values in rated.values()])
+
+
+class _Rankings:
+    """Stores rankings as they come, and pairwise rows, gathered by prompt, at the end.
+
+    Args:
+        max_completions: larger groups are split so that each pair stands in one of the parts.
+        min_score_ratio: rows with a smaller `score_ratio` are dropped (SHP: votes of the better over those of the worse).
+        max_pairs_per_prompt: of pairwise rows, the first so many of a prompt are taken.
+    """
+
+    def __init__(self, writer: SetWriter, max_completions: int, min_score_ratio: float, max_pairs_per_prompt: int | None):
+        self.writer, self.dropped = writer, {}
+        self.max_completions, self.min_score_ratio, self.max_pairs = max_completions, min_score_ratio, max_pairs_per_prompt
+        self._groups: dict[int, Pairs] = {}  # by the prompt's number
+        self._notes: dict[tuple, int] = {(): 0}  # numbered as they come
+
+    def take(self, row: dict, number: int) -> str:
+        layout = comparison_layout(row)
+        take = self._take_ranking if layout == "prompt, completions" else self._take_pair
+        if reason := take(row, number):
+            self.dropped.setdefault(reason, []).append(number)
+        return layout
+
+    def _take_pair(self, row, number) -> str | None:
+        """Keep a pair; or say why it is dropped."""
+        prompt, chosen, rejected, note = comparison_of(row, str(number))
+        if score_ratio(row, str(number)) < self.min_score_ratio:
+            return "a score_ratio that is too small"
+        elif prompt is None:
+            return "share no prompt"
+        elif chosen.strip() == rejected.strip():
+            return "equal answers"
+        elif not chosen.strip() or not rejected.strip():
+            return "an empty answer"
+        text = self.writer.text(prompt)
+        group = self._groups.get(text)
+        if group is None:
+            group = self._groups[text] = Pairs(number)
+        if self.max_pairs is not None and len(group) >= self.max_pairs:
+            return "more pairs of one prompt than max_pairs_per_prompt"
+        noted = self._notes.setdefault(tuple(note.items()), len(self._notes))
+        group.values.extend((self.writer.text(chosen), self.writer.text(rejected), noted))
+        return None
+
+    def _take_ranking(self, row, number) -> str | None:
+        ranking = ranking_of(row, str(number))
+        if not ranking.pairs:
+            return "ties alone"
+        prompt, texts = self.writer.text(ranking.prompt), [self.writer.text(text) for text in ranking.completions]
+        if len(texts) <= self.max_completions:
+            self.writer.row(number, prompt, texts, ranking.pairs, ranking.label_scores)
+            return None
+        known = dict(zip(texts, ranking.label_scores, strict=True)) if ranking.label_scores else None
+        for part, pairs, _ in split_group([(texts[i], texts[j], 0) for i, j in ranking.pairs], self.max_completions):
+            self.writer.row(number, prompt, part, pairs, known and [known[text] for text in part])
+        return None
+
+    def finish(self):
+        notes = [dict(note) for note in self._notes]
+        for prompt, group in self._groups.items():
+            for texts, pairs, noted in split_group(group.triples(), self.max_completions):
+                self.writer.row(group.number, prompt, texts, pairs, notes=[notes[i] for i in noted] if any(noted) else None)
+
+
+def split_group(triples: list[tuple[int, int, int]], max_completions: int) -> list[tuple[list[int], list, list[int]]]:
+    """Groups of at most so many completions in which each pair stands once: completions, pairs of their indices, notes.
+
+    A pair goes into the first group that has room for it.
+
+    Args:
+        triples: better, worse and note of each pair, as numbers.
+    """
+    groups: list[tuple[dict, list, list]] = []
+    for better, worse, note in triples:
+        group = next((g for g in groups if len(g[0]) + (better not in g[0]) + (worse not in g[0]) <= max_completions), None)
+        if group is None:
+            group = ({}, [], [])
+            groups.append(group)
+        places, pairs, notes = group
+        pairs.append((places.setdefault(better, len(places)), places.setdefault(worse, len(places))))
+        notes.append(note)
+    return [(list(places), pairs, notes) for places, pairs, notes in groups]

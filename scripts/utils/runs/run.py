@@ -1,0 +1,379 @@
+"""The run directory is the experiment: configuration, metrics, samples, log, summary, plots, checkpoints, final."""
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate.utils import LoggerType
+from transformers.integrations import get_available_reporting_integrations
+
+from utils.config import PROJECT, UserError, find_input, find_local, read_yaml, save_config
+from utils.data.layouts import TLDR_TEMPLATE
+from utils.data.report import DataReport
+from utils.distributed import world
+from utils.models.loading import load_tokenizer
+from utils.models.lora import merge_adapter
+from utils.zero import resumable, save_pretrained
+
+
+class Run:
+    """One stage's run directory. Made when all inputs have been checked, so that a mistake leaves nothing behind."""
+
+    def __init__(self, config, stage: str, report: DataReport):
+        self.config, self.stage, self.is_main = config, stage, world().is_main_process
+        self.folder = Path(config.output_dir).expanduser()
+        self.started = time.time()
+        if self.is_main:
+            self._open()
+        self.log = self._logger()
+        for note in report.notes:
+            self.say(note)
+        if self.is_main:
+            _write_json(self.folder / "data.json", report.figures)
+            self._write_all("rejected_rows.jsonl", report.rejected())
+        self.stop_signal = None
+        self._tracker = None
+
+    def _open(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.folder / "config.yaml")  # the first, for without it nothing can be resumed
+            (self.folder / "plots").mkdir(exist_ok=True)
+            _end_line(self.folder / "metrics.jsonl")
+        except OSError as error:
+            raise UserError(f"output_dir: '{self.folder}' cannot be written to ({error.strerror}); name another") from None
+
+    def _logger(self):
+        log = logging.getLogger(f"{self.stage}.{self.folder}")
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        log.handlers.clear()
+        if self.is_main:
+            for handler, layout in (
+                (logging.StreamHandler(sys.stdout), "%(message)s"),
+                (logging.FileHandler(self.folder / "train.log", encoding="utf-8"), "%(asctime)s %(message)s"),
+            ):
+                handler.setFormatter(logging.Formatter(layout))
+                log.addHandler(handler)
+        return log
+
+    def say(self, message: str) -> None:
+        """One line for people: console and train.log."""
+        self.log.info(message)
+
+    def metrics(self, step: int, values: dict) -> None:
+        """One line of metrics.jsonl, and the experiment trackers. NaN and infinity, which JSON has not, become null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        if self.is_main:
+            _append(self.folder / "metrics.jsonl", [{"step": step, **values}])
+            if self._tracker:
+                self._tracker.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+
+    def use_tracker(self, accelerator) -> None:
+        """Send metrics to the accelerator's trackers too."""
+        self._tracker = accelerator
+
+    def samples(self, rows: list[dict]) -> None:
+        """All of samples.jsonl."""
+        if self.is_main:
+            self._write_all("samples.jsonl", rows)
+
+    def _write_all(self, name: str, rows: Iterable[dict]) -> None:
+        """A whole file of rows, none when there is no row; one of the run that this one goes on with is replaced."""
+        (self.folder / name).unlink(missing_ok=True)
+        first = next(rows := iter(rows), None)
+        if first is not None:
+            _append(self.folder / name, itertools.chain([first], rows))
+
+    def metrics_bytes(self) -> int:
+        """Size of metrics.jsonl, by which a checkpoint remembers what was logged before it."""
+        path = self.folder / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Forget the metrics after the first so many bytes: the run is going to log them again."""
+        if self.is_main and self.metrics_bytes() > size:
+            os.truncate(self.folder / "metrics.jsonl", size)
+
+    def read_metrics(self) -> list[dict]:
+        return read_whole_rows(self.folder / "metrics.jsonl")
+
+    def finish(self, summary: dict) -> None:
+        """Write summary.json: flat, the stage's final figures."""
+        summary = {**summary, "peak_memory_mb": peak_memory_mb(), "seed": self.config.seed}
+        self.summary = {k: round(v, 6) if isinstance(v, float) else v for k, v in summary.items()}
+        if self.is_main:
+            _write_json(self.folder / "summary.json", self.summary)
+
+    def save_final(self, model, tokenizer, parents: dict[str, str], extra: dict) -> None:
+        """`final/`: the model, its tokenizer and stage.json, written under another name and then renamed.
+
+        The last thing that a stage does, since a run with final/ counts as finished.
+        """
+        merge_adapter(model)
+        temporary = self.folder / "final.tmp"
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
+        model.config.use_cache = True  # trl's trainer switches it off; whoever generates with final/ wants it
+        if model.can_generate():
+            model.generation_config.use_cache = True
+        save_pretrained(model, temporary)
+        if not self.is_main:
+            return
+        tokenizer.save_pretrained(temporary)
+        stage = {"stage": self.stage, "parents": {k: identity(v) for k, v in parents.items()},
+                 **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}
+        _write_json(temporary / "stage.json", stage)
+        temporary.rename(self.folder / "final")
+
+    def catch_signals(self) -> None:
+        """Ctrl-C and SIGTERM ask the run to save and stop; a second Ctrl-C stops at once."""
+        asked = []  # of this rank; `stop_signal` may have come from another
+
+        def ask(number, frame):
+            if asked:
+                raise KeyboardInterrupt
+            asked.append(number)
+            self.stop_signal = number
+            self.say("stopping: saving a checkpoint first (press Ctrl-C again to stop at once)")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
+
+    def stopped(self) -> None:
+        """Say how to go on, and leave with the signal's exit status."""
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes != "1" else []
+        command = shlex.join([sys.executable, *launcher, *sys.argv, *([] if self.config.resume else ["--resume"])])
+        if not resumable():
+            self.say("stopped; a run with its optimizer on NVMe cannot go on (README, Scaling out): start a new one")
+        elif os.environ.get("WORLD_SIZE", "1") != processes:  # where the nodes met is not known here
+            self.say("stopped; go on with the same command on each node, and --resume")
+        else:
+            self.say(f"stopped; go on with: {command}")
+        sys.exit(128 + self.stop_signal)
+
+
+def refuse_impossible(config) -> None:
+    """Everything that would stop the run later and can be known before a file is read.
+
+    Raises:
+        UserError: for an output folder in use, another configuration than that of the run to resume, a tracker that
+            is not installed, or half precision on a machine that has none.
+    """
+    refuse_used_folder(config)
+    world().wait_for_everyone()  # no rank makes the folder before all have found it unused
+    trackers = {name for name in get_available_reporting_integrations() if name in LoggerType}
+    for name in config.report_to:
+        if name not in {*trackers, "none"}:
+            raise UserError(f"report_to: '{name}' is not installed, or no tracker; here are: {', '.join(sorted(trackers))}, none")
+    if config.mixed_precision == "fp16" and world().device.type == "cpu":
+        raise UserError("mixed_precision: fp16 needs a GPU; take bf16 or no")
+
+
+def refuse_used_folder(config) -> None:
+    """Raise UserError for a non-empty `output_dir` without `resume`, and for `resume` without its run to go on with."""
+    try:
+        folder = Path(config.output_dir).expanduser()
+        used = folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _nothing_trained(folder)))
+    except (OSError, RuntimeError) as error:  # too long, or ~somebody who is not here
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"output_dir: '{config.output_dir}' cannot be used ({reason}); name another") from None
+    if used and not config.resume:
+        raise UserError(f"output_dir: '{folder}' is in use; go on with --resume, or name a new --output_dir")
+    if config.resume and (folder / "final").exists():
+        raise UserError(f"output_dir: '{folder}' is finished (it has final/); name a new --output_dir")
+    if config.resume and not (folder / "config.yaml").exists():
+        raise UserError(f"output_dir: nothing to resume in '{folder}'; leave --resume out to start")
+    if config.resume:
+        _refuse_other_config(config, folder / "config.yaml")
+
+
+def _nothing_trained(folder: Path) -> bool:
+    """Whether a run ended here before its first step, by a mistake say: nothing to lose, and nothing to go on with."""
+    config = {"config.yaml", "config.tmp"}
+    ours = {*config, "data.json", "data.tmp", "rejected_rows.jsonl", "metrics.jsonl", "train.log", "plots", "tensorboard",
+            "checkpoints"}
+    names = {path.name for path in folder.iterdir()}
+    if not names & config or not names <= ours:
+        return False
+    checkpoints = [path for path in folder.glob("checkpoints/*") if not path.name.startswith("best-")]
+    return not checkpoints and not any(row["step"] for row in read_whole_rows(folder / "metrics.jsonl"))
+
+
+# what may differ between a run and its continuation: it changes what is written down, not what is learnt
+_FREE = ("output_dir", "resume", "report_to", "logging_steps", "save_steps", "eval_steps", "save_total_limit")
+
+
+def _refuse_other_config(config, path: Path) -> None:
+    saved, _ = read_yaml(path)
+    for name, value in asdict(config).items():
+        if name not in _FREE and saved.get(name, value) != value:
+            raise UserError(f"resume: '{name}' is {value!r} here, but the run in '{path.parent}' has {saved[name]!r}; "
+                            "resume with the same configuration, or name a new --output_dir")
+
+
+# what the parent under a key may be
+_KINDS = {"model": ("sft", "ppo"), "reward_model": ("reward",)}
+
+
+def check_task(tokenizer, parents: dict[str, str]) -> None:
+    """Refuse parents of the wrong kind or trained on another task, before a weight of theirs is loaded.
+
+    Args:
+        tokenizer: the one this stage uses, that of `model`.
+        parents: configuration key -> model folder or hub name. One without stage.json is not known to be of a task,
+            but its tokenizer can be held against ours.
+
+    Raises:
+        UserError: naming the key, what differs, and both values.
+    """
+    ours = task_of(tokenizer)
+    for field, name in parents.items():
+        theirs = _stage_of(name, field)
+        if theirs is None:
+            theirs = {} if field == "model" else task_of(load_tokenizer(name, field))
+        elif theirs.get("stage") not in _KINDS[field]:
+            raise UserError(f"{field}: '{name}' comes from the stage '{theirs.get('stage')}'; needed is one of "
+                            f"{' or '.join(_KINDS[field])}")
+        for item, value in ours.items():
+            if item in theirs and theirs[item] != value:
+                raise UserError(f"{field}: '{name}' was trained with another {item.replace('_', ' ')} "
+                                f"({theirs[item]!r:.60} there, {value!r:.60} here); use models of one family")
+
+
+def _stage_of(name: str, field: str) -> dict | None:
+    """stage.json of a model folder; None for a hub model or one that was not trained here."""
+    folder = find_local(name)
+    if folder is None or not (folder / "stage.json").exists():
+        return None
+    try:
+        stage = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    except ValueError:
+        stage = None
+    if not isinstance(stage, dict):
+        raise UserError(f"{field}: '{folder / 'stage.json'}' is no JSON object; train that stage again, or remove the file if "
+                        "the model was not made here")
+    return stage
+
+
+def task_of(tokenizer) -> dict:
+    """What two stages must agree on."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "prompt_template": TLDR_TEMPLATE,
+        "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process, or memory allocated on its GPU, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def stage_folders(run: Run, parents: list[str]) -> dict[str, Path]:
+    """Run folders by stage: those whose final/ the parents are, and this run's own."""
+    folders = {}
+    for name in parents:
+        final = find_local(name)
+        if final is not None and (stage := _stage_of(name, "model")) and (final.parent / "summary.json").exists():
+            folders[stage["stage"]] = final.parent
+    folders[run.stage] = run.folder
+    return {stage: folders[stage] for stage in ("sft", "reward", "ppo") if stage in folders}
+
+
+def identity(name: str) -> dict:
+    """Which weights a parent had: its path and the checksum of its safetensors; a hub model its name."""
+    folder = find_local(name)
+    if folder is None:
+        return {"name": name}
+    return {"name": name, "sha256": {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finished_run(name: str, stage: str, field: str) -> tuple[Path, dict]:
+    """The folder of one stage's finished run, looked up as all inputs are, and its summary.json.
+
+    Args:
+        name: the run's folder, or with `stage` the folder that it lies in under the stage's name.
+        stage: "sft", "reward", "ppo", or "" when `name` is the run's own folder.
+
+    Raises:
+        UserError: naming the key `field`, when it is not there or not finished.
+    """
+    folder = find_input(name, field) / stage
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{field}: no finished run in '{folder}' (it has no summary.json); train it to its end first") from None
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        raise UserError(f"{field}: '{folder / 'summary.json'}' is no JSON object; train that stage again")
+    return folder, summary
+
+
+def output_file(name: str, field: str, suffix: str) -> Path:
+    """Where a result goes. Raises UserError when its folder is not there or its name ends otherwise than in `suffix`."""
+    path = Path(name)
+    if path.suffix != suffix or not path.parent.is_dir():
+        raise UserError(f"{field}: '{name}' must be a {suffix} file in a folder that exists")
+    return path
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(["git", "-C", PROJECT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _append(path: Path, rows: Iterable[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_whole_rows(path: Path) -> list[dict]:
+    """Rows of a .jsonl file; a line that a killed run left half-written is none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _end_line(path: Path) -> None:
+    """End a line that a killed run left half-written, so that the next row stands on its own."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+
+
+def _write_json(path: Path, value: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,84 @@
+"""Under DeepSpeed, beside the table of test_zero.py: adapters, projections, parts, shared trunks, bfloat16, stop and resume."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from zero_cases import STAGES, final_weights, furthest, launch, losses, make_models, metrics, weights_of, words_of
+
+pytestmark = pytest.mark.slow
+STEPS = 8
+WORDS = {"lora": ["--lora_rank", "4"], "350m": [], "bf16": ["--mixed_precision", "bf16"]}
+IN_PARTS = {"sft": ["--micro_batch_tokens", "200"], "reward": ["--micro_batch_tokens", "200"], "ppo": ["--value_model", "shared"]}
+ENGINES = {"lora": ["zero2", "zero3"], "350m": ["zero3"], "bf16": ["zero2", "zero3"]}
+RESUMED = [("zero2_offload", 1), ("zero3_offload", 1), ("zero3", 2)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero")
+    make_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def others(models):
+    """Each with and without an engine, two processes."""
+    launch(models, 2, [
+        (stage, models / f"{kind}-{stage}-{engine}",
+         [*words_of(models, stage, 4, 1, engine, STEPS, "350m" if kind == "350m" else "usual"), *WORDS[kind],
+          *(IN_PARTS[stage] if kind == "350m" else []),
+          *(["--gradient_checkpointing", "true"] if kind == "350m" and engine else [])], None)
+        for engine in (None, "zero2", "zero3") for kind in WORDS if engine in [None, *ENGINES[kind]] for stage in STAGES
+    ])
+    return models
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("kind", "engine"), [("lora", "zero2"), ("lora", "zero3"), ("350m", "zero3")])
+def test_adapters_projections_parts_and_shared_trunks(others, stage, kind, engine):
+    """Of the OPT-350m the engine's runs recompute their activations, and the plain ones do not."""
+    plain, ours = others / f"{kind}-{stage}-None", others / f"{kind}-{stage}-{engine}"
+    assert losses(ours) == pytest.approx(losses(plain), abs=1e-5)
+    assert furthest(weights_of(ours / "final"), weights_of(plain / "final")) < 1e-4
+
+
+def test_a_large_model_becomes_files_that_transformers_reads(others):
+    """`zero_runs.py` makes the files of sharded weights small."""
+    final = others / "350m-sft-zero3" / "final"
+    assert len(list(final.glob("*.safetensors"))) > 2 and not (final / "part").exists()
+    loaded = dict(AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).named_parameters())
+    assert furthest(loaded, weights_of(final)) == 0
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engines_16_bit_weights_stay_close_to_autocast(others, stage, engine):
+    """Two ways to compute in bfloat16: float32 weights that are cast for a product, or cast weights and a float32 optimizer."""
+    plain, ours = others / f"bf16-{stage}-None", others / f"bf16-{stage}-{engine}"
+    assert losses(ours) == pytest.approx(losses(plain), rel=0.05, abs=5e-3)
+    assert all(weight.isfinite().all() for weight in weights_of(ours / "final").values())
+
+
+@pytest.fixture(scope="module")
+def stopped(models):
+    """Each run undisturbed, and once more stopped by a signal in its middle and resumed."""
+    for processes in (1, 2):
+        cases = []
+        for stage in STAGES:
+            for engine in [engine for engine, count in RESUMED if count == processes]:
+                words = words_of(models, stage, 8 // processes, 1, engine, STEPS)
+                for name, more, stop in (("whole", [], None), ("stopped", [], 1 if stage == "ppo" else 3),
+                                         ("stopped", ["--resume"], None)):
+                    cases.append((stage, models / f"{name}-{stage}-{engine}", [*words, *more], stop))
+        launch(models, processes, cases)
+    return models
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", [engine for engine, _ in RESUMED])
+def test_stop_and_resume_end_like_an_undisturbed_run(stopped, stage, engine):
+    whole, ours = stopped / f"whole-{stage}-{engine}", stopped / f"stopped-{stage}-{engine}"
+    assert "stopped; go on with" in (ours / "train.log").read_text()
+    assert metrics(ours) == metrics(whole)
+    assert furthest(final_weights(ours, STEPS), final_weights(whole, STEPS)) == 0

@@ -1,0 +1,12 @@
+"""Tests and their helpers import as the scripts do: `scripts/` is the import root. Nothing may reach for a network."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+CACHE = tempfile.TemporaryDirectory(prefix="opt-rlhf-tests-")  # removed at exit
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))

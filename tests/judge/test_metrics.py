@@ -1,0 +1,379 @@
+"""Metrics against hand-worked examples, definitions written out in plain Python, and simulations."""
+
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rouge_score import rouge_scorer
+
+from utils.judge import metrics
+
+SCRIPTS = Path(metrics.__file__).resolve().parent.parent
+
+# ----------------------------------------------------------------------------------------------------------- ROUGE
+
+
+@pytest.fixture(scope="module")
+def rouge():
+    return metrics.SummaryRouge()
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, rouge1, rouge2, rouge_l",
+    [
+        # precision 3/3 recall 3/6; bigrams 2/2 and 2/5; longest common subsequence as rouge1. "cats" stems to "cat".
+        ("the cats sat", "the cat sat on the mat", 2 / 3, 4 / 7, 2 / 3),
+        ("sat cat the", "the cat sat", 1.0, 0.0, 1 / 3),  # right words, wrong order
+        ("dogs bark", "the cat sat", 0.0, 0.0, 0.0),
+        ("", "the cat sat", 0.0, 0.0, 0.0),
+    ],
+)
+def test_rouge_by_hand(rouge, prediction, reference, rouge1, rouge2, rouge_l):
+    result = rouge.compute(predictions=[prediction], references=[reference])
+    expected = {"rouge1": rouge1, "rouge2": rouge2, "rougeL": rouge_l, "rouge_avg": (rouge1 + rouge2 + rouge_l) / 3}
+    assert result == pytest.approx(expected)
+
+
+def test_rouge_is_the_mean_over_examples(rouge):
+    words = random.Random(0)
+    vocabulary = "my friends are running away from the dog that keeps barking loudly at night".split()
+    texts = [" ".join(words.choices(vocabulary, k=words.randint(1, 12))) for _ in range(40)]
+    predictions, references = texts[:20], texts[20:]
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    totals = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    for prediction, reference in zip(predictions, references, strict=True):
+        for name, score in scorer.score(reference, prediction).items():
+            totals[name] += score.fmeasure / 20
+    result = rouge.compute(predictions=predictions, references=references)
+    assert result == pytest.approx({**totals, "rouge_avg": sum(totals.values()) / 3})
+
+
+def test_rouge_can_be_fed_in_batches_and_used_again(rouge):
+    rouge.add_batch(predictions=["the cat sat"], references=["the cat sat"])
+    rouge.add_batch(predictions=["a dog", "a bird"], references=["some fish", "some fish"])
+    assert rouge.compute()["rouge1"] == pytest.approx(1 / 3)
+    assert rouge.compute(predictions=["a dog"], references=["a dog"])["rouge1"] == 1.0  # nothing is left over
+
+
+def test_rouge_refuses_no_examples_and_unequal_lists(rouge):
+    with pytest.raises(ValueError, match="no examples"):
+        rouge.compute(predictions=[], references=[])
+    with pytest.raises(ValueError):
+        metrics.SummaryRouge().compute(predictions=["a", "b"], references=["a"])
+
+
+def test_rouge_needs_no_network_prints_nothing_and_leaves_no_file(tmp_path):
+    code = (
+        "import socket\n"
+        "def refuse(*args, **kwargs): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from utils.judge.metrics import SummaryRouge\n"
+        "rouge = SummaryRouge()\n"
+        "assert rouge.compute(predictions=['a b'], references=['a b'])['rouge_avg'] == 1.0\n"
+    )
+    places = {name: str(tmp_path) for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "TMPDIR")}
+    environment = {**os.environ, **places, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(SCRIPTS)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert list(tmp_path.rglob("*")) == []
+
+
+# -------------------------------------------------------------------------------------------------------- accuracy
+
+
+def test_pair_accuracy_by_hand():
+    scores = [[3.0, 1.0, 2.0], [0.5, 0.5], [1.0, 2.0], [4.0]]
+    pairs = [[(0, 1), (0, 2), (1, 2)], [(0, 1)], [(0, 1)], []]
+    correct, counts = metrics.pair_accuracy(scores, pairs)
+    assert correct.tolist() == [2.0, 0.5, 0.0, 0.0]  # a tie is worth one half
+    assert counts.tolist() == [3.0, 1.0, 1.0, 0.0]
+
+
+def test_pair_accuracy_and_its_mirror_image_share_every_pair():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 4, size=(30, 5)).tolist()  # integers, so that ties occur
+    pairs = [[(i, j) for i in range(5) for j in range(i)]] * 30
+    mirror = [[(j, i) for i, j in group] for group in pairs]
+    correct, counts = metrics.pair_accuracy(scores, pairs)
+    assert (correct + metrics.pair_accuracy(scores, mirror)[0]).tolist() == counts.tolist() == [10.0] * 30
+
+
+def test_groups_must_match():
+    with pytest.raises(ValueError):
+        metrics.pair_accuracy([[1.0, 2.0]], [])
+    with pytest.raises(ValueError):
+        metrics.label_ceiling([[1.0, 2.0]], [[(0, 1)], [(0, 1)]])
+
+
+# ------------------------------------------------------------------------------------------------------- bootstrap
+
+
+def test_bootstrap_is_a_ratio_and_deterministic():
+    numerators, denominators = [1.0, 9.0, 0.0, 2.0], [1.0, 10.0, 2.0, 3.0]
+    mean, low, high = metrics.bootstrap_interval(numerators, denominators, seed=1)
+    assert mean == 12 / 16  # not the mean of the four ratios, .64
+    assert 0 <= low < mean < high <= 1
+    assert metrics.bootstrap_interval(numerators, denominators, seed=1) == (mean, low, high)
+    outcomes = np.random.default_rng(0).random(40)
+    one, two = (metrics.bootstrap_interval(outcomes, np.ones(40), seed) for seed in (1, 2))
+    assert one[0] == two[0] and one[1:] != two[1:]
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    outcomes = (np.arange(1000) < 700).astype(float)
+    mean, low, high = metrics.bootstrap_interval(outcomes, np.ones(1000), seed=0)
+    error = math.sqrt(0.7 * 0.3 / 1000)
+    assert mean == 0.7
+    assert low == pytest.approx(0.7 - 1.96 * error, abs=0.004)
+    assert high == pytest.approx(0.7 + 1.96 * error, abs=0.004)
+    _, low, high = metrics.bootstrap_interval(outcomes, np.ones(1000), seed=0, level=0.5)
+    assert high - low == pytest.approx(2 * 0.6745 * error, abs=0.004)
+
+
+def test_pairs_that_repeat_each_other_do_not_narrow_the_interval():
+    outcomes = np.random.default_rng(0).integers(0, 2, size=50).astype(float)
+    one_pair = metrics.bootstrap_interval(outcomes, np.ones(50), seed=0)
+    ten_equal_pairs = metrics.bootstrap_interval(10 * outcomes, np.full(50, 10.0), seed=0)
+    assert one_pair == pytest.approx(ten_equal_pairs)
+
+
+def test_bootstrap_interval_covers_the_truth():
+    rng = np.random.default_rng(0)
+    covered, truth = 0, (4.5 * 0.4 + 2.5 * 0.9) / (4.5 + 2.5)
+    for trial in range(400):
+        hard = rng.random(80) < 0.5  # pairs of one post share its difficulty, and hard posts have more of them
+        counts = np.where(hard, rng.integers(1, 9, size=80), rng.integers(1, 5, size=80))
+        correct = rng.binomial(counts, np.where(hard, 0.4, 0.9))
+        _, low, high = metrics.bootstrap_interval(correct, counts, seed=trial, resamples=400)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 400 <= 0.98  # resampling pairs would cover about .86
+
+
+def test_bootstrap_equals_plain_loops_over_the_same_draws():
+    numerators, denominators = [1.0, 9.0, 0.0, 2.0, 4.0], [1.0, 10.0, 2.0, 3.0, 4.0]
+    drawn = np.random.default_rng(5).integers(5, size=(41, 5)).tolist()
+    ratios = sorted(sum(numerators[g] for g in groups) / sum(denominators[g] for g in groups) for groups in drawn)
+    # 41 ratios: the 5 % and 95 % points are the third from either end, with nothing to interpolate
+    expected = (16 / 20, ratios[2], ratios[-3])
+    assert metrics.bootstrap_interval(numerators, denominators, seed=5, resamples=41, level=0.9) == pytest.approx(expected)
+
+
+def test_bootstrap_leaves_out_empty_groups():
+    full = metrics.bootstrap_interval([1.0, 0.0, 2.0], [1.0, 1.0, 2.0], seed=3)
+    assert metrics.bootstrap_interval([1.0, 0.0, 0.0, 2.0], [1.0, 0.0, 1.0, 2.0], seed=3) == full
+    with pytest.raises(ValueError, match="nothing"):
+        metrics.bootstrap_interval([0.0, 0.0], [0.0, 0.0], seed=0)
+
+
+# --------------------------------------------------------------------------------------------- ceiling and win rate
+
+
+def test_label_ceiling_by_hand():
+    label_scores = [[math.log(3), 0.0, 0.0], [0.0, math.log(9)]]  # differences of ln 3, ln 9 and 0: p = 3/4, 1/10, 1/2
+    assert metrics.label_ceiling(label_scores, [[(0, 1)], []]) == pytest.approx(0.75)
+    assert metrics.label_ceiling(label_scores, [[(1, 0)], []]) == pytest.approx(0.75)
+    # a mean over pairs, not over groups
+    assert metrics.label_ceiling(label_scores, [[(0, 1), (1, 2)], [(0, 1)]]) == pytest.approx((0.75 + 0.5 + 0.9) / 3)
+    assert metrics.label_ceiling([[1000.0, -1000.0]], [[(1, 0)]]) == 1.0
+    with pytest.raises(ValueError, match="no pairs"):
+        metrics.label_ceiling([[1.0]], [[]])
+
+
+def test_label_ceiling_is_what_the_labellers_own_scores_reach():
+    rng = np.random.default_rng(1)
+    label_scores = rng.normal(size=(20_000, 2))
+    first_wins = rng.random(20_000) < 1 / (1 + np.exp(label_scores[:, 1] - label_scores[:, 0]))
+    pairs = [[(0, 1)] if first else [(1, 0)] for first in first_wins]
+    correct, counts = metrics.pair_accuracy(label_scores.tolist(), pairs)
+    assert metrics.label_ceiling(label_scores.tolist(), pairs) == pytest.approx(correct.sum() / counts.sum(), abs=0.01)
+
+
+def test_win_rate_counts_ties_as_one_half():
+    ours, theirs = [3.0, 1.0, 2.0, 5.0, 0.0], [1.0, 1.0, 2.0, 4.0, 1.0]
+    rate, low, high = metrics.win_rate(ours, theirs, seed=0)
+    assert rate == 3 / 5  # two wins, two ties, one loss
+    assert low <= rate <= high
+    back, back_low, back_high = metrics.win_rate(theirs, ours, seed=0)
+    assert (back, back_low, back_high) == pytest.approx((1 - rate, 1 - high, 1 - low))
+    assert metrics.win_rate([1.0] * 9, [1.0] * 9, seed=0) == (0.5, 0.5, 0.5)
+
+
+# -------------------------------------------------------------------------------------------- length-controlled win rate
+
+
+def duels(intercept, slope, count, seed, shift=0.5):
+    """Scores and lengths of `count` duels whose winner is drawn from the model that is fitted; ours are longer."""
+    rng = np.random.default_rng(seed)
+    our_lengths, their_lengths = np.exp(rng.normal(3 + shift, 0.5, count)), np.exp(rng.normal(3, 0.5, count))
+    chance = 1 / (1 + np.exp(-intercept - slope * np.log(our_lengths / their_lengths)))
+    return (rng.random(count) < chance).astype(float), np.full(count, 0.5), our_lengths, their_lengths
+
+
+@pytest.mark.parametrize("intercept", [-1.0, 0.0, 0.7])
+@pytest.mark.parametrize("slope", [0.0, 2.0, -1.5])
+def test_length_control_recovers_a_planted_intercept(intercept, slope):
+    """The standard error of the intercept is about 2.5 / sqrt(20,000) = .018, that of its sigmoid a quarter of it."""
+    planted = 1 / (1 + math.exp(-intercept))
+    assert metrics.length_controlled_win_rate(*duels(intercept, slope, 20_000, seed=4)) == pytest.approx(planted, abs=0.02)
+
+
+def test_length_control_when_length_alone_decides():
+    rng = np.random.default_rng(6)
+    our_lengths, their_lengths = rng.integers(20, 60, 500), rng.integers(10, 40, 500)
+    rate = metrics.length_controlled_win_rate(our_lengths, their_lengths, our_lengths, their_lengths)  # separable
+    assert rate == pytest.approx(0.5, abs=0.1)
+    assert metrics.win_rate(our_lengths, their_lengths, seed=0)[0] > 0.8
+    noisy = duels(0.0, 2.0, 5000, seed=7, shift=1.0)
+    assert metrics.length_controlled_win_rate(*noisy) == pytest.approx(0.5, abs=0.05)
+    assert metrics.win_rate(*noisy[:2], seed=0)[0] > 0.75
+
+
+def test_length_control_is_the_plain_rate_where_lengths_do_not_differ():
+    ours, theirs, lengths = [3.0, 1.0, 2.0, 5.0, 0.0], [1.0, 1.0, 2.0, 4.0, 1.0], [4, 9, 2, 7, 30]
+    rate = metrics.length_controlled_win_rate(ours, theirs, lengths, lengths)
+    assert rate == pytest.approx(3 / 5, abs=1e-5)  # two wins, two ties, one loss
+    assert 0.99 < metrics.length_controlled_win_rate([1.0] * 9, [0.0] * 9, [5] * 9, [5] * 9) < 1
+
+
+def test_length_control_is_the_maximum_of_the_likelihood():
+    """Against a search over a grid of intercepts and slopes, in plain Python."""
+    ours, theirs = [1, 0, 1, 1, 0, 0, 1, 0], [0, 1, 0, 0, 1, 1, 0, 0]
+    lengths, others = [9, 4, 8, 3, 7, 5, 6, 2], [5, 5, 7, 6, 6, 8, 4, 3]
+
+    def loss(a, b):
+        total = 0.0
+        for x, y, m, n in zip(ours, theirs, lengths, others, strict=True):
+            p = 1 / (1 + math.exp(-a - b * math.log(m / n)))
+            win = 1.0 if x > y else 0.5 if x == y else 0.0
+            total -= win * math.log(p) + (1 - win) * math.log(1 - p)
+        return total
+
+    a, _ = min(((a / 100, b / 100) for a in range(-200, 200) for b in range(-100, 600)), key=lambda ab: loss(*ab))
+    rate = metrics.length_controlled_win_rate(ours, theirs, lengths, others)
+    assert rate == pytest.approx(1 / (1 + math.exp(-a)), abs=0.003)
+
+
+def test_length_control_turns_round_with_the_sides():
+    ours, theirs, our_lengths, their_lengths = duels(0.5, 1.0, 300, seed=8)
+    there = metrics.length_controlled_win_rate(ours, theirs, our_lengths, their_lengths)
+    back = metrics.length_controlled_win_rate(theirs, ours, their_lengths, our_lengths)
+    assert there == pytest.approx(1 - back, abs=1e-9)
+    assert there == pytest.approx(metrics.length_controlled_win_rate(ours, theirs, 10 * our_lengths, 10 * their_lengths))
+
+
+def test_length_control_refuses_what_means_nothing():
+    with pytest.raises(ValueError, match="no prompts"):
+        metrics.length_controlled_win_rate([], [], [], [])
+    with pytest.raises(ValueError, match="not positive"):
+        metrics.length_controlled_win_rate([1.0], [0.0], [0], [5])
+
+
+# ----------------------------------------------------------------------------------------------------- calibration
+
+
+def calibration_error_by_definition(probabilities, outcomes, bins):
+    total = 0.0
+    for b in range(bins):
+        last = b == bins - 1
+        inside = [
+            (p, y)
+            for p, y in zip(probabilities, outcomes, strict=True)
+            if b / bins <= p < (b + 1) / bins or (last and p == 1.0)
+        ]
+        if inside:
+            confidence = sum(p for p, _ in inside) / len(inside)
+            frequency = sum(y for _, y in inside) / len(inside)
+            total += len(inside) / len(probabilities) * abs(confidence - frequency)
+    return total
+
+
+def test_calibration_error_by_hand():
+    # bin [.5, .6): confidence .55 against 1/2; last bin: .98 against 1/2
+    error = metrics.expected_calibration_error([0.52, 0.58, 0.96, 1.0], [1, 0, 1, 0])
+    assert error == pytest.approx(0.5 * 0.05 + 0.5 * 0.48)
+    # neighbouring bins do not cancel out, and an edge belongs to the bin above it
+    assert metrics.expected_calibration_error([0.85, 0.95], [0, 1]) == pytest.approx(0.5 * 0.85 + 0.5 * 0.05)
+    assert metrics.expected_calibration_error([0.45, 0.5], [0, 1]) == pytest.approx(0.5 * 0.45 + 0.5 * 0.5)
+    assert metrics.expected_calibration_error([0.9] * 4, [0] * 4) == pytest.approx(0.9)
+    assert metrics.expected_calibration_error([0.75] * 4, [1, 0, 1, 1]) == pytest.approx(0.0)
+
+
+def test_reliability_by_hand():
+    probabilities, outcomes = [0.52, 0.58, 1.0, 0.96, 0.05, 0.5], [1, 0, 0, 1, 0, 1]
+    table = metrics.reliability(probabilities, outcomes)  # bins that are empty are left out
+    expected = [(0.05, 0.0, 1), ((0.5 + 0.52 + 0.58) / 3, 2 / 3, 3), (0.98, 0.5, 2)]
+    assert [pytest.approx(row) for row in expected] == table
+    halves = metrics.reliability(probabilities, outcomes, bins=2)
+    assert [pytest.approx(row) for row in [(0.05, 0.0, 1), (3.56 / 5, 3 / 5, 5)]] == halves
+    assert metrics.reliability([], []) == []
+
+
+@pytest.mark.parametrize("bins", [1, 4, 10])
+def test_calibration_error_equals_its_definition(bins):
+    rng = np.random.default_rng(2)
+    probabilities, outcomes = rng.random(200), rng.integers(0, 2, size=200)
+    error = metrics.expected_calibration_error(probabilities, outcomes, bins)
+    assert error == pytest.approx(calibration_error_by_definition(probabilities.tolist(), outcomes.tolist(), bins))
+    order = rng.permutation(200)
+    assert metrics.expected_calibration_error(probabilities[order], outcomes[order], bins) == pytest.approx(error)
+
+
+def test_calibration_error_tells_a_calibrated_model_from_an_overconfident_one():
+    rng = np.random.default_rng(3)
+    probabilities = rng.uniform(0.5, 1.0, size=20_000)
+    outcomes = rng.random(20_000) < probabilities
+    assert metrics.expected_calibration_error(probabilities, outcomes) < 0.02
+    assert metrics.expected_calibration_error(np.sqrt(probabilities), outcomes) > 0.05
+
+# -------------------------------------------------------------------------------------------------------- best of n
+
+
+@pytest.mark.parametrize("scores", [
+    [0.3, -1.0, 2.0, 0.5, 1.5],
+    [0.3, 2.0, 0.3, 0.3, 2.0, -1.0],  # ties below, and for the best
+    [-1.0] * 4,  # nothing but ties: no sample ended, say
+    [7.0],
+])
+def test_best_of_n_is_the_mean_over_all_subsets(scores):
+    """Every subset of size n by itself; where several of it share the highest score, their mean is what it is worth."""
+    values = random.Random(len(scores)).choices(range(-3, 9), k=len(scores))
+    for n in range(1, len(scores) + 1):
+        best = [max(subset) for subset in itertools.combinations(scores, n)]
+        assert metrics.best_of_n(scores, scores, n) == pytest.approx(sum(best) / len(best))
+        worth = []
+        for subset in itertools.combinations(range(len(scores)), n):
+            highest = max(scores[i] for i in subset)
+            tied = [values[i] for i in subset if scores[i] == highest]
+            worth.append(sum(tied) / len(tied))
+        assert metrics.best_of_n(scores, values, n) == pytest.approx(sum(worth) / len(worth))
+
+
+def test_best_of_n_does_not_depend_on_the_order_of_the_samples():
+    draw = random.Random(0)
+    samples = [(draw.choice([-1.0, 0.2, 0.9, draw.random()]), draw.random()) for _ in range(64)]
+    for n in (1, 2, 8, 64):
+        expected = metrics.best_of_n(*zip(*samples, strict=True), n)
+        for _ in range(3):
+            draw.shuffle(samples)
+            assert metrics.best_of_n(*zip(*samples, strict=True), n) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_best_of_more_samples_than_there_are_is_refused(n):
+    with pytest.raises(ValueError, match=f"best of {n} samples from 3"):
+        metrics.best_of_n([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 64])
+def test_best_of_n_kl_is_the_integral_of_its_density(n):
+    """With u the share of samples that score lower, best-of-n has density n u^(n-1) where the policy has density 1."""
+    u = (np.arange(1_000_000) + 0.5) / 1_000_000
+    density = n * u ** (n - 1)
+    integral = np.mean(np.where(density > 0, density * np.log(np.maximum(density, 1e-300)), 0.0))
+    assert metrics.best_of_n_kl(n) == pytest.approx(integral, abs=1e-5)

@@ -1,0 +1,83 @@
+"""The head and its softmax in one step: against a head, a log-softmax, a gather and an entropy in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.models import lm_head
+from utils.models.lm_head import LMHead, token_logprobs, token_logprobs_and_entropy
+
+TOKENS, WIDTH, WORDS = 23, 16, 101
+
+
+@pytest.fixture(params=[1, 5 * WORDS, 2**22])
+def chunk(request, monkeypatch):
+    """Rows worked on at once: one, five (23 leaves a rest), all."""
+    monkeypatch.setattr(lm_head, "_CHUNK", request.param)
+
+
+def work(bias: bool):
+    generator = torch.Generator().manual_seed(0)
+    head = LMHead(WIDTH, WORDS, bias=bias)
+    for weight in head.parameters():
+        nn.init.normal_(weight.data, generator=generator)
+    states = torch.randn(TOKENS, WIDTH, generator=generator, requires_grad=True)
+    tokens = torch.randint(0, WORDS, (TOKENS,), generator=generator)
+    tokens[1] = tokens[0]  # two gradients meet in one row of the weight
+    return head, states, tokens, torch.randn(TOKENS, generator=generator)
+
+
+def plain(head, states, tokens, temperature):
+    logprobs = (head(states) / temperature).log_softmax(-1)
+    return logprobs.gather(-1, tokens[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients(bias, temperature, chunk):
+    head, states, tokens, weights = work(bias)
+    logprobs, entropy = token_logprobs_and_entropy(head, states, tokens, temperature)
+    (logprobs * weights).sum().backward()
+    exact = nn.Linear(WIDTH, WORDS, bias=bias).double()
+    exact.load_state_dict(head.state_dict())
+    inputs = states.detach().double().requires_grad_()
+    expected, expected_entropy = plain(exact, inputs, tokens, temperature)
+    (expected * weights).sum().backward()
+    assert torch.equal(logprobs, token_logprobs(head, states, tokens, temperature)) and not entropy.requires_grad
+    for ours, theirs in ((logprobs, expected), (entropy, expected_entropy), (states.grad, inputs.grad),
+                         *((w.grad, v.grad) for w, v in zip(head.parameters(), exact.parameters(), strict=True))):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def kept_shapes(run) -> list[tuple]:
+    """Shapes of what autograd keeps for the backward pass."""
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+        run()
+    return shapes
+
+
+def test_one_table_of_probabilities_is_kept_and_none_where_the_head_is_frozen(chunk):
+    head, states, tokens, weights = work(bias=False)
+    assert kept_shapes(lambda: plain(head, states, tokens, 0.7)).count((TOKENS, WORDS)) > 1
+    assert kept_shapes(lambda: token_logprobs_and_entropy(head, states, tokens, 0.7)).count((TOKENS, WORDS)) == 1
+    head.requires_grad_(False)
+    assert (TOKENS, WORDS) not in kept_shapes(lambda: token_logprobs_and_entropy(head, states, tokens, 0.7))
+    logprobs = token_logprobs(head, states, tokens, 0.7)
+    ours, = torch.autograd.grad((logprobs * weights).sum(), states)
+    theirs, = torch.autograd.grad((plain(head, states, tokens, 0.7)[0] * weights).sum(), states)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_as_good_as_with_separate_operations(chunk):
+    """Of the head's gradient: how far it is from float32's, relative to that of a head under autocast."""
+    head, states, tokens, weights = work(bias=False)
+    def gradients(run, dtype=None):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            logprobs, entropy = run(head, states, tokens, 0.7)
+        return *torch.autograd.grad((logprobs * weights).sum(), [states, head.weight]), logprobs.detach(), entropy.detach()
+    exact, theirs = gradients(plain), gradients(plain, torch.bfloat16)
+    ours = gradients(token_logprobs_and_entropy, torch.bfloat16)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert 0 < (a - c).norm() < 1.5 * (b - c).norm()  # 0: it was not bfloat16 at all

@@ -1,0 +1,422 @@
+"""The run directory: what is refused, what is written, and what a later stage can rely on."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from families import policy, scalar_model
+from utils.config import StageConfig, UserError, read_yaml, save_config
+from utils.data.report import DataReport
+from utils.distributed import build_accelerator
+from utils.judge.evaluation import print_stages
+from utils.models.loading import load_policy, load_tokenizer
+from utils.runs.run import Run, check_task, refuse_impossible, refuse_used_folder, stage_folders
+
+
+@dataclass
+class Toy(StageConfig):
+    """A stage's configuration."""
+
+
+def report_of(*notes):
+    report = DataReport()
+    report.notes += notes
+    return report
+
+
+def start(folder, resume=False, stage="sft", notes=()):
+    config = Toy(output_dir=str(folder), resume=resume, seed=7)
+    refuse_used_folder(config)
+    return Run(config, stage, report_of(*notes))
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer("assets/opt-mini")
+
+
+def contents(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ----------------------------------------------------------------------------------------- opening a folder
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_or_empty_folder_is_opened_and_holds_the_configuration(exists, tmp_path):
+    folder = tmp_path / "deep" / "run"
+    if exists:
+        folder.mkdir(parents=True)
+    run = start(folder)
+    assert contents(folder) == ["config.yaml", "data.json", "plots", "train.log"]
+    assert read_yaml(folder / "config.yaml")[0] == {**Toy().__dict__, "output_dir": str(folder), "seed": 7}
+    assert run.folder == folder
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="output_dir: .* is in use; go on with --resume"):
+        start(tmp_path)
+    assert contents(tmp_path) == ["mine.txt"] and (tmp_path / "mine.txt").read_text() == "keep"
+    with pytest.raises(UserError, match="is in use"):
+        start(tmp_path / "mine.txt")
+
+
+@pytest.mark.parametrize("stray", [None, "mine.txt"])
+def test_resume_needs_a_run(stray, tmp_path):
+    if stray:
+        (tmp_path / stray).write_text("keep")
+    with pytest.raises(UserError, match="nothing to resume"):
+        start(tmp_path, resume=True)
+    with pytest.raises(UserError, match="nothing to resume"):
+        start(tmp_path / "missing", resume=True)
+    assert contents(tmp_path) == ([stray] if stray else [])
+
+
+def test_resume_goes_on_with_what_is_there(tmp_path):
+    first = start(tmp_path)
+    first.metrics(1, {"a": 1.0})
+    first.say("before")
+    second = start(tmp_path, resume=True, notes=["dropped"])
+    second.metrics(2, {"a": 2.0})
+    second.say("after")
+    assert second.read_metrics() == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}]
+    notes = ["before", "dropped", "after"]
+    assert [line.split()[-1] for line in (tmp_path / "train.log").read_text().splitlines()] == notes
+
+
+def test_another_configuration_is_not_resumed(tmp_path):
+    start(tmp_path)
+    with pytest.raises(UserError, match="^resume: 'learning_rate' is 0.5 here, but the run in .* has 3e-06;"):
+        refuse_used_folder(Toy(output_dir=str(tmp_path), resume=True, seed=7, learning_rate=0.5))
+    elsewhere = f"{tmp_path}/../{tmp_path.name}"
+    refuse_used_folder(Toy(output_dir=elsewhere, resume=True, seed=7, report_to=["none"], save_total_limit=9))
+
+
+def test_the_saved_configuration_starts_a_run(tmp_path):
+    """`--config run/config.yaml --output_dir new` must not ask to resume."""
+    save_config(Toy(resume=True), tmp_path / "config.yaml")
+    assert read_yaml(tmp_path / "config.yaml")[0]["resume"] is False
+
+
+def test_a_run_that_ended_before_its_first_step_does_not_block_the_next(tmp_path):
+    start(tmp_path).metrics(0, {"eval/score": 1.0})
+    (tmp_path / "checkpoints" / "best-0").mkdir(parents=True)
+    start(tmp_path)
+    (tmp_path / "checkpoints" / "update-2").mkdir()
+    with pytest.raises(UserError, match="is in use"):
+        start(tmp_path)
+    (tmp_path / "checkpoints" / "update-2").rmdir()
+    start(tmp_path).metrics(1, {"loss": 1.0})
+    with pytest.raises(UserError, match="is in use"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["config.tmp", "config.yaml", "data.tmp"])
+def test_a_run_that_was_killed_while_it_opened_its_folder_does_not_block_the_next(moment, tmp_path, monkeypatch):
+    """The folder is either as good as new or can be resumed, whichever file is being written."""
+    replace = os.replace
+
+    def killed(source, target):
+        if moment.endswith(".yaml"):
+            replace(source, target)
+        if moment in (Path(source).name, Path(target).name):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        start(tmp_path)
+    assert moment in contents(tmp_path)
+    start(tmp_path, resume=moment != "config.tmp")
+    assert "plots" in contents(tmp_path)
+
+
+@pytest.mark.parametrize("stray", ["mine.txt", "final", "summary.json"])
+def test_what_a_run_does_not_open_with_is_in_use(stray, tmp_path):
+    start(tmp_path)
+    (tmp_path / stray).mkdir()
+    with pytest.raises(UserError, match="is in use"):
+        start(tmp_path)
+
+
+def test_a_home_of_nobody_is_refused():
+    with pytest.raises(UserError, match="^output_dir: '~no-such-user/run' cannot be used"):
+        start("~no-such-user/run")
+
+
+@pytest.mark.parametrize("place", ["file.txt/below", "n" * 300])
+def test_an_output_folder_that_cannot_be_is_refused(place, tmp_path):
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(UserError, match="^output_dir: .* cannot be"):
+        start(tmp_path / place)
+    with pytest.raises(UserError, match="^output_dir: '/proc/no/such' cannot be written to"):
+        start("/proc/no/such")
+
+
+def test_the_trackers_call_the_project_by_the_run(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = build_accelerator(Toy(report_to=["tensorboard"]), tmp_path / "mini" / "ppo", None)
+    assert accelerator.get_tracker("tensorboard").run_name == "mini-ppo"
+    accelerator.end_training()
+    assert list((tmp_path / "mini" / "ppo" / "tensorboard").rglob("events.*"))
+
+
+@pytest.mark.parametrize("tracker", ["foo", "Tensorboard", ""])
+def test_a_tracker_that_is_not_there_is_refused(tracker, tmp_path):
+    with pytest.raises(UserError, match=f"^report_to: '{tracker}' is not installed, or no tracker; here are: .*tensorboard"):
+        refuse_impossible(Toy(output_dir=str(tmp_path / "run"), report_to=["tensorboard", tracker]))
+    refuse_impossible(Toy(output_dir=str(tmp_path / "run"), report_to=["tensorboard", "none"]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_half_precision_needs_a_gpu(tmp_path):
+    with pytest.raises(UserError, match="^mixed_precision: fp16 needs a GPU"):
+        refuse_impossible(Toy(output_dir=str(tmp_path / "run"), mixed_precision="fp16"))
+    refuse_impossible(Toy(output_dir=str(tmp_path / "run"), mixed_precision="bf16"))
+
+
+def test_the_line_that_says_how_to_go_on_can_be_pasted(tmp_path, monkeypatch, capsys):
+    run = start(tmp_path / "my run")
+    run.stop_signal = 2
+    words = ["scripts/train_sft.py", "--output_dir", str(tmp_path / "my run")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        run.stopped()
+    said = capsys.readouterr().out.strip().split("go on with: ")[1]
+    assert shlex.split(said) == [sys.executable, *words, "--resume"]
+
+
+@pytest.mark.parametrize(("environment", "nvme", "message"), [
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, False, "go on with: .* -m torch.distributed.run --nproc_per_node 2 train.py "
+                                                          "--resume"),
+    ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False, "go on with the same command on each node, and --resume"),
+    ({}, True, "optimizer on NVMe cannot go on .*: start a new one"),
+])
+def test_what_a_stopped_run_says_is_true(environment, nvme, message, tmp_path, monkeypatch, capsys):
+    run = start(tmp_path)
+    run.stop_signal = 15
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr("utils.runs.run.resumable", lambda: not nvme)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        run.stopped()
+    assert stopped.value.code == 143 and re.search(f"stopped; .*{message}$", capsys.readouterr().out.strip())
+
+
+def test_a_finished_run_is_not_resumed(tmp_path):
+    start(tmp_path)
+    (tmp_path / "final").mkdir()
+    with pytest.raises(UserError, match=r"is finished \(it has final/\)"):
+        start(tmp_path, resume=True)
+
+
+def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
+    start(tmp_path)
+    for module in ("utils.runs.run", "utils.zero"):
+        monkeypatch.setattr(f"{module}.world", lambda: SimpleNamespace(is_main_process=False))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    other = Run(Toy(output_dir=str(tmp_path)), "sft", report_of("a note"))
+    other.say("hello")
+    other.metrics(1, {"a": 1})
+    other.samples([{"a": 1}])
+    other.finish({"a": 1})
+    other.save_final(policy("opt"), tokenizer, {}, {})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+# ------------------------------------------------------------------------------------------------- records
+
+
+def test_metrics_and_samples_append_one_json_object_a_line(tmp_path):
+    run = start(tmp_path)
+    assert run.read_metrics() == []
+    sent = []
+    run.use_tracker(type("Tracker", (), {"log": lambda self, values, step: sent.append((step, values))})())
+    run.metrics(1, {"loss": 0.5, "note": "é"})
+    run.metrics(2, {"loss": 0.25})
+    run.samples([{"prompt": "of a run that was killed before final/"}])
+    run.samples([{"prompt": "a\nb"}, {"prompt": "☕"}])
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+        '{"step": 1, "loss": 0.5, "note": "é"}', '{"step": 2, "loss": 0.25}'
+    ]
+    samples = [json.loads(line)["prompt"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == ["a\nb", "☕"]
+    assert sent == [(1, {"loss": 0.5}), (2, {"loss": 0.25})], "a tracker takes numbers only"
+
+
+def test_summary_is_flat(tmp_path):
+    start(tmp_path).finish({"score": 1 / 3, "note": None, "rows": 5})
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert set(found) == {"score", "note", "rows", "peak_memory_mb", "seed"}
+    assert found["score"] == 0.333333 and found["rows"] == 5 and found["seed"] == 7
+    assert found["peak_memory_mb"] > 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def finished(folder, stage, tokenizer):
+    run = start(folder, stage=stage)
+    run.finish({})
+    run.save_final(policy("opt"), tokenizer, {}, {})
+    return run
+
+
+def test_the_table_shows_the_parents_and_the_run_itself_wherever_they_lie(tmp_path, tokenizer):
+    """Not the neighbours: `--output_dir .../ppo_seed1` would print the figures of `.../ppo`."""
+    finished(tmp_path / "mine" / "reward", "reward", tokenizer)
+    finished(tmp_path / "mine" / "sft", "sft", tokenizer)
+    finished(tmp_path / "else" / "sft_wide", "sft", tokenizer)
+    finished(tmp_path / "mine" / "ppo", "ppo", tokenizer)
+    run = finished(tmp_path / "mine" / "ppo_seed1", "ppo", tokenizer)
+    parents = [str(tmp_path / "else" / "sft_wide" / "final"), str(tmp_path / "mine" / "reward" / "final")]
+    assert stage_folders(run, parents) == {"sft": tmp_path / "else" / "sft_wide", "reward": tmp_path / "mine" / "reward",
+                                           "ppo": tmp_path / "mine" / "ppo_seed1"}
+    assert list(stage_folders(run, ["facebook/opt-125m", "assets/opt-mini"])) == ["ppo"]
+
+
+def test_the_table_prints_every_path_on_one_line(tmp_path, tokenizer, capsys):
+    deep = tmp_path / ("long" * 30)
+    run = start(deep, stage="sft")
+    run.finish({"base_rouge_avg": 0.25, "rouge_avg": 0.75, "seconds": 61.0})
+    (deep / "plots" / "sft.png").touch()
+    print_stages(stage_folders(run, []))
+    printed = capsys.readouterr().out
+    assert "0.250" in printed and "0.750" in printed and "61" in printed
+    assert printed.splitlines()[-2:] == [f"sft: {deep}", f"sft: {deep / 'plots' / 'sft.png'}"]
+
+
+def test_the_table_keeps_units_in_brackets_and_is_printed_once(tmp_path, monkeypatch, capsys):
+    run = start(tmp_path, stage="ppo")
+    run.finish({"score_before": 0.0, "score_after": 1.0, "gold_after": None, "kl": 2.5, "seconds": 1.0})
+    print_stages(stage_folders(run, []))
+    assert "[nats a summary]" in capsys.readouterr().out
+    monkeypatch.setattr("utils.judge.evaluation.world", lambda: SimpleNamespace(is_main_process=False))
+    print_stages(stage_folders(run, []))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_json_cannot_hold_becomes_null(tmp_path):
+    run, sent = start(tmp_path), []
+    run.use_tracker(type("Tracker", (), {"log": lambda self, values, step: sent.append(values)})())
+    run.metrics(1, {"a": math.nan, "b": -math.inf, "c": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": null, "b": null, "c": 1.0}\n'
+    assert sent == [{"c": 1.0}]
+
+
+def test_a_line_that_was_left_half_written_costs_no_other(tmp_path):
+    start(tmp_path).metrics(1, {"a": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "a"')
+    assert start(tmp_path, resume=True).read_metrics() == [{"step": 1, "a": 1.0}]
+    again = start(tmp_path, resume=True)
+    again.metrics(2, {"a": 2.0})
+    assert again.read_metrics() == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}]
+
+
+# --------------------------------------------------------------------------------------------------- final
+
+
+def test_final_holds_model_tokenizer_and_where_they_come_from(tmp_path, tokenizer):
+    parent, model = policy("opt", seed=1), policy("opt", seed=2)
+    parent.save_pretrained(tmp_path / "parent")
+    run = start(tmp_path / "run")
+    run.save_final(model, tokenizer, {"model": str(tmp_path / "parent"), "hub": "facebook/opt-125m"}, {"score": 0.5})
+    final = tmp_path / "run" / "final"
+    stage = json.loads((final / "stage.json").read_text())
+    digest = hashlib.sha256((tmp_path / "parent" / "model.safetensors").read_bytes()).hexdigest()
+    assert stage["parents"] == {
+        "model": {"name": str(tmp_path / "parent"), "sha256": {"model.safetensors": digest}},
+        "hub": {"name": "facebook/opt-125m"},
+    }
+    assert (stage["stage"], stage["seed"], stage["score"]) == ("sft", 7, 0.5)
+    assert (stage["eos_token_id"], stage["pad_token_id"]) == (2, 1)
+    assert stage["prompt_template"].endswith("TL;DR:") and len(stage["tokenizer_sha256"]) == 64 and stage["commit"]
+    assert load_tokenizer(str(final)).get_vocab() == tokenizer.get_vocab()
+    for name, weight in load_policy(str(final)).named_parameters():
+        assert torch.equal(weight, model.get_parameter(name))
+
+
+def test_a_machine_without_git_has_an_unknown_commit(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    start(tmp_path / "run").save_final(policy("opt"), tokenizer, {}, {})
+    assert json.loads((tmp_path / "run" / "final" / "stage.json").read_text())["commit"] == "unknown"
+
+
+def test_final_appears_whole_or_not_at_all(tmp_path, tokenizer):
+    run, model = start(tmp_path), policy("opt")
+
+    class Interrupted(Exception):
+        pass
+
+    class Fails:
+        def save_pretrained(self, folder):
+            assert folder.name != "final" and not (tmp_path / "final").exists()
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run.save_final(model, Fails(), {}, {})
+    assert not (tmp_path / "final").exists()
+    (tmp_path / "final.tmp" / "leftover").write_text("of the killed run")
+    run.save_final(model, tokenizer, {}, {})
+    assert not (tmp_path / "final.tmp").exists() and not (tmp_path / "final" / "leftover").exists()
+
+
+@pytest.mark.parametrize("item", ["tokenizer_sha256", "eos_token_id", "pad_token_id", "prompt_template"])
+def test_parents_of_another_task_are_refused(item, tmp_path, tokenizer):
+    start(tmp_path, stage="reward").save_final(scalar_model("opt"), tokenizer, {}, {})
+    final = tmp_path / "final"
+    check_task(tokenizer, {"reward_model": str(final)})
+    stage = json.loads((final / "stage.json").read_text())
+    (final / "stage.json").write_text(json.dumps({**stage, item: "other"}))
+    with pytest.raises(UserError, match=f"^reward_model: .* another {item.replace('_', ' ')} .'other' there"):
+        check_task(tokenizer, {"reward_model": str(final)})
+
+
+def test_another_vocabulary_is_another_task_and_hub_models_are_not_known(tmp_path, tokenizer):
+    start(tmp_path).save_final(policy("opt"), tokenizer, {}, {})
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="^model: .* another tokenizer sha256"):
+        check_task(tokenizer, {"model": str(tmp_path / "final")})
+    check_task(tokenizer, {"model": "facebook/opt-125m"})
+
+
+@pytest.mark.parametrize(("field", "stage", "fits"), [
+    ("model", "sft", True), ("model", "ppo", True), ("model", "reward", False),
+    ("reward_model", "reward", True), ("reward_model", "sft", False), ("reward_model", "ppo", False),
+])
+def test_a_parent_must_come_from_the_right_stage(field, stage, fits, tmp_path, tokenizer):
+    start(tmp_path, stage=stage).save_final(policy("opt"), tokenizer, {}, {})
+    if fits:
+        check_task(tokenizer, {field: str(tmp_path / "final")})
+    else:
+        with pytest.raises(UserError, match=f"^{field}: .* comes from the stage '{stage}'; needed is"):
+            check_task(tokenizer, {field: str(tmp_path / "final")})
+
+
+def test_a_reward_model_from_elsewhere_must_have_our_tokenizer(tmp_path, tokenizer):
+    scalar_model("opt").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    check_task(tokenizer, {"reward_model": str(tmp_path)})
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="^reward_model: .* another tokenizer sha256"):
+        check_task(tokenizer, {"reward_model": str(tmp_path)})
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", '"sft"'])
+def test_a_broken_stage_file_is_said(text, tmp_path, tokenizer):
+    (tmp_path / "stage.json").write_text(text)
+    with pytest.raises(UserError, match=r"^model: .*stage.json' is no JSON object"):
+        check_task(tokenizer, {"model": str(tmp_path)})

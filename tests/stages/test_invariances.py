@@ -1,0 +1,455 @@
+"""What must not change a number: padding, order, rows shared or apart, micro-batches, recomputing, number of processes.
+
+To 1e-5 in float32, relative to the largest number. What other files hold and is not repeated here: the layout of a
+prompt group and its mask by brute force (test_prompt_groups); log-probs, entropies, scores and values with their
+gradients against plain rows of the stock forward (test_models); sampled tokens in one or several batches, and their
+log-probs against the update's forward pass (test_generation); micro-batches of the `Trainer` against an oracle for
+tokens (test_trainer); micro-batches of PPO (test_ppo_update).
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_generation import draw
+from test_models import TEMPERATURE, each_row, stock_logprobs, stock_scores
+from test_stages import checkpoints
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, modeling_utils
+
+import train_ppo
+import train_reward
+import train_sft
+from families import FAMILIES, PAD, VOCAB, _random, policy, random_groups, scalar_model
+from train_reward import pairwise_loss_sum
+from train_sft import completion_loss_sum
+from utils.config import PROJECT, UserError, parse_config
+from utils.distributed import world
+from utils.models.loading import PolicyAndValue, hidden_states, logprobs_and_entropy, response_values, scores, without_dropout
+from utils.models.prompt_groups import PromptGroups, pack, response_states
+from utils.ppo import Rollout
+from utils.trainer import GroupLossMixin
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+PPO = train_ppo.PPOStageConfig(temperature=TEMPERATURE, vf_coef=0.5)
+LOSSES = ("sft", "reward", "ppo")
+
+PROMPTS, COMPLETIONS = random_groups([4, 1, 7], [[3, 1, 6], [2], [5, 4]])
+PAIRS = [(0, 1), (2, 0), (2, 1), (5, 4)]  # (better, worse) of the six completions
+SIZES = [len(completion) for group in COMPLETIONS for completion in group]
+
+
+# ------------------------------------------------------------------------------------- the losses of the three stages
+
+
+def close(actual, expected, largest=None):
+    limit = 1e-5 * (expected.abs().max().item() if largest is None else largest)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
+
+
+def models_of(family):
+    """Policy, and a scalar model that is reward and value model."""
+    return policy(family), scalar_model(family, seed=1)
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    """What a rollout holds of each completion, (R,) each, so that it can follow its completion anywhere."""
+    generator = torch.Generator().manual_seed(2)
+    columns = ("logprobs", "values", "advantages", "returns")
+    return [dict(zip(columns, torch.randn(4, size, generator=generator) * 0.3, strict=True)) for size in SIZES]
+
+
+def of_tokens(model, groups):
+    """Log-probs and entropies, (N, R) each."""
+    return logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups), groups, TEMPERATURE)
+
+
+def losses(models, groups, pairs, numbers) -> dict:
+    """Each stage's own loss function on a batch."""
+    chosen, scalar = models
+    mask, width = groups.response_mask, groups.response_mask.shape[1]
+
+    def padded(column):
+        return torch.stack([torch.nn.functional.pad(row[column], (0, width - len(row[column]))) for row in numbers])
+
+    # the samples come from a policy near this one
+    with torch.no_grad():
+        old = of_tokens(chosen, groups)[0] + padded("logprobs")
+    rollout = Rollout(mask, old, old, padded("values"), None, advantages=padded("advantages"), returns=padded("returns"))
+    trained = PolicyAndValue(chosen, scalar)
+    better, worse = torch.tensor(pairs).T
+    return {
+        "sft": completion_loss_sum(chosen, groups) / mask.sum(),
+        "reward": pairwise_loss_sum(scalar, groups, better, worse) / len(pairs),
+        "ppo": train_ppo.batch_loss(trained, train_ppo.MicroBatch(groups, rollout, None), mask.sum(), PPO)[0],
+    }
+
+
+def gradients(models, loss) -> dict:
+    for model in models:
+        model.zero_grad()
+    loss.backward(retain_graph=True)
+    return {f"{i}.{name}": p.grad.clone() for i, model in enumerate(models) for name, p in model.named_parameters()
+            if p.grad is not None}
+
+
+def same_losses(models, ours: dict, theirs: dict, their_models=None) -> None:
+    """Losses, and the gradient of every weight."""
+    for name in LOSSES:
+        close(ours[name], theirs[name])
+        found, expected = gradients(models, ours[name]), gradients(their_models or models, theirs[name])
+        assert found.keys() == expected.keys()
+        largest = max(gradient.abs().max().item() for gradient in expected.values())
+        assert largest > 1e-3, name
+        for weight, gradient in expected.items():
+            close(found[weight], gradient, largest)
+
+
+def wider(groups, columns: int, tokens: int) -> PromptGroups:
+    """The same rows with more padding on the right, of positions and tokens that mean something elsewhere."""
+    def pad(tensor, size, value):
+        return torch.cat([tensor, torch.full((len(tensor), size), value)], 1)
+
+    return groups._replace(
+        input_ids=pad(groups.input_ids, columns, VOCAB - 1), position_ids=pad(groups.position_ids, columns, 3),
+        owners=pad(groups.owners, columns, -1), segments=pad(groups.segments, columns, -1), states=pad(groups.states, tokens, 1),
+        responses=pad(groups.responses, tokens, VOCAB - 1), response_mask=pad(groups.response_mask, tokens, False),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- padding and order
+
+
+@every_family
+def test_padding_on_the_right_changes_nothing_in_training_and_scoring(family, numbers):
+    models, groups = models_of(family), pack(PROMPTS, COMPLETIONS, PAD)
+    for columns, tokens in ((1, 0), (9, 4)):
+        more = wider(groups, columns, tokens)
+        for value, function in ((0, lambda g: scores(models[1], g)), (1, lambda g: response_values(models[1], g)),
+                                (1, lambda g: of_tokens(models[0], g)[0]),
+                                (1, lambda g: of_tokens(models[0], g)[1])):
+            with torch.no_grad():
+                plain, padded = function(groups), function(more)
+            close(padded[:, : plain.shape[1]] if value else padded, plain)
+            assert not value or not padded[:, plain.shape[1] :].any(), "padding is 0"
+        same_losses(models, losses(models, more, PAIRS, numbers), losses(models, groups, PAIRS, numbers))
+
+
+@every_family
+def test_groups_in_a_row_or_apart_are_the_same(family):
+    """Three short groups stand beside each other in the second row of the batch; apart each is a batch of its own."""
+    models = models_of(family)
+    prompts, completions = random_groups([9, 2, 3, 1], [[6, 4], [3], [2, 2], [4]], seed=7)
+    shared = pack(prompts, completions, PAD)
+    assert shared.input_ids.shape == (2, 19)
+    apart = [pack([prompt], [group], PAD) for prompt, group in zip(prompts, completions, strict=True)]
+    measures = (lambda g: scores(models[1], g), lambda g: response_values(models[1], g)[g.response_mask],
+                lambda g: of_tokens(models[0], g)[0][g.response_mask], lambda g: of_tokens(models[0], g)[1][g.response_mask])
+    for measure in measures:
+        close(measure(shared), torch.cat([measure(groups) for groups in apart]))
+    # squares, so that every number has a weight of its own in the gradient
+    loss = sum((measure(shared) ** 2).sum() for measure in measures)
+    single = sum((measure(groups) ** 2).sum() for measure in measures for groups in apart)
+    found, expected = gradients(models, loss), gradients(models, single)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert found.keys() == expected.keys() and largest > 1e-3
+    for weight, gradient in expected.items():
+        close(found[weight], gradient, largest)
+
+
+@every_family
+def test_padding_on_the_left_and_the_batch_change_no_sample(family):
+    """A long prompt in the batch pads the others on the left; a batch of their own pads them less, or not at all."""
+    model = policy(family)
+    alone = [draw(model, [prompt], k=3, seeds=[10 * i, 10 * i + 1, 10 * i + 2]) for i, prompt in enumerate(PROMPTS)]
+    seeds = [10 * i + j for i in range(len(PROMPTS)) for j in range(3)]
+    for longest in (8, 9, 24):
+        more = random_groups([longest], [[1]], seed=5)[0]
+        for batch_size in (1, 2, 4):
+            found = draw(model, PROMPTS + more, k=3, seeds=[*seeds, 97, 98, 99], batch_size=batch_size)
+            for i, one in enumerate(alone):
+                part = slice(3 * i, 3 * i + 3)
+                assert found.responses[part] == one.responses and found.ended[part] == one.ended
+                close(torch.tensor(sum(found.logprobs[part], [])), torch.tensor(sum(one.logprobs, [])))
+
+
+@every_family
+def test_order_in_the_batch_changes_nothing(family, numbers):
+    """Prompts and the completions of each turned round: the numbers turn with them, the losses stay."""
+    models = models_of(family)
+    groups = pack(PROMPTS, COMPLETIONS, PAD)
+    turned = pack(PROMPTS[::-1], [group[::-1] for group in COMPLETIONS[::-1]], PAD)
+    with torch.no_grad():
+        for function in (lambda g: scores(models[1], g), lambda g: response_values(models[1], g),
+                         lambda g: of_tokens(models[0], g)[0]):
+            close(function(turned).flip(0), function(groups))
+    last = len(SIZES) - 1
+    pairs = [(last - better, last - worse) for better, worse in PAIRS[::-1]]
+    same_losses(models, losses(models, turned, pairs, numbers[::-1]), losses(models, groups, PAIRS, numbers))
+
+
+@every_family
+def test_order_of_prompts_and_branches_changes_no_sample(family):
+    model, k = policy(family), 3
+    seeds = list(range(len(PROMPTS) * k))
+    plain = draw(model, PROMPTS, k=k, seeds=seeds)
+    turned = draw(model, PROMPTS[::-1], k=k, seeds=seeds[::-1])
+    assert turned.responses[::-1] == plain.responses and turned.ended[::-1] == plain.ended
+    assert len(set(map(tuple, plain.responses))) > 3
+    close(torch.tensor(sum(turned.logprobs[::-1], [])), torch.tensor(sum(plain.logprobs, [])))
+
+
+# -------------------------------------------------------------------------------- a prompt once, or once a completion
+
+
+def stock_losses(models, numbers) -> dict:
+    """The three losses from their definitions, each completion a plain row of the stock forward."""
+    chosen, scalar = models
+    rows = each_row(PROMPTS, COMPLETIONS)
+    tokens = sum(SIZES)
+    score = stock_scores(scalar, [prompt + completion for prompt, completion in rows])
+    sft = ppo = 0.0
+    for (prompt, completion), row in zip(rows, numbers, strict=True):
+        logits = chosen(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        sft = sft - logits.log_softmax(-1)[torch.arange(len(completion)), completion].sum()
+        new = stock_logprobs(chosen, prompt, completion)[0]
+        values = stock_scores(scalar, [prompt + completion[:r] for r in range(len(completion))])
+        for t in range(len(completion)):
+            ratio = (new[t] - (new[t].detach() + row["logprobs"][t])).exp()
+            advantage, value, target = row["advantages"][t], row["values"][t], row["returns"][t]
+            gain = min(advantage * ratio, advantage * ratio.clamp(1 - PPO.cliprange, 1 + PPO.cliprange))
+            near = value + (values[t] - value).clamp(-PPO.cliprange_value, PPO.cliprange_value)
+            ppo = ppo - gain + PPO.vf_coef * max((values[t] - target) ** 2, (near - target) ** 2) / 2
+    reward = sum(torch.log1p((score[worse] - score[better]).exp()) for better, worse in PAIRS)
+    return {"sft": sft / tokens, "reward": reward / len(PAIRS), "ppo": ppo / tokens}
+
+
+@every_family
+def test_a_shared_prompt_trains_like_plain_rows_of_the_stock_forward(family, numbers):
+    models = models_of(family)
+    same_losses(models, losses(models, pack(PROMPTS, COMPLETIONS, PAD), PAIRS, numbers), stock_losses(models, numbers))
+
+
+# -------------------------------------------------------------------------------------------------------- recomputing
+
+
+@every_family
+def test_gradient_checkpointing_changes_nothing(family, numbers):
+    models, recomputing = ([without_dropout(model).train() for model in models_of(family)] for _ in range(2))
+    calls = []
+    for model in recomputing:
+        model.gradient_checkpointing_enable()
+        layer = next(m for m in model.modules() if type(m).__name__.endswith(("DecoderLayer", "Block", "NeoXLayer")))
+        next(layer.children()).register_forward_pre_hook(lambda *_: calls.append(1))
+    groups = pack(PROMPTS, COMPLETIONS, PAD)
+    plain, again = (losses(both, groups, PAIRS, numbers) for both in (models, recomputing))
+    before = len(calls)
+    same_losses(recomputing, again, plain, models)
+    assert len(calls) - before == 4, "one policy in SFT, one reward model, policy and value model in PPO: each once more"
+
+
+# -------------------------------------------------------------------- the real main() of each stage, split differently
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny OPT and a reward model of it, data whose lengths differ a lot, and a configuration for each stage."""
+    folder = tmp_path_factory.mktemp("invariances")
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
+    for name, kind in (("base", AutoModelForCausalLM), ("reward_model", AutoModelForSequenceClassification)):
+        config = OPTConfig(vocab_size=len(tokenizer), hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=96, dropout=0.0, num_labels=1)
+        model = _random(kind.from_config(config), seed=len(name))
+        with torch.no_grad():  # so that responses end, and differ in length
+            eos = model.base_model.get_input_embeddings().weight[tokenizer.eos_token_id]
+            model.base_model.decoder.final_layer_norm.bias.copy_(6 * eos / eos.square().sum())
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_data(folder)
+    for stage, more in STAGES.items():
+        shared = {"adam_eps": 1.0, "learning_rate": 0.3, "per_device_batch_size": 8, "eval_rows": 5, "test_rows": 5, "seed": 3,
+                  "max_prompt_tokens": 32, "report_to": ["none"], "output_dir": str(folder / "alone" / stage)}
+        named = {key: str(folder / value) if key.endswith("_data") or "model" in key else value for key, value in more.items()}
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump({**shared, **named}))
+    return folder
+
+
+# Adam's first steps are the gradient's sign, which rounding may turn: with an eps of 1 they are the gradient
+STAGES = {
+    "sft": {"model": "base", "actor_training_data": "train.jsonl", "actor_validation_data": "validation.jsonl",
+            "actor_test_data": "test.jsonl", "max_new_tokens": 8, "max_steps": 8, "eval_steps": 4, "logging_steps": 1,
+            "eval_temperature": 1.0},
+    "reward": {"model": "base", "reward_training_data": "rankings.jsonl", "reward_validation_data": "rankings_validation.jsonl",
+               "reward_test_data": "rankings_test.jsonl", "centring_data": "validation.jsonl", "max_completion_tokens": 32,
+               "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 1},
+    "ppo": {"model": "base", "reward_model": "reward_model", "rlhf_training_data": "train.jsonl",
+            "rlhf_validation_data": "validation.jsonl", "rlhf_test_data": "test.jsonl", "max_new_tokens": 8,
+            "prompts_per_update": 8, "responses_per_prompt": 3, "total_episodes": 72, "ppo_epochs": 2, "eval_steps": 1,
+            "save_steps": 3, "eval_temperature": 1.0},
+}
+KINDS = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig, "ppo": train_ppo.PPOStageConfig}
+SCRIPTS = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
+
+
+def write_data(folder):
+    """Prompts of 2 to 20 words with completions of 1 to 24, and rankings of 2 to 5 such completions."""
+    drawn = random.Random(0)
+    words = "the my a dog house friend work told me wants to go new old time day with what should i do about".split()
+
+    def text(low, high):
+        return " ".join(drawn.choices(words, k=drawn.randint(low, high)))
+
+    for name, count in (("train", 48), ("validation", 5), ("test", 5)):
+        rows = [{"prompt": f"{name} {i} {text(2, 20)}", "completion": text(1, 24)} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"prompt": row["prompt"], "completions": [f"{text(1, 12)} {j}" for j in range(drawn.randint(2, 5))]}
+                for row in rows]
+        file = "rankings.jsonl" if name == "train" else f"rankings_{name}.jsonl"
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_main(folder, stage, out, *words):
+    """A stage in this process; its run directory."""
+    run = folder / out / stage
+    argv = ["--output_dir", str(run), *map(str, words)]
+    SCRIPTS[stage].main(parse_config(KINDS[stage], folder / f"{stage}.yaml", argv))
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The run directory of a stage in one process, with micro-batches of 8 and one of them a step."""
+    return cache(lambda stage: run_main(folder, stage, "alone"))
+
+
+def metrics(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def weights(run):
+    """final/ and the last checkpoint, which holds the value model of PPO too."""
+    final, checkpoint = run / "final" / "model.safetensors", checkpoints(run)[-1]
+    return {f"{path.parent.name}: {name}": tensor for path in (final, checkpoint) for name, tensor in load_file(path).items()}
+
+
+def same_runs(ours, theirs):
+    """Every figure that was logged, and every weight."""
+    assert len(metrics(ours)) == len(metrics(theirs)) > 3
+    for found, expected in zip(metrics(ours), metrics(theirs), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    found, expected = weights(ours), weights(theirs)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        close(found[name], weight)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_micro_batches_of_the_trainer_change_nothing(stage, alone, folder, monkeypatch):
+    """Detail 12, with the stages' own samplers and collators; the mean of micro-batch means is another number."""
+    split = "--per_device_batch_size", 2, "--gradient_accumulation_steps", 4
+    same_runs(run_main(folder, stage, "split", *split), alone(stage))
+
+    def mean_of_means(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        items = inputs.pop("items")
+        return model(**inputs) / items / 4
+
+    monkeypatch.setattr(GroupLossMixin, "compute_loss", mean_of_means)
+    wrong, right = (next(row for row in metrics(run) if f"{stage}/loss" in row)
+                    for run in (run_main(folder, stage, "wrong", *split), alone(stage)))
+    assert wrong["step"] == right["step"] == 1
+    for name in ("loss", "grad_norm"):
+        assert abs(wrong[f"{stage}/{name}"] / right[f"{stage}/{name}"] - 1) > 1e-3, "the test would not see a wrong mean"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_gradient_checkpointing_in_a_run_changes_nothing(stage, alone, folder, monkeypatch):
+    calls, checkpoint = [], modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *args, **more: (calls.append(1), checkpoint(*args, **more))[1])
+    same_runs(run_main(folder, stage, "recomputed", "--gradient_checkpointing", "true"), alone(stage))
+    assert len(calls) >= 6 * 2, "six steps or more of two layers"
+
+
+def test_training_moves_the_weights_that_are_compared(alone, folder):
+    start = load_file(folder / "base" / "model.safetensors")["model.decoder.layers.0.fc1.weight"]
+    for stage in STAGES:
+        found = load_file(checkpoints(alone(stage))[-1])
+        after = found["policy.model.decoder.layers.0.fc1.weight" if stage == "ppo" else "model.decoder.layers.0.fc1.weight"]
+        assert (after - start).abs().max() > 1e-3, stage
+
+
+# ----------------------------------------------------------------------------------------------- one or two processes
+
+
+def torchrun(file, *words):
+    """Two processes on this machine's CPU; a hang ends in an error."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, str(file), *map(str, words)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    try:
+        output, _ = started.communicate(timeout=300)
+    finally:
+        if started.poll() is None:  # torchrun ends its processes when it is asked to end
+            started.terminate()
+            started.wait(60)
+    return started.returncode, output
+
+
+# what the processes must agree on from update to update
+OPTIONS = ("--scale_scores true --whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0.5 --lora_rank 2 "
+           "--value_model shared --target_kl 0.02")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "split", "options"), [
+    ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2), ""),
+    ("ppo", ("--per_device_batch_size", 2), ""),  # two micro-batches on each
+    ("ppo", ("--per_device_batch_size", 2), OPTIONS),
+    ("sft", ("--per_device_batch_size", 4, "--micro_batch_tokens", 40), ""),  # as many parts as the rows of each rank need
+])
+def test_two_processes_make_the_run_of_one(stage, split, options, alone, folder):
+    run, one = folder / f"two{bool(options)}{len(split)}" / stage, alone(stage)
+    if options:
+        one = run_main(folder, stage, "options", *options.split())
+    status, output = torchrun(PROJECT / "scripts" / f"train_{stage}.py", "--config", folder / f"{stage}.yaml",
+                              "--output_dir", run, *split, *options.split())
+    assert status == 0, output[-3000:]
+    same_runs(run, one)
+    found, expected = ({name: value for name, value in json.loads((path / "summary.json").read_text()).items()
+                        if value is not None and "second" not in name and "memory" not in name} for path in (run, one))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5) and len(found) > 4
+    assert output.count("RLHF in three stages") == 1, "one process speaks"
+
+
+@pytest.mark.slow
+def test_two_processes_share_out_every_epoch_and_stop_together(folder):
+    """Dropout draws other numbers on each rank, and a signal comes to one of them: see two_processes.py."""
+    status, output = torchrun(Path(__file__).parents[1] / "helpers" / "two_processes.py", folder, folder / "dropout")
+    assert status != 0
+    seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for epoch in range(2):  # 24 of the 48 rows are each rank's
+        rows = [row for rank in seen for row in rank["rows"][24 * epoch : 24 * epoch + 24]]
+        assert len(set(rows)) == len(rows) == 48, "a row twice and another never"
+    assert [rank["stopped"] for rank in seen] == [128 + signal.SIGTERM] * 2, output[-3000:]
+    assert [path.parent.name for path in checkpoints(folder / "dropout")] == ["checkpoint-13"], "both stop at one step"
+
+
+def test_processes_that_form_no_group_are_refused(monkeypatch):
+    """Else each of them would train the same thing."""
+    assert world().num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="^WORLD_SIZE: it is 2 here, but LOCAL_RANK is not set; start with torchrun"):
+        world()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="^WORLD_SIZE: 2 processes were started, but .* group of 1 and accelerate one of 1; "):
+        world()
