@@ -1,7 +1,7 @@
 """Stage 2, the reward model: the SFT model's trunk with a scalar head learns which summary people prefer.
 
     python scripts/train_reward.py                                        # the embedded default, after train_sft.py
-    python scripts/train_reward.py --config configs/opt-125m/reward.yaml
+    python scripts/train_reward.py --config configs/opt/reward.yaml configs/opt/125m.yaml
     python scripts/train_reward.py --reward_training_data my.jsonl --reward_validation_data none --reward_test_data none \\
         --centring_data none --model outputs/mine/sft/final --output_dir outputs/mine/reward
 
@@ -14,40 +14,36 @@ It does not train on absolute ratings.
 
 import math
 import time
-from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
+from statistics import fmean
 
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
 from utils.config import PROJECT, UserError, key, start
-from utils.data.layouts import NOTES
+from utils.data.batches import LengthGroupedBatches, rows_at
 from utils.data.report import DataReport
-from utils.data.rows import load_data, refuse_overlap, split_rows, tokenised
+from utils.data.rows import Source, load_data, refuse_overlap, split_rows, tokenised
 from utils.data.sources import data_key
-from utils.judge.evaluation import print_stages, refuse_too_long, score_groups
-from utils.judge.metrics import (
-    bootstrap_interval,
-    expected_calibration_error,
-    label_ceiling,
-    pair_accuracy,
-    rank_correlation,
-    reliability,
-)
+from utils.judge.evaluation import score_groups
+from utils.judge.gold import labeller_figures
+from utils.judge.metrics import bootstrap_interval, expected_calibration_error, pair_accuracy, rank_correlation
 from utils.judge.plots import plot_calibration, plot_reward
-from utils.models.loading import centre_scores, load_scalar_model, load_tokenizer, scores
-from utils.models.lora import add_adapter
-from utils.models.prompt_groups import pack
-from utils.runs.run import Run, check_task, refuse_impossible, stage_folders
-from utils.trainer import GroupLossMixin, TrainerStageConfig, in_parts, newest_checkpoint, training_arguments
+from utils.judge.rankings import accuracy_by_note, confidence, gaps_of, longest_accuracy, reliability_by_confidence
+from utils.loop import EpochStageConfig, Loop
+from utils.models.loading import centre_scores, load_scalar_model, refuse_too_long, trainable
+from utils.models.outputs import GroupModel, scores
+from utils.models.parents import Parent, check_task
+from utils.models.prompt_groups import PromptGroups, micro_batches, pack
+from utils.runs.ending import Ending, end_stage
+from utils.runs.run import Run, refuse_impossible
 from utils.zero import load_settings
 
 
 @dataclass
-class RewardStageConfig(TrainerStageConfig):
+class RewardStageConfig(EpochStageConfig):
     """The reward model. Defaults: OPT on TL;DR comparisons."""
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
@@ -69,126 +65,124 @@ class RewardStageConfig(TrainerStageConfig):
                         source="Llama 2, 2307.09288", low=0.0)
     centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of each post around 0.",
                                source="Eisenstein 2023, 2312.09244", low=0.0)
-    num_train_epochs: float = key(1.0, "Passes over the data; it overfits in the second.", unit="epochs",
-                                  source="IG detail 10", low=0.0)
-    save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1)
-    eval_steps: int = key(100, "Accuracy on the validation rankings every so many steps.", unit="steps", low=1)
-    eval_rows: int = key(200, "Posts in each evaluation during training.", unit="posts", low=1)
     test_rows: int = key(1000, "Posts in the final figures.", unit="posts", low=1)
     eval_batch_size: int = key(32, "Rows scored at once.", unit="rows", low=1)
 
 
-class RewardStageTrainer(GroupLossMixin, Trainer):
-    """`Trainer` with the pairwise loss over prompt groups, and pair accuracy as its evaluation."""
-
-    def __init__(self, *args, config, validation, **kwargs):
-        loss_sum = partial(pairwise_loss_sum, margin=config.margin, centring_coef=config.centring_coef)
-        super().__init__(*args, loss_sum=loss_sum, **kwargs)
-        self.config, self.validation = config, validation
-
-    def figures(self):
-        found, _ = accuracy_of(self.model, self.processing_class, self.validation, self.config, "validation")
-        return {name: found[name] for name in ("accuracy", "ece")}
+# --------------------------------------------------------------------------------------------------- the algorithm
 
 
-def pairwise_loss_sum(model, groups, better, worse, margin=0.0, centring_coef=0.0):
-    """Sum over pairs of -log sigmoid(r_better - r_worse - margin) + centring_coef (r_better + r_worse)^2, a scalar.
+def train(loop: Loop, rankings, validation) -> None:
+    """Minimise -log sigmoid(r_better - r_worse) over all pairs of each post's completions."""
+    config, run = loop.config, loop.run
+    batches = LengthGroupedBatches(list(rankings["length"]), config.rows_per_step, config.seed)
+    for step, places in loop.steps(batches):
+        rows = rows_at(rankings, loop.share(places))
+        passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size, config.micro_batch_tokens)
+        parts = [collate([rows[i] for i in part], loop) for part in passes]
+        pairs = loop.total(sum(len(order) for _, order in parts))  # of all ranks
+        for groups, order in loop.parts(parts, spare=lambda first=places[:1]: collate(rows_at(rankings, first), loop)):
+            score = loop.model(groups)  # (N,)
+            better, worse = score[order].unbind(1)  # (P,)
+            losses = pairwise_loss(better, worse, config.margin, config.centring_coef)
+            loop.backward(losses.sum() / pairs, groups)
+        loop.optimizer_step()
 
-    In float32 (ST; IG eq. 1; detail 17). The margin is that of Llama 2 (2307.09288, eq. 2), one for all pairs.
+        if loop.logs(step):
+            run.metrics(step, {"reward/loss": loop.mean_loss(), "reward/grad_norm": loop.grad_norm,
+                               "reward/learning_rate": loop.learning_rate})
+        if loop.evaluates(step):
+            evaluate(loop, validation, step)
 
-    Args:
-        better, worse: (P,) indices into the batch's N completions.
+
+def pairwise_loss(better: torch.Tensor, worse: torch.Tensor, margin: float, centring_coef: float) -> torch.Tensor:
+    """-log sigmoid(better - worse - margin) + centring_coef (better + worse)^2 of each pair, all (P,), float32.
+
+    Sources: ST; IG eq. 1 (detail 17). The margin is that of Llama 2 (2307.09288, eq. 2), one for all pairs; the second
+    term is Eisenstein et al.'s (2312.09244).
     """
-    score = scores(model, groups)
-    better, worse = score[better], score[worse]
-    return (-logsigmoid(better - worse - margin) + centring_coef * (better + worse).square()).sum()
+    return -logsigmoid(better - worse - margin) + centring_coef * (better + worse).square()
 
 
-def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:
-    """Prompt groups and the pairs of their completions."""
-    groups = pack([row["prompt"] for row in rows], [row["completions"] for row in rows], pad_id)
+def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor]:
+    """Prompt groups, and (better, worse) indices into the batch's N completions: (P, 2) (detail 18)."""
+    groups = pack([row["prompt"] for row in rows], [row["completions"] for row in rows], loop.tokenizer.pad_token_id)
     starts = np.cumsum([0] + [len(row["completions"]) for row in rows])
-    pairs = torch.tensor([(first + b, first + w) for first, row in zip(starts, rows, strict=False) for b, w in row["pairs"]])
-    return {**groups._asdict(), "better": pairs[:, 0], "worse": pairs[:, 1], "items": torch.tensor(len(pairs))}
+    order = [(first + b, first + w) for first, row in zip(starts, rows, strict=False) for b, w in row["pairs"]]
+    return groups.to(loop.device), torch.tensor(order, device=loop.device)
 
 
-def accuracy_of(model, tokenizer, rows, config, title):
-    """Accuracy over all pairs with its interval, calibration, and the scores as lists.
+# ------------------------------------------------------------------------------------------------- what it reaches
+
+
+def accuracy_of(loop: Loop, rows, title: str) -> tuple[dict[str, float], list[list[float]]]:
+    """Accuracy over all pairs with its interval over posts, calibration (detail 20); and the scores.
 
     Raises:
         UserError: when a score is not finite, which has no order.
     """
-    found = score_groups(model, tokenizer, rows["prompt"], rows["completions"], config.eval_batch_size, title)
+    found = scores_of(loop, rows["prompt"], rows["completions"], title)
     if not all(math.isfinite(score) for group in found for score in group):
-        raise UserError(f"{title}: a score is not finite (NaN or infinite): lower learning_rate; the last checkpoint is intact")
-    accuracy, low, high = bootstrap_interval(*pair_accuracy(found, rows["pairs"]), config.seed)
+        raise UserError(f"{title}: a score is not finite (NaN or infinite): lower learning_rate; the last checkpoint is "
+                        "intact")
+    accuracy, low, high = bootstrap_interval(*pair_accuracy(found, rows["pairs"]), loop.config.seed)
     gaps, right = gaps_of(found, rows["pairs"])
     return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "pairs": len(gaps),
             "ece": expected_calibration_error(confidence(gaps), right)}, found
 
 
-def gaps_of(scores, pairs) -> tuple[np.ndarray, np.ndarray]:
-    """Score of the better minus score of the worse completion of each pair, and whether that is right: (P,) both."""
-    gaps = np.array([group[b] - group[w] for group, order in zip(scores, pairs, strict=True) for b, w in order])
-    return gaps, (gaps > 0) + 0.5 * (gaps == 0)
+def scores_of(loop: Loop, prompts, completions, title: str) -> list[list[float]]:
+    """The model's score of each completion of each prompt."""
+    with loop.accelerator.autocast():
+        return score_groups(loop.module.model, loop.tokenizer, prompts, completions, loop.config.eval_batch_size, title)
 
 
-def confidence(gaps: np.ndarray) -> np.ndarray:
-    """How sure somebody is of an order who gives the two scores `gaps` apart, right or wrong: sigmoid(|gap|), 0.5 to 1."""
-    return 1 / (1 + np.exp(-np.abs(gaps)))
+def evaluate(loop: Loop, validation, step: int) -> None:
+    """Log what the model reaches on the validation rankings."""
+    figures, _ = accuracy_of(loop, validation, "validation")
+    loop.run.metrics(step, {"eval/accuracy": figures["accuracy"], "eval/ece": figures["ece"]})
+    loop.run.log(f"step {step}, validation: accuracy {figures['accuracy']:.3f}, ece {figures['ece']:.3f}")
 
 
-def reliabilities(found, rows) -> dict[str, list[tuple[float, float, int]]]:
-    """Confidence against accuracy, in bins: the model's own confidence, and the labeller's where it is known (detail 20).
-
-    On the diagonal the model is calibrated; for the labeller's confidence the diagonal is what his noise allows.
-    """
-    gaps, right = gaps_of(found, rows["pairs"])
-    curves = {"reward model's confidence": reliability(confidence(gaps), right)}
-    if all(group is not None for group in rows["label_scores"]):
-        curves["labeller's confidence"] = reliability(confidence(gaps_of(rows["label_scores"], rows["pairs"])[0]), right)
-    return curves
+def centre(loop: Loop, references) -> None:
+    """Shift the scores so that reference summaries score 0 on average (detail 19)."""
+    found = scores_of(loop, references.prompts, [[completion] for completion in references.completions], "centring")
+    mean = float(np.mean(found))
+    centre_scores(loop.module.model, mean)
+    loop.run.log(f"shifted the scores by {-mean:+.3f}: the {len(found)} reference summaries now score 0 on average")
 
 
-def accuracy_by_note(found, rows, most=20) -> dict[str, list[tuple[str, float, int]]]:
-    """For each of NOTES that the set has: (value, accuracy, pairs) of its most frequent values (detail 20)."""
-    _, right = gaps_of(found, rows["pairs"])
-    notes = [note for group, pairs in zip(rows["notes"], rows["pairs"], strict=True) for note in group or [{}] * len(pairs)]
-    table = {}
-    for column in NOTES:
-        outcomes = defaultdict(list)
-        for note, outcome in zip(notes, right, strict=True):
-            if note.get(column) is not None:
-                outcomes[note[column]].append(outcome)
-        if outcomes:
-            frequent = sorted(outcomes, key=lambda value: (-len(outcomes[value]), value))[:most]
-            table[column] = [(value, float(np.mean(outcomes[value])), len(outcomes[value])) for value in sorted(frequent)]
-    return table
+def log_rating_agreement(loop: Loop, ratings) -> None:
+    """Spearman's correlation of the scores with the labellers' overall ratings."""
+    found = scores_of(loop, ratings["prompt"], ratings["completions"], "ratings")
+    rated = [rating for group in ratings["label_scores"] for rating in group]
+    agreement = rank_correlation([score for group in found for score in group], rated)
+    loop.run.log(f"test, rank correlation of scores and overall ratings: {agreement:.3f} ({len(rated)} answers)")
 
 
-def baselines(rows) -> dict[str, float | None]:
-    """What needs no model: the longer one wins, and the ceiling that the labels' noise sets where it is known."""
-    lengths = [[len(completion) for completion in group] for group in rows["completions"]]
-    correct, count = pair_accuracy(lengths, rows["pairs"])
-    known = all(group is not None for group in rows["label_scores"])
-    return {"longest_accuracy": float(correct.sum() / count.sum()),
-            "label_ceiling": label_ceiling(rows["label_scores"], rows["pairs"]) if known else None}
+# ------------------------------------------------------------------------------------------------------- the script
 
 
-def load_splits(config, tokenizer, report):
-    """Training, validation and test rankings as tokens, no prompt in two of them; references for centring; rated answers."""
-    keys = [f"reward_{split}_data" for split in ("training", "validation", "test")]
-    kinds = dict.fromkeys(keys, "rankings") | {"centring_data": "examples", "rating_data": "ratings"}
-    found = load_data(config, kinds, tokenizer, report)
-    parts = [usable(rows, config, key, report) for key, rows in zip(keys, split_rows(config, "reward", found, report),
-                                                                    strict=True)]
+def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
+    """Training, validation and test rankings as tokens, no prompt in two; references for centring; rated answers."""
+    loaded = load_data(config, {
+        "reward_training_data": Source(config.reward_training_data, "rankings"),
+        "reward_validation_data": Source(config.reward_validation_data, "rankings"),
+        "reward_test_data": Source(config.reward_test_data, "rankings"),
+        "centring_data": Source(config.centring_data, "examples"),
+        "rating_data": Source(config.rating_data, "ratings"),
+    }, tokenizer, report, {"max_completions": config.max_completions, "min_score_ratio": config.min_score_ratio,
+                           "max_pairs_per_prompt": config.max_pairs_per_prompt})
+    names = ("reward_training_data", "reward_validation_data", "reward_test_data")
+    parts = split_rows(config, loaded, *names, report)
+    parts = [usable(rows, config, name, report) for name, rows in zip(names, parts, strict=True)]
     report.groups("reward_training_data", parts[0])
-    references = found.get("centring_data")
+    references = loaded.get("centring_data")
     if references is not None:
         references = tokenised(references.first(config.test_rows), config.max_completion_tokens, report.say)
-    ratings = found.get("rating_data")
+    ratings = loaded.get("rating_data")
     if ratings is not None:
-        refuse_overlap({keys[0]: parts[0], "rating_data": ratings}, config.allow_overlap, report.say)
+        refuse_overlap({"reward_training_data": parts[0], "rating_data": ratings}, config.allow_overlap, report.say)
         ratings = usable(ratings, config, "rating_data", report).dataset()
     return *(rows.dataset() for rows in parts), references, ratings
 
@@ -204,86 +198,64 @@ def usable(rows, config, name, report):
     return kept
 
 
-def centre(model, tokenizer, references, config, say) -> None:
-    """Shift the scores so that reference summaries score 0 on average (detail 19)."""
-    completions = [[completion] for completion in references.completions]
-    found = score_groups(model, tokenizer, references.prompts, completions, config.eval_batch_size, "centring")
-    mean = float(np.mean(found))
-    centre_scores(model, mean)
-    say(f"shifted the scores by {-mean:+.3f}: the {len(found)} reference summaries now score 0 on average")
-
-
 def main(config: RewardStageConfig) -> None:
     refuse_impossible(config)
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    check_task(tokenizer, {"model": config.model})
+    base = Parent("model", config.model)
+    check_task(base)
     report = DataReport()
-    train, validation, test, references, ratings = load_splits(config, tokenizer, report)
-    report.tokens("reward_training_data", train)
-    settings = load_settings(config)
-    model = load_scalar_model(config.model, "model", new_head_seed=config.seed)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if config.lora_rank:
-        add_adapter(model, config)
-    refuse_too_long(model, config.max_prompt_tokens + config.max_completion_tokens, "max_prompt_tokens + max_completion_tokens")
+    rankings, validation, test, references, ratings = load_splits(config, base.tokenizer, report)
+    report.tokens("reward_training_data", rankings)
+    deepspeed = load_settings(config, base)
+    model = trainable(load_scalar_model(base, new_head_seed=config.seed), config)
+    model.config.pad_token_id = base.tokenizer.pad_token_id
+    refuse_too_long(model, config.max_prompt_tokens + config.max_completion_tokens,
+                    "max_prompt_tokens + max_completion_tokens")
+
     run = Run(config, "reward", report)
-    run.catch_signals()
-    trainer = RewardStageTrainer(
-        model=model,
-        args=training_arguments(
-            config, run, TrainingArguments, deepspeed=settings,
-            train_sampling_strategy="group_by_length",
-            eval_strategy="steps", eval_steps=config.eval_steps, save_steps=config.save_steps,
-        ),
-        train_dataset=train, eval_dataset=validation,
-        data_collator=partial(in_parts, collate=partial(collate, pad_id=tokenizer.pad_token_id),
-                              max_tokens=config.micro_batch_tokens),
-        processing_class=tokenizer,
-        run=run, config=config, validation=validation,
-    )
+    loop = Loop(run, GroupModel(model, scores), base.tokenizer, config.schedule(len(rankings)), deepspeed)
+    loop.resume()
     began = time.time()
-    trainer.train(resume_from_checkpoint=newest_checkpoint(run))
+    train(loop, rankings, validation)
     seconds = time.time() - began
-    if run.stop_signal is not None:
-        run.stopped()
     if references is not None:
-        centre(trainer.model, tokenizer, references, config, run.say)
+        centre(loop, references)
     if ratings is not None:
-        agreement, count = rating_agreement(trainer.model, tokenizer, ratings, config)
-        run.say(f"test, rank correlation of scores and overall ratings: {agreement:.3f} ({count} answers)")
-    finish(run, config, trainer, tokenizer, test, seconds)
+        log_rating_agreement(loop, ratings)
+    figures, found = accuracy_of(loop, test, "test")
+    speed = loop.steps_done * config.rows_per_step * fmean(map(len, rankings["pairs"])) / seconds
+    end_stage(run, model, base.tokenizer, [base], ending(loop, test, figures, found, speed))
 
 
-def rating_agreement(model, tokenizer, ratings, config) -> tuple[float, int]:
-    """Spearman's correlation of the reward model's scores with the labellers' overall ratings, and the number of answers."""
-    found = score_groups(model, tokenizer, ratings["prompt"], ratings["completions"], config.eval_batch_size, "ratings")
-    rated = [rating for group in ratings["label_scores"] for rating in group]
-    return rank_correlation([score for group in found for score in group], rated), len(rated)
-
-
-def finish(run, config, trainer, tokenizer, test, seconds) -> None:
-    """The test figures, samples, summary.json, plots, final/, the table."""
-    figures, found = accuracy_of(trainer.model, tokenizer, test, config, "test")
-    pairs = sum(map(len, trainer.train_dataset["pairs"])) / len(trainer.train_dataset) * trainer.rows_trained()
-    run.samples([{"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "pairs": order,
-                  "completions": tokenizer.batch_decode(completions, skip_special_tokens=True), "scores": score}
-                 for prompt, completions, order, score in zip(test["prompt"][:20], test["completions"][:20],
-                                                              test["pairs"][:20], found[:20], strict=True)])
-    run.metrics(trainer.state.global_step, {"test/accuracy": figures["accuracy"], "test/ece": figures.pop("ece")})
-    run.finish({**figures, **baselines(test), "seconds": time.time() - run.started, "pairs_per_second": pairs / seconds})
-    curves = reliabilities(found, test)
+def ending(loop: Loop, test, figures: dict, found: list[list[float]], speed: float) -> Ending:
+    """Samples with their scores, and the final figures; what they depend on is logged (detail 20)."""
+    known, curves = labeller_figures(test)
+    curves = {"reward model's confidence": reliability_by_confidence(found, test["pairs"])} | curves
     for name, curve in curves.items():
-        run.say(f"test, accuracy by {name}: " + ", ".join(f"{sure:.2f}: {right:.3f} ({n} pairs)" for sure, right, n in curve))
+        shown = ", ".join(f"{sure:.2f}: {right:.3f} ({n} pairs)" for sure, right, n in curve)
+        loop.run.log(f"test, accuracy by {name}: {shown}")
     for column, values in accuracy_by_note(found, test).items():
-        run.say(f"test, accuracy by {column}: " + ", ".join(f"{value}: {right:.3f} ({n} pairs)" for value, right, n in values))
-    if run.is_main:
+        shown = ", ".join(f"{value}: {right:.3f} ({n} pairs)" for value, right, n in values)
+        loop.run.log(f"test, accuracy by {column}: {shown}")
+    loop.run.metrics(loop.step, {"test/accuracy": figures["accuracy"], "test/ece": figures["ece"]})
+    decode = loop.tokenizer.batch_decode
+    parts = zip(test["prompt"][:20], test["completions"][:20], test["pairs"][:20], found[:20], strict=True)
+    pairs = [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order]
+
+    def plot(run):
         plot_calibration(run, curves)
-        plot_reward(run, [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order])
-    run.save_final(trainer.model, tokenizer, {"model": config.model},
-                   {"max_prompt_tokens": config.max_prompt_tokens, "accuracy": figures["accuracy"],
-                    "score_shift": trainer.model.config.score_shift})
-    print_stages(stage_folders(run, [config.model]))
+        plot_reward(run, pairs)
+
+    return Ending(
+        samples=[{"prompt": decode([prompt], skip_special_tokens=True)[0], "pairs": order,
+                  "completions": decode(completions, skip_special_tokens=True), "scores": score}
+                 for prompt, completions, order, score in parts],
+        summary={**{name: value for name, value in figures.items() if name != "ece"},
+                 "longest_accuracy": longest_accuracy(test), **known, "pairs_per_second": speed},
+        stage={"max_prompt_tokens": loop.config.max_prompt_tokens, "accuracy": figures["accuracy"],
+               "score_shift": loop.module.model.config.score_shift},
+        plot=plot,
+    )
 
 
 if __name__ == "__main__":

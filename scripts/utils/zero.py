@@ -1,23 +1,26 @@
-"""DeepSpeed's ZeRO (Rajbhandari et al., 1910.02054; offload: 2101.06840, 2104.07857), the only module that knows of it.
+"""DeepSpeed's ZeRO (Rajbhandari et al., 1910.02054; offload: 2101.06840, 2104.07857).
 
-Without the key `deepspeed` everything here is the identity. With it accelerate makes one engine of what is trained. The
-frozen models of PPO are inside of it, so that ZeRO-3 shards and offloads them, too. Under ZeRO-3 a weight is whole only
-while its module is computed, or inside `whole`.
+Settings, compiled extensions, sharded weights and the engine's checkpoints are handled here. `distributed.py` hands the
+settings to accelerate, which makes one engine of what is trained. The frozen models of PPO are inside that engine, so
+that ZeRO-3 shards and offloads them, too. Without the key `deepspeed` everything here is the identity.
+
+Under ZeRO-3 each process holds a part of each weight. A weight is complete only while its module is computed, or inside
+`gathered_weights`.
 """
 
 import json
 import os
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import _get_build_directory
-from transformers import AutoConfig
+from torch.utils.cpp_extension import get_default_build_root
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from utils.config import UserError, find_input, find_local
+from utils.config import UserError, find_input
 from utils.distributed import first_of_a_node, world
 
 FILE_BYTES = 2**30  # of a file of sharded weights
@@ -26,13 +29,16 @@ _STAGES = (1, 2, 3)
 _active = {}  # the one engine of this process and what it was made from; they live until its end
 
 
-def load_settings(config) -> dict | None:
-    """The DeepSpeed configuration of a run, every "auto" filled in; None without one. Models are loaded for it from now on.
+def load_settings(config, model) -> dict | None:
+    """The DeepSpeed configuration of a run with every "auto" filled in; None without one.
 
-    DeepSpeed's extensions are compiled here when they are missing.
+    Models are loaded for it from now on. DeepSpeed's extensions are compiled here when they are missing.
+
+    Args:
+        model: the `Parent` that is trained, for its hidden size.
 
     Raises:
-        UserError: when the file is none, or asks for what cannot be had here.
+        UserError: when the file is no such configuration, or asks for what cannot be had here.
     """
     if config.deepspeed is None:
         return None
@@ -52,7 +58,7 @@ def load_settings(config) -> dict | None:
     if "optimizer" in settings or "scheduler" in settings:
         raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are learning_rate, adam_eps, ... of "
                         "the stage")
-    settings = _filled(settings, _numbers(config), "")
+    settings = _filled(settings, _numbers(config, model.hidden_size), "")
     _refuse_invalid(settings["zero_optimization"], path)
     if config.resume and "nvme" in _offloaded_to(settings):
         raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; start a new run, or "
@@ -96,7 +102,7 @@ def _compile_ops(devices: set[str]) -> None:
     with first_of_a_node():
         for kind in [kind for kind, needed in wanted.items() if needed]:
             builder = get_accelerator().create_op_builder(kind)
-            folder = Path(_get_build_directory(builder.name, False))
+            folder = _extensions_folder() / builder.name
             _wait_for_lock(folder / "lock")
             if world().is_local_main_process and not any(folder.glob("*.so")):
                 print(f"compiling DeepSpeed's {builder.name} into {folder}, once on this machine: a minute or more", flush=True)
@@ -106,6 +112,13 @@ def _compile_ops(devices: set[str]) -> None:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"deepspeed: its extension {builder.name} cannot be compiled here ({reason}); it takes g++ and "
                                 "ninja, and for NVMe libaio-dev") from None
+
+
+def _extensions_folder() -> Path:
+    """Where torch compiles extensions. It is fixed here, because torch has no public name for its choice."""
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_{'cu' + torch.version.cuda if torch.version.cuda else 'cpu'}"
+    default = Path(get_default_build_root()) / version.replace(".", "")
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
 
 
 def _wait_for_lock(lock: Path) -> None:
@@ -131,9 +144,9 @@ def _form_group():
     deepspeed.init_distributed(auto_mpi_discovery=False)  # it takes the group that there is; else it believes in a world of one
 
 
-def _numbers(config) -> dict:
+def _numbers(config, hidden: int) -> dict:
     """What "auto" stands for, by its place in the file."""
-    processes, hidden = world().num_processes, _hidden_size(config.model)
+    processes = world().num_processes
     accumulated = getattr(config, "gradient_accumulation_steps", 1)
     zero = {
         "reduce_bucket_size": hidden * hidden,
@@ -152,13 +165,6 @@ def _numbers(config) -> dict:
     }
 
 
-def _hidden_size(name) -> int:
-    try:
-        return AutoConfig.from_pretrained(find_local(name) or name, trust_remote_code=False).hidden_size
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"model: the config of '{name}' says no hidden_size ({str(error).splitlines()[0]})") from None
-
-
 def _filled(node, numbers, place):
     if isinstance(node, dict):  # null says what a missing key says, but accelerate looks into it
         return {name: _filled(value, numbers, f"{place}.{name}".lstrip(".")) for name, value in node.items() if value is not None}
@@ -170,7 +176,7 @@ def _filled(node, numbers, place):
 
 
 def use_engine(engine) -> None:
-    """Remember the engine whose hooks `whole` must take out.
+    """Remember the engine whose hooks `gathered_weights` must take out.
 
     Raises:
         UserError: when DeepSpeed was asked for, but is not in force: its traps fail in silence.
@@ -184,8 +190,10 @@ def use_engine(engine) -> None:
 
 
 @contextmanager
-def whole(model, change: bool = False):
-    """Inside, the weights of `model` are whole on every process, also under ZeRO-3: gathered once, not module by module.
+def gathered_weights(model, change: bool = False):
+    """Inside, the weights of `model` are complete on every process, also under ZeRO-3.
+
+    They are gathered once, not module by module, which is what sampling needs.
 
     Args:
         change: keep what is written to them inside, in the same way on every process.
@@ -193,10 +201,9 @@ def whole(model, change: bool = False):
     if not is_deepspeed_zero3_enabled():
         yield model
         return
-    import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
     engine = _active.get("engine")
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0 if change else None):
+    with gathered(list(model.parameters()), change):
         if engine is not None:
             remove_hooks(engine)
         try:
@@ -206,51 +213,76 @@ def whole(model, change: bool = False):
                 add_hooks(engine)
 
 
-def save_pretrained(model, folder: Path) -> None:
-    """`model.save_pretrained` on the main process, also of sharded weights; of these `FILE_BYTES` are whole at a time.
+@contextmanager
+def gathered(weights: list[torch.nn.Parameter], change: bool = False):
+    """As `gathered_weights`, of some weights, for reading and writing them; no module may be called inside."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0 if change else None):
+        yield
 
-    A larger model becomes several files with an index, as on the hub.
+
+def full_shape(weight: torch.nn.Parameter) -> torch.Size:
+    """The shape of a weight; under ZeRO-3 the parameter itself holds this process's part."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def save_pretrained(model, folder: Path) -> None:
+    """`model.save_pretrained` on the main process, also of sharded weights, `FILE_BYTES` of them at a time.
+
+    A larger sharded model becomes several files with an index, as on the hub.
     """
     if not is_deepspeed_zero3_enabled():
         if world().is_main_process:
             model.save_pretrained(folder)
         return
-    files, index, size = _in_files(model), {}, 0
-    for number, names in enumerate(files, start=1):
-        weights = _gathered(model, names)
+    files, index, size = in_files(dict(model.named_parameters())), {}, 0
+    for number, weights in enumerate(files, start=1):
+        state = gathered_copy(weights)
         if world().is_main_process:
             name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else SAFE_WEIGHTS_NAME
-            model.save_pretrained(folder / "part", state_dict=weights)
-            index |= dict.fromkeys(weights, name)
-            size += sum(weight.nbytes for weight in weights.values())
+            model.save_pretrained(folder / "part", state_dict=state)
+            index |= dict.fromkeys(state, name)
+            size += sum(weight.nbytes for weight in state.values())
             (folder / "part" / SAFE_WEIGHTS_NAME).rename(folder / name)
-        del weights  # before the next ones are gathered
+        del state  # before the next ones are gathered
     if world().is_main_process:
         for path in (folder / "part").iterdir():  # its config.json
             path.rename(folder / path.name)
         (folder / "part").rmdir()
         if len(files) > 1:
-            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
+            index = {"metadata": {"total_size": size}, "weight_map": index}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
 
 
-def _in_files(model) -> list[list[str]]:
-    """Names of the weights, in as many lists as files are needed."""
-    files, size = [[]], 0
-    for name, weight in model.named_parameters():
-        size += weight.ds_numel * weight.element_size()
+def in_files(weights: dict[str, torch.nn.Parameter]) -> list[dict[str, torch.nn.Parameter]]:
+    """The weights in parts of at most `FILE_BYTES`, one for each file that is written."""
+    files, size = [{}], 0
+    for name, weight in weights.items():
+        size += full_shape(weight).numel() * weight.element_size()
         if files[-1] and size > FILE_BYTES:
-            files, size = [*files, []], weight.ds_numel * weight.element_size()
-        files[-1].append(name)
+            files, size = [*files, {}], full_shape(weight).numel() * weight.element_size()
+        files[-1][name] = weight
     return files
 
 
-def _gathered(model, names) -> dict[str, torch.Tensor]:
-    """These weights on the main process, nothing on the others; gathered one after the other."""
-    import deepspeed
-    found = {}
-    for name in names:
-        weight = model.get_parameter(name)
-        with deepspeed.zero.GatheredParameters([weight]):
+def gathered_copy(weights: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copies of these weights in the main process's memory, nothing on the others; gathered one after the other."""
+    copies = {}
+    for name, weight in weights.items():
+        with gathered([weight]):
             if world().is_main_process:
-                found[name] = weight.detach().cpu().clone()
-    return found
+                copies[name] = weight.detach().cpu().clone()
+    return copies
+
+
+def save_engine(engine, folder: Path) -> None:
+    """DeepSpeed's own checkpoint: weights, optimizer and loss scale, each process its part."""
+    engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+
+
+def load_engine(engine, folder: Path) -> None:
+    """What `save_engine` wrote. The frozen weights are not in it: they are those of the parents."""
+    engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)

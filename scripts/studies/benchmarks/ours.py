@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainingArguments, set_seed
 from trl import SFTConfig
+from utils.models.ppo_models import load_models, prepare
 
 import train_ppo
 import train_reward
@@ -30,7 +31,6 @@ from studies.benchmarks.turns import OneStepATurn, Turns
 from utils.data.report import DataReport
 from utils.distributed import my_share, world
 from utils.models.loading import load_policy, load_scalar_model
-from utils.models.ppo_models import load_models, prepare
 from utils.rollout import Carried, collect_rollout, rollout_metrics
 from utils.runs.divergence import Divergence
 from utils.runs.run import Run

@@ -120,30 +120,36 @@ class Rows(Sequence):
         return np.concatenate([table.data.column(name).to_numpy() for table in self.tokens])[self.indices]
 
 
-def load_data(config, kinds: dict[str, str], tokenizer, report: DataReport) -> dict[str, Rows]:
+class Source(NamedTuple):
+    """A data set that a configuration names: the value of its key, and what its rows are (see `read_set`)."""
+
+    value: object
+    kind: str
+
+
+def load_data(config, named: dict[str, Source], tokenizer, report: DataReport, limits: dict | None = None) -> dict[str, Rows]:
     """Every set that a configuration names, checked and tokenised.
 
     Args:
-        kinds: configuration key -> what its rows are, see `read_set`. A key whose value is none is left out.
+        named: configuration key -> its set. A key whose value is none is left out.
         tokenizer: None where only text is wanted.
         report: gets what was dropped, and the figures.
+        limits: of rankings, see `read_set`.
 
     Raises:
         UserError: with the findings in all of them, unless `on_bad_rows` is skip; or when nothing is left of one.
     """
-    limits = {name: getattr(config, name) for name in ("max_completions", "min_score_ratio", "max_pairs_per_prompt")
-              if "rankings" in kinds.values()}
-    found = {}
-    for field, kind in kinds.items():
-        if (value := getattr(config, field)) is not None:
+    loaded = {}
+    for field, (value, kind) in named.items():
+        if value is not None:
             sources = sources_of(value)
-            sets = [read_set(source, field, kind, **(limits if kind == "rankings" else {})) for source in sources]
+            sets = [read_set(source, field, kind, **(limits or {} if kind == "rankings" else {})) for source in sources]
             tokens = tokenizer and [token_rows(stored, tokenizer, config.max_prompt_tokens) for stored in sets]
-            found[field] = Rows(sets, tokens, [source.weight for source in sources])
+            loaded[field] = Rows(sets, tokens, [source.weight for source in sources])
     if config.on_bad_rows == "error":
-        refuse_findings((one for rows in found.values() for one in rows.findings(config)),
-                        sum(rows.finding_count() for rows in found.values()))
-    return {field: _usable(rows, field, config, report) for field, rows in found.items()}
+        refuse_findings((one for rows in loaded.values() for one in rows.findings(config)),
+                        sum(rows.finding_count() for rows in loaded.values()))
+    return {field: _usable(rows, field, config, report) for field, rows in loaded.items()}
 
 
 def _usable(rows: Rows, field: str, config, report: DataReport) -> Rows:
@@ -174,7 +180,7 @@ def load_examples(value, field: str, need_completion: bool = True) -> Rows:
         UserError: naming file and line, for anything that is not an example.
     """
     kind = "examples" if need_completion else "prompts"
-    return load_data(SimpleNamespace(**{field: value}, on_bad_rows="error"), {field: kind}, None, DataReport())[field]
+    return load_data(SimpleNamespace(on_bad_rows="error"), {field: Source(value, kind)}, None, DataReport())[field]
 
 
 def load_rankings(value, field: str, max_completions: int, say, min_score_ratio: float = 1.0,
@@ -187,33 +193,34 @@ def load_rankings(value, field: str, max_completions: int, say, min_score_ratio:
     Raises:
         UserError: naming file and line, for anything that is not a comparison.
     """
-    config = SimpleNamespace(**{field: value}, on_bad_rows="error", max_completions=max_completions,
-                             min_score_ratio=min_score_ratio, max_pairs_per_prompt=max_pairs_per_prompt)
     report = DataReport()
-    rows = load_data(config, {field: "rankings"}, None, report)[field]
+    limits = {"max_completions": max_completions, "min_score_ratio": min_score_ratio,
+              "max_pairs_per_prompt": max_pairs_per_prompt}
+    config = SimpleNamespace(on_bad_rows="error")
+    rows = load_data(config, {field: Source(value, "rankings")}, None, report, limits)[field]
     for note in report.notes:
         say(note)
     return rows
 
 
-def split_rows(config, role: str, found: dict[str, Rows], report: DataReport) -> tuple[Rows, Rows, Rows]:
+def split_rows(config, loaded: dict[str, Rows], training: str, validation: str, test: str, report: DataReport
+               ) -> tuple[Rows, Rows, Rows]:
     """Training, validation and test rows, no prompt in two of them (detail 7). What is not named is held out.
 
     Args:
-        role: the first part of the configuration keys: actor, reward or rlhf.
-        found: what `load_data` found.
+        loaded: what `load_data` returned.
+        training, validation, test: the configuration keys of the three sets.
     """
-    train, held = found[f"{role}_training_data"], {}
-    for split, most in (("validation", config.eval_rows), ("test", config.test_rows)):
-        field = f"{role}_{split}_data"
-        held[field] = found.get(field)
+    train, held = loaded[training], {}
+    for field, most in ((validation, config.eval_rows), (test, config.test_rows)):
+        held[field] = loaded.get(field)
         if held[field] is None:
             train, held[field] = split_off(train, min(0.1, most / len(train)), config.seed)
         held[field] = held[field].first(most)
-    refuse_overlap({f"{role}_training_data": train, **held}, config.allow_overlap, report.say)
+    refuse_overlap({training: train, **held}, config.allow_overlap, report.say)
     train = train.weighed(config.seed)
     if not len(train):
-        raise UserError(f"{role}_training_data: its weights leave no row to train on; raise them")
+        raise UserError(f"{training}: its weights leave no row to train on; raise them")
     return train, *held.values()
 
 

@@ -1,13 +1,107 @@
-"""The gold score of a tldr_mini summary: how many of the post's facts it gets right. No torch, no model.
+"""The gold score: how many of a synthetic post's facts a summary gets right.
 
-The labels of the reward stage are noisy draws from this score, and PPO never sees it: it is the
-judge that a real project does not have, which shows whether a rising reward means better summaries.
+The posts of data/tldr_mini are made from known facts, so every summary has a true score. The labels of the reward stage
+are noisy draws from it, and PPO is not trained on it. It is the judge that a real project does not have: it shows whether
+a rising reward means better summaries. A data set brings it by `gold_rules`; without that key nothing here is used.
 """
 
 import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
+
+from utils.config import UserError, find_input
+from utils.judge.evaluation import Summaries
+from utils.judge.metrics import label_ceiling, length_controlled_win_rate, win_rate
+from utils.judge.rankings import reliability_by_confidence
+
+
+class GoldJudge:
+    """Scores summaries by the facts of their posts.
+
+    Raises:
+        UserError: when the file holds no rules, or an example's `facts` are not what the rules need.
+    """
+
+    def __init__(self, path: str, examples: list):
+        self.rules = load_rules(path)
+        refuse_missing_facts(self.rules, examples)
+
+    def scores(self, examples, written: Summaries) -> list[float]:
+        """The gold score of each summary."""
+        judged = zip(written.texts, examples, written.ended, strict=True)
+        return [gold_score(text, example.facts, self.rules, ended) for text, example, ended in judged]
+
+    def compare(self, examples, written: dict[tuple[str, str], Summaries], seed: int) -> dict[str, float]:
+        """Figures for summary.json: gold scores and win rates of PPO over SFT on the same posts (detail 37).
+
+        Args:
+            written: summaries by (before or after, sampled or greedy).
+        """
+        gold = {key: self.scores(examples, summaries) for key, summaries in written.items()}
+        rate, low, high = win_rate(gold["after", "sampled"], gold["before", "sampled"], seed)
+        lengths = [list(map(len, written[name, "sampled"].tokens)) for name in ("after", "before")]
+        return {
+            "gold_before": fmean(gold["before", "sampled"]),
+            "gold_after": fmean(gold["after", "sampled"]),
+            "gold_win_rate": rate,
+            "gold_win_rate_low": low,
+            "gold_win_rate_high": high,
+            "gold_win_rate_greedy": win_rate(gold["after", "greedy"], gold["before", "greedy"], seed)[0],
+            "gold_win_rate_length_controlled": length_controlled_win_rate(
+                gold["after", "sampled"], gold["before", "sampled"], *lengths),
+        }
+
+
+def table_rows(summary: dict):
+    """Rows of the table at the end for one stage's summary: (measure, before, after, interval); none without gold."""
+    if "label_ceiling" in summary:
+        yield "  of the labels' ceiling", "", f"{summary['accuracy'] / summary['label_ceiling']:.0%}", ""
+    if "gold_after" not in summary:
+        return
+    span = f"{summary['gold_win_rate_low']:.3f} - {summary['gold_win_rate_high']:.3f}"
+    yield "gold score", f"{summary['gold_before']:.3f}", f"{summary['gold_after']:.3f}", ""
+    yield "gold win rate over SFT, sampled", "", f"{summary['gold_win_rate']:.3f}", span
+    yield "gold win rate over SFT, greedy", "", f"{summary['gold_win_rate_greedy']:.3f}", ""
+
+
+def labeller_figures(rows) -> tuple[dict[str, float], dict[str, list]]:
+    """What is known of rankings whose labeller is known: (figures for summary.json, reliability curves); else ({}, {}).
+
+    `label_ceiling` is the accuracy that the labels' noise allows. The labeller's own curve shows how far from the
+    diagonal noise alone can be.
+    """
+    if not all(group is not None for group in rows["label_scores"]):
+        return {}, {}
+    curve = reliability_by_confidence(rows["label_scores"], rows["pairs"])
+    return {"label_ceiling": label_ceiling(rows["label_scores"], rows["pairs"])}, {"labeller's confidence": curve}
+
+
+def load_rules(path: str) -> dict:
+    """The rules of the gold score.
+
+    Raises:
+        UserError: when the file is not there or holds no rules that `gold_score` could work with.
+    """
+    file = find_input(path, "gold_rules")
+    try:
+        rules = load_gold(file)
+        gold_score("", dict.fromkeys(rules["slots"], ""), rules)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"gold_rules: '{file}' holds no rules of a gold score ({type(error).__name__}: {error}); make it "
+                        "again with data/tldr_mini/generate.py, or leave gold_rules out") from None
+    return rules
+
+
+def refuse_missing_facts(rules: dict, examples: list) -> None:
+    """Raise UserError when a held-out example's `facts` are not what the gold score needs: a text for each slot."""
+    for example in examples:
+        facts = example.facts if isinstance(example.facts, dict) else {}
+        missing = [slot for slot in rules["slots"] if not isinstance(facts.get(slot), str)]
+        if missing:
+            raise UserError(f"gold_rules: a held-out row has no column 'facts' with a text for '{missing[0]}' "
+                            f"({example.prompt[:60]!r}...); leave gold_rules out for this data")
 
 
 def load_gold(path: str | Path) -> dict:

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from utils.zero import whole
+from utils.zero import gathered_weights
 
 _CHECKED_EVERY = 4  # steps between looks at who has ended: on a GPU each look waits for the device
 _BLOCK = 256  # words summed at once when a token is drawn
@@ -87,7 +87,7 @@ def sample(
         Responses with log-probs under the *untruncated* distribution at this temperature: what the update's
         forward pass computes for the same tokens (detail 27), whatever top_k and top_p are.
     """
-    with whole(policy):  # on all ranks, also on one without a prompt
+    with gathered_weights(policy):  # on all ranks, also on one without a prompt
         return _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p, batch_size, progress)
 
 

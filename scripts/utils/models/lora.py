@@ -9,7 +9,7 @@ import copy
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from utils.zero import whole
+from utils.zero import gathered_weights
 
 
 def add_adapter(model, config):
@@ -30,11 +30,11 @@ def _is_linear(module) -> bool:
     return type(module).__name__ in ("Linear", "Conv1D")  # Conv1D is GPT-2's spelling
 
 
-def twin(model):
-    """A second model on the same weights: what is frozen needs no second copy. A scalar head is its own."""
+def share_weights(model):
+    """A second model on the same weights, since what is frozen needs no second copy. A scalar head is copied."""
     second = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     if hasattr(model, "score"):
-        with whole(model.score):
+        with gathered_weights(model.score):
             second.score = copy.deepcopy(model.score)
     return second
 
@@ -43,7 +43,7 @@ def merge_adapter(model):
     """Add the adapters to the weights and take their layers out, in place: a stock model. Without adapters nothing happens."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in layers:
-        with whole(module, change=True):
+        with gathered_weights(module, change=True):
             module.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -13,6 +13,7 @@ see each other.
 Shapes: B rows, T tokens in the longest group, N completions in all rows, R tokens in the longest completion.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -105,18 +106,18 @@ def share_rows(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
     return [places[index] for index in range(len(sizes))], len(used), width
 
 
-def micro_batches(sizes: Sequence[int], max_tokens: int | None) -> list[list[int]]:
-    """Indices of the groups of each forward pass: those of like size together, so that little padding is computed.
+def micro_batches(sizes: Sequence[int], max_groups: int, max_tokens: int | None = None) -> list[list[int]]:
+    """Indices of the groups of each forward pass: groups of like size together, so that little padding is computed.
 
     Args:
         sizes: tokens of each group.
-        max_tokens: limit on a pass's groups times the largest of them; a group that is larger is alone. None: one pass.
+        max_groups: limit on the groups of a pass.
+        max_tokens: limit on a pass's groups times the largest of them; a larger group is alone. None: no such limit.
     """
-    if max_tokens is None:
-        return [list(range(len(sizes)))]
     batches = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= max_tokens:
+        count = len(batches[-1]) + 1 if batches else math.inf
+        if count <= max_groups and (max_tokens is None or count * sizes[batches[-1][0]] <= max_tokens):
             batches[-1].append(index)
         else:
             batches.append([index])

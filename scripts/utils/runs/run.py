@@ -1,6 +1,5 @@
 """The run directory is the experiment: configuration, metrics, samples, log, summary, plots, checkpoints, final."""
 
-import hashlib
 import itertools
 import json
 import logging
@@ -19,15 +18,26 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import LoggerType
+from tqdm.auto import tqdm
 from transformers.integrations import get_available_reporting_integrations
 
-from utils.config import PROJECT, UserError, find_input, find_local, read_yaml, save_config
-from utils.data.layouts import TLDR_TEMPLATE
+from utils.config import PROJECT, UserError, find_input, read_yaml, save_config
 from utils.data.report import DataReport
 from utils.distributed import world
-from utils.models.loading import load_tokenizer
 from utils.models.lora import merge_adapter
+from utils.models.parents import Parent, task_of
 from utils.zero import resumable, save_pretrained
+
+
+class _AboveBars(logging.StreamHandler):
+    """Writes lines above the progress bars instead of through them."""
+
+    def emit(self, record):
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+UNITS = {"sft": "step", "reward": "step", "ppo": "update"}  # what a stage counts, and calls its checkpoints by
 
 
 class Run:
@@ -35,13 +45,14 @@ class Run:
 
     def __init__(self, config, stage: str, report: DataReport):
         self.config, self.stage, self.is_main = config, stage, world().is_main_process
+        self.unit = UNITS[stage]
         self.folder = Path(config.output_dir).expanduser()
         self.started = time.time()
         if self.is_main:
             self._open()
-        self.log = self._logger()
+        self._lines = self._logger()
         for note in report.notes:
-            self.say(note)
+            self.log(note)
         if self.is_main:
             _write_json(self.folder / "data.json", report.figures)
             self._write_all("rejected_rows.jsonl", report.rejected())
@@ -64,16 +75,16 @@ class Run:
         log.handlers.clear()
         if self.is_main:
             for handler, layout in (
-                (logging.StreamHandler(sys.stdout), "%(message)s"),
+                (_AboveBars(sys.stdout), "%(message)s"),
                 (logging.FileHandler(self.folder / "train.log", encoding="utf-8"), "%(asctime)s %(message)s"),
             ):
                 handler.setFormatter(logging.Formatter(layout))
                 log.addHandler(handler)
         return log
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """One line for people: console and train.log."""
-        self.log.info(message)
+        self._lines.info(message)
 
     def metrics(self, step: int, values: dict) -> None:
         """One line of metrics.jsonl, and the experiment trackers. NaN and infinity, which JSON has not, become null."""
@@ -86,6 +97,11 @@ class Run:
     def use_tracker(self, accelerator) -> None:
         """Send metrics to the accelerator's trackers too."""
         self._tracker = accelerator
+
+    def end_tracking(self) -> None:
+        """Let the trackers write what they hold back."""
+        if self._tracker:
+            self._tracker.end_training()
 
     def samples(self, rows: list[dict]) -> None:
         """All of samples.jsonl."""
@@ -112,30 +128,34 @@ class Run:
     def read_metrics(self) -> list[dict]:
         return read_whole_rows(self.folder / "metrics.jsonl")
 
-    def finish(self, summary: dict) -> None:
+    def write_summary(self, summary: dict) -> None:
         """Write summary.json: flat, the stage's final figures."""
-        summary = {**summary, "peak_memory_mb": peak_memory_mb(), "seed": self.config.seed}
-        self.summary = {k: round(v, 6) if isinstance(v, float) else v for k, v in summary.items()}
+        summary = {**summary, "seconds": time.time() - self.started, "peak_memory_mb": peak_memory_mb(),
+                   "seed": self.config.seed}
+        summary = {k: round(v, 6) if isinstance(v, float) else v for k, v in summary.items()}
         if self.is_main:
-            _write_json(self.folder / "summary.json", self.summary)
+            _write_json(self.folder / "summary.json", summary)
 
-    def save_final(self, model, tokenizer, parents: dict[str, str], extra: dict) -> None:
+    def save_final(self, model, tokenizer, parents: list[Parent], extra: dict) -> None:
         """`final/`: the model, its tokenizer and stage.json, written under another name and then renamed.
 
-        The last thing that a stage does, since a run with final/ counts as finished.
+        It comes last, since a run with final/ counts as finished.
+
+        Args:
+            extra: what stage.json says besides.
         """
         merge_adapter(model)
         temporary = self.folder / "final.tmp"
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
-        model.config.use_cache = True  # trl's trainer switches it off; whoever generates with final/ wants it
+        model.config.use_cache = True  # a base model may have it off; whoever generates with final/ wants it
         if model.can_generate():
             model.generation_config.use_cache = True
         save_pretrained(model, temporary)
         if not self.is_main:
             return
         tokenizer.save_pretrained(temporary)
-        stage = {"stage": self.stage, "parents": {k: identity(v) for k, v in parents.items()},
+        stage = {"stage": self.stage, "parents": {parent.key: parent.identity for parent in parents},
                  **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}
         _write_json(temporary / "stage.json", stage)
         temporary.rename(self.folder / "final")
@@ -149,7 +169,7 @@ class Run:
                 raise KeyboardInterrupt
             asked.append(number)
             self.stop_signal = number
-            self.say("stopping: saving a checkpoint first (press Ctrl-C again to stop at once)")
+            self.log("stopping: saving a checkpoint first (press Ctrl-C again to stop at once)")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask)
 
@@ -159,11 +179,11 @@ class Run:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes != "1" else []
         command = shlex.join([sys.executable, *launcher, *sys.argv, *([] if self.config.resume else ["--resume"])])
         if not resumable():
-            self.say("stopped; a run with its optimizer on NVMe cannot go on (README, Scaling out): start a new one")
+            self.log("stopped; a run with its optimizer on NVMe cannot go on (README, Scaling out): start a new one")
         elif os.environ.get("WORLD_SIZE", "1") != processes:  # where the nodes met is not known here
-            self.say("stopped; go on with the same command on each node, and --resume")
+            self.log("stopped; go on with the same command on each node, and --resume")
         else:
-            self.say(f"stopped; go on with: {command}")
+            self.log(f"stopped; go on with: {command}")
         sys.exit(128 + self.stop_signal)
 
 
@@ -226,90 +246,11 @@ def _refuse_other_config(config, path: Path) -> None:
                             "resume with the same configuration, or name a new --output_dir")
 
 
-# what the parent under a key may be
-_KINDS = {"model": ("sft", "ppo"), "reward_model": ("reward",)}
-
-
-def check_task(tokenizer, parents: dict[str, str]) -> None:
-    """Refuse parents of the wrong kind or trained on another task, before a weight of theirs is loaded.
-
-    Args:
-        tokenizer: the one this stage uses, that of `model`.
-        parents: configuration key -> model folder or hub name. One without stage.json is not known to be of a task,
-            but its tokenizer can be held against ours.
-
-    Raises:
-        UserError: naming the key, what differs, and both values.
-    """
-    ours = task_of(tokenizer)
-    for field, name in parents.items():
-        theirs = _stage_of(name, field)
-        if theirs is None:
-            theirs = {} if field == "model" else task_of(load_tokenizer(name, field))
-        elif theirs.get("stage") not in _KINDS[field]:
-            raise UserError(f"{field}: '{name}' comes from the stage '{theirs.get('stage')}'; needed is one of "
-                            f"{' or '.join(_KINDS[field])}")
-        for item, value in ours.items():
-            if item in theirs and theirs[item] != value:
-                raise UserError(f"{field}: '{name}' was trained with another {item.replace('_', ' ')} "
-                                f"({theirs[item]!r:.60} there, {value!r:.60} here); use models of one family")
-
-
-def _stage_of(name: str, field: str) -> dict | None:
-    """stage.json of a model folder; None for a hub model or one that was not trained here."""
-    folder = find_local(name)
-    if folder is None or not (folder / "stage.json").exists():
-        return None
-    try:
-        stage = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
-    except ValueError:
-        stage = None
-    if not isinstance(stage, dict):
-        raise UserError(f"{field}: '{folder / 'stage.json'}' is no JSON object; train that stage again, or remove the file if "
-                        "the model was not made here")
-    return stage
-
-
-def task_of(tokenizer) -> dict:
-    """What two stages must agree on."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return {
-        "prompt_template": TLDR_TEMPLATE,
-        "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
 def peak_memory_mb() -> float:
     """Largest resident memory of this process, or memory allocated on its GPU, in MiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def stage_folders(run: Run, parents: list[str]) -> dict[str, Path]:
-    """Run folders by stage: those whose final/ the parents are, and this run's own."""
-    folders = {}
-    for name in parents:
-        final = find_local(name)
-        if final is not None and (stage := _stage_of(name, "model")) and (final.parent / "summary.json").exists():
-            folders[stage["stage"]] = final.parent
-    folders[run.stage] = run.folder
-    return {stage: folders[stage] for stage in ("sft", "reward", "ppo") if stage in folders}
-
-
-def identity(name: str) -> dict:
-    """Which weights a parent had: its path and the checksum of its safetensors; a hub model its name."""
-    folder = find_local(name)
-    if folder is None:
-        return {"name": name}
-    return {"name": name, "sha256": {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finished_run(name: str, stage: str, field: str) -> tuple[Path, dict]:

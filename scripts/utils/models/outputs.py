@@ -1,0 +1,66 @@
+"""What a model says of a batch of prompt groups: log-probabilities, scores, values.
+
+The language-model head is applied at response positions only: nothing of shape (B, T, vocabulary) is made.
+Shapes: B rows, T tokens in a row, N completions, R tokens in the longest completion, D hidden size.
+"""
+
+import torch
+from torch import nn
+
+from utils.models.lm_head import token_logprobs, token_logprobs_and_entropy
+from utils.models.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
+
+
+class GroupModel(nn.Module):
+    """A model whose forward is one of the functions below.
+
+    Engines and wrappers (DDP, DeepSpeed, autocast) hook the forward of the module they are given. So the stock model
+    stays as it is, and what is saved is the stock model.
+    """
+
+    def __init__(self, model, outputs):
+        super().__init__()
+        self.model, self.outputs = model, outputs
+
+    def forward(self, *groups):
+        return self.outputs(self.model, *groups)
+
+
+def hidden_states(model, groups: PromptGroups) -> torch.Tensor:
+    """The trunk's last hidden states (B, T, D), each completion seeing its prompt and itself only."""
+    return model.base_model(
+        input_ids=groups.input_ids,
+        attention_mask=attention_mask(groups),
+        position_ids=groups.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch.Tensor:
+    """Log-probability of each response token, float32 (N, R). Padding is 0.
+
+    The temperature divides the logits, as it does in sampling (detail 25).
+    """
+    states = response_states(hidden_states(policy, groups), groups)
+    found = token_logprobs(policy.get_output_embeddings(), states, groups.responses[groups.response_mask], temperature)
+    return spread(found, groups.response_mask)
+
+
+def logprobs_and_entropy(policy, states, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`response_logprobs` from the policy's `response_states`, and each token's entropy without a gradient, both (N, R)."""
+    tokens = groups.responses[groups.response_mask]
+    found = token_logprobs_and_entropy(policy.get_output_embeddings(), states, tokens, temperature)
+    return tuple(spread(values, groups.response_mask) for values in found)
+
+
+def scores(reward_model, groups: PromptGroups) -> torch.Tensor:
+    """The reward model's score of each completion, read at its last token, float32 (N,) (detail 16)."""
+    states = end_states(hidden_states(reward_model, groups), groups)
+    return reward_model.score(states)[:, 0] - getattr(reward_model.config, "score_shift", 0.0)
+
+
+def response_values(value_model, groups: PromptGroups) -> torch.Tensor:
+    """Value of the state before each response token, float32 (N, R). Padding is 0."""
+    states = response_states(hidden_states(value_model, groups), groups)
+    values = value_model.score(states)[:, 0] - getattr(value_model.config, "score_shift", 0.0)
+    return spread(values, groups.response_mask)

@@ -1,0 +1,148 @@
+"""The models that a run starts from: a folder or a hub name, resolved once, with all that is known of it.
+
+A folder that a stage wrote has a stage.json, which says what trained it and on which task.
+"""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer
+
+from utils.config import UserError, find_local, is_hub_name
+from utils.data.layouts import TLDR_TEMPLATE
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# which stages may have made the model under a key
+_STAGES_OF = {"model": ("sft", "ppo"), "reward_model": ("reward",)}
+
+
+class Parent:
+    """One model that a run starts from. Its parts are read when they are first asked for.
+
+    Args:
+        key: the configuration key that names it, for messages.
+        name: a folder (looked up from the current folder, then the project's) or a hub name.
+
+    Raises:
+        UserError: when the name is neither.
+    """
+
+    def __init__(self, key: str, name: str):
+        self.key, self.name = key, name
+        self.folder = find_local(name)  # None: on the hub
+        if self.folder is not None and not (self.folder / "config.json").is_file():
+            raise UserError(f"{key}: '{self.folder}' is not a model folder (it has no config.json)")
+        if self.folder is None and not is_hub_name(name):
+            raise UserError(f"{key}: no model folder at '{name}'; train that stage first or give another folder or hub "
+                            "name")
+
+    @property
+    def path(self) -> str:
+        """What `from_pretrained` takes."""
+        return self.name if self.folder is None else str(self.folder)
+
+    def load(self, loader):
+        """`loader(path)`; whatever a broken folder makes the libraries raise becomes a UserError of one line."""
+        try:
+            return loader(self.path)
+        except Exception as error:  # the libraries raise anything, their own kinds among them
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{self.key}: '{self.name}' cannot be loaded: {reason}") from None
+
+    @cached_property
+    def config(self):
+        """The architecture, without code from outside."""
+        return self.load(lambda path: AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states; UserError when the config does not say it."""
+        try:
+            return self.config.hidden_size
+        except AttributeError as error:
+            raise UserError(f"{self.key}: the config of '{self.name}' says no hidden_size ({error})") from None
+
+    @cached_property
+    def tokenizer(self):
+        """The tokenizer; it must have an EOS token, and a PAD token that is not the EOS (detail 4)."""
+        # without any of these files transformers makes up an empty tokenizer
+        if self.folder is not None and not any((self.folder / file).is_file() for file in _TOKENIZER_FILES):
+            raise UserError(f"{self.key}: '{self.name}' holds a model but no tokenizer files "
+                            f"({', '.join(_TOKENIZER_FILES)}); copy those of the model it was made from into it")
+        tokenizer = self.load(lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no EOS token, so no summary could ever end")
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no PAD token of its own (PAD must differ "
+                            "from EOS, or the EOS is masked away and generation never learns to stop); add one to the "
+                            "tokenizer and save it")
+        return tokenizer
+
+    @cached_property
+    def stage(self) -> dict | None:
+        """stage.json; None for a hub model or one that was not trained here."""
+        if self.folder is None or not (self.folder / "stage.json").exists():
+            return None
+        try:
+            stage = json.loads((self.folder / "stage.json").read_text(encoding="utf-8"))
+        except ValueError:
+            stage = None
+        if not isinstance(stage, dict):
+            raise UserError(f"{self.key}: '{self.folder / 'stage.json'}' is no JSON object; train that stage again, or "
+                            "remove the file if the model was not made here")
+        return stage
+
+    @cached_property
+    def identity(self) -> dict:
+        """Which weights these are: the name, and for a folder the checksum of each safetensors file."""
+        if self.folder is None:
+            return {"name": self.name}
+        files = sorted(self.folder.glob("*.safetensors"))
+        return {"name": self.name, "sha256": {path.name: _sha256(path) for path in files}}
+
+    @property
+    def run(self) -> tuple[str, Path] | None:
+        """Stage and folder of the finished run whose final/ this is; None for another model."""
+        finished = self.stage is not None and (self.folder.parent / "summary.json").exists()
+        return (self.stage["stage"], self.folder.parent) if finished else None
+
+
+def task_of(tokenizer) -> dict:
+    """What two stages must agree on, as stage.json has it."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "prompt_template": TLDR_TEMPLATE,
+        "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def check_task(*parents: Parent) -> None:
+    """Refuse parents of the wrong stage or trained on another task, before a weight is loaded.
+
+    The first parent's tokenizer is the one that the stage uses. A parent without stage.json is not known to be of a
+    task, but its tokenizer can be compared.
+
+    Raises:
+        UserError: naming the key, what differs, and both values.
+    """
+    ours = task_of(parents[0].tokenizer)
+    for parent in parents:
+        theirs = parent.stage
+        if theirs is None:
+            theirs = {} if parent is parents[0] else task_of(parent.tokenizer)
+        elif theirs.get("stage") not in _STAGES_OF[parent.key]:
+            raise UserError(f"{parent.key}: '{parent.name}' comes from the stage '{theirs.get('stage')}'; needed is one "
+                            f"of {' or '.join(_STAGES_OF[parent.key])}")
+        for item, value in ours.items():
+            if item in theirs and theirs[item] != value:
+                raise UserError(f"{parent.key}: '{parent.name}' was trained with another {item.replace('_', ' ')} "
+                                f"({theirs[item]!r:.60} there, {value!r:.60} here); use models of one family")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,121 @@
+"""The models of PPO: policy and value model, which are trained together, and the frozen reference and reward model."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import PreTrainedModel
+
+from utils.models.loading import (
+    ScalarHead,
+    load_policy,
+    load_scalar_model,
+    refuse_too_long,
+    trainable,
+    without_dropout,
+)
+from utils.models.lora import share_weights
+from utils.models.outputs import hidden_states, logprobs_and_entropy, response_logprobs, response_values
+from utils.models.parents import Parent
+from utils.models.prompt_groups import PromptGroups, response_states, spread
+
+
+class PolicyAndValue(nn.Module):
+    """What PPO trains, as one module, so that there is one engine and one optimizer.
+
+    `value_model` is a scalar model of its own (detail 22); or a linear layer (D, 1) on the policy's last hidden states,
+    which share the trunk; or None, for advantages that need no values.
+    """
+
+    def __init__(self, policy, value_model: nn.Module | None):
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+        self.frozen = nn.ModuleList()  # under DeepSpeed the frozen models, which its engine then shards, too
+
+    def forward(self, groups: PromptGroups, temperature: float, supervised: bool = False):
+        """New log-probs, entropy and values of a batch, each (N, R); the values are None without a value model.
+
+        Of supervised examples the log-probs alone (N, R). They go through the same forward, because engines hook it.
+        """
+        if supervised:
+            return response_logprobs(self.policy, groups, temperature)
+        states = response_states(hidden_states(self.policy, groups), groups)
+        logprobs, entropy = logprobs_and_entropy(self.policy, states, groups, temperature)
+        return logprobs, entropy, self._values(groups, states)
+
+    def values(self, groups: PromptGroups) -> torch.Tensor | None:
+        """Value of the state before each response token, float32 (N, R); None without a value model."""
+        shares = isinstance(self.value_model, nn.Linear)
+        return self._values(groups, response_states(hidden_states(self.policy, groups), groups) if shares else None)
+
+    def _values(self, groups, states):
+        if self.value_model is None:
+            return None
+        if isinstance(self.value_model, nn.Linear):
+            return spread(self.value_model(states)[:, 0], groups.response_mask)
+        return response_values(self.value_model, groups)
+
+
+class Models(NamedTuple):
+    """What is trained together, and what is frozen."""
+
+    trained: PolicyAndValue
+    ref_policy: nn.Module
+    reward_model: nn.Module
+    average: AveragedModel | None = None  # of the policy, over the optimizer steps (detail 35)
+
+    @property
+    def policy(self) -> nn.Module:
+        return self.trained.policy
+
+    @property
+    def frozen(self) -> tuple[nn.Module, nn.Module]:
+        return self.ref_policy, self.reward_model
+
+    @property
+    def outcome(self) -> nn.Module:
+        """The policy that is judged and kept: the average where there is one."""
+        return self.policy if self.average is None else self.average.module
+
+
+def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
+    """Policy and value model in one module; reference and reward model frozen.
+
+    With LoRA the reference policy shares the policy's weights and the reward model those of a separate value model,
+    without their adapters.
+    """
+    policy = without_dropout(load_policy(policy_parent))
+    reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.vocab_size)
+    refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
+    if config.ptx_coef:
+        refuse_too_long(policy, config.max_prompt_tokens + config.max_completion_tokens,
+                        "max_prompt_tokens + max_completion_tokens")
+    ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))
+    value_model = None
+    if config.advantage == "gae" and config.value_model == "shared":
+        value_model = new_value_head(policy)
+    elif config.advantage == "gae":
+        value_model = share_weights(reward_model) if config.lora_rank else load_scalar_model(reward_parent)
+    for model in (policy, value_model):
+        if isinstance(model, PreTrainedModel):
+            trainable(model, config)
+    for frozen in (ref_policy, reward_model):
+        frozen.requires_grad_(False).eval()
+    return Models(PolicyAndValue(policy, value_model), ref_policy, reward_model)
+
+
+def new_value_head(policy) -> nn.Linear:
+    """A value head for the policy's own trunk; it starts at 0, which is what reference summaries score."""
+    head = ScalarHead(policy.get_output_embeddings().in_features, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def averaged(policy, decay: float) -> AveragedModel:
+    """An exponential average of the policy that starts at its present weights (detail 35)."""
+    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+    average.update_parameters(policy)  # the first update copies
+    return average

@@ -1,0 +1,29 @@
+"""Means over all tokens of many micro-batches and of all ranks (detail 12)."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class TokenSums:
+    """Adds up sums over tokens, so that the mean is over tokens and not over micro-batches."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.sums, self.maxima = accelerator, {}, {}
+
+    def add(self, sums: dict[str, Tensor], maxima: dict[str, Tensor] | None = None) -> None:
+        """Scalars of one micro-batch. `sums` holds "tokens", their number."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for name, value in (maxima or {}).items():
+            self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
+
+    def merge(self, other: "TokenSums") -> None:
+        self.add(other.sums, other.maxima)
+
+    def means(self) -> dict[str, float]:
+        """Sums over tokens, and maxima, of all ranks; all ranks must call it with the same names."""
+        sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self.sums.items())}
+        tokens = sums.pop("tokens")
+        maxima = {name: self.accelerator.reduce(value, "max").item() for name, value in sorted(self.maxima.items())}
+        return {name: value / tokens for name, value in sums.items()} | maxima
