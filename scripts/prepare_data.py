@@ -33,7 +33,7 @@ from utils.data.rows import Rows, load_data
 from utils.data.sources import Source, data_key, open_source, sources_of
 from utils.data.validation import SHOWN
 from utils.judge.plots import plot_lengths
-from utils.models.loading import load_tokenizer
+from utils.models.parents import Parent
 
 ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data", "prompts": "rlhf_training_data",
          "ratings": "rating_data"}
@@ -241,7 +241,7 @@ def main(config: PrepareConfig) -> None:
         raise UserError("data: name a data set: --data FILE, folder or hub name (data/README.md lists the layouts)")
     if config.output_dir is not None:
         refuse_used(Path(config.output_dir).expanduser())
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = Parent("model", config.model).tokenizer
     kind, report = kind_of(sources_of(config.data)[0]), DataReport()
     rows = load_data(config, {"data": kind}, tokenizer, report)["data"]
     lengths = token_lengths(rows.dataset())

@@ -34,7 +34,7 @@ from utils.data.report import DataReport
 from utils.data.rows import Rows, Source, Tokenised, load_data, split_rows, tokenised
 from utils.data.sources import data_key
 from utils.distributed import world
-from utils.episodes import minibatches, own_prompts, passes_of, rollout_of, sample_episodes
+from utils.episodes import Episodes, minibatches, own_prompts, passes_of, rollout_of, sample_episodes
 from utils.judge.gold import GoldJudge
 from utils.judge.judging import Judge
 from utils.judge.plots import plot_ppo

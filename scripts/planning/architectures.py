@@ -21,8 +21,9 @@ from transformers.masking_utils import sdpa_mask
 
 from planning.flops import Size
 from utils.config import UserError, find_local
-from utils.models.loading import model_path, without_dropout
+from utils.models.loading import without_dropout
 from utils.models.lora import add_adapter
+from utils.models.parents import Parent
 
 # hidden size, layers, heads (Zhang et al., 2205.01068, table 1); two-layer MLPs of four times the hidden size
 OPT = {
@@ -74,7 +75,7 @@ def config_of(name: str, field: str):
     """
     if name in OPT and find_local(name) is None:
         return opt_config(name)
-    path = model_path(name, field)
+    path = Parent(field, name).path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         _build(config, scalar=False)

@@ -25,7 +25,7 @@ from utils.data.sources import Source
 from utils.data.store import StoredSet
 from utils.data.tokens import token_rows
 from utils.data.validation import read_set
-from utils.models.loading import load_tokenizer
+from utils.models.parents import Parent
 from utils.runs.run import peak_memory_mb
 
 BATCH = 1000
@@ -83,7 +83,7 @@ def tokenizer_alone(stored: StoredSet, tokenizer) -> float:
 
 
 def main(config: BenchmarkConfig) -> None:
-    tokenizer = load_tokenizer(config.tokenizer, "tokenizer")
+    tokenizer = Parent("tokenizer", config.tokenizer).tokenizer
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = folder
         path = Path(folder) / "comparisons.jsonl"

@@ -34,13 +34,13 @@ from utils.config import UserError, key, read_yaml, start
 from utils.data.rows import load_examples
 from utils.data.tokens import prompt_tokens
 from utils.judge.evaluation import score_groups
-from utils.judge.gold import gold_score
-from utils.judge.judging import load_rules, refuse_missing_facts
+from utils.judge.gold import gold_score, load_rules, refuse_missing_facts
 from utils.judge.metrics import best_of_n, best_of_n_kl
 from utils.judge.plots import plot_over_optimisation
 from utils.models.generation import sample
-from utils.models.loading import load_policy, load_scalar_model, load_tokenizer
-from utils.runs.run import finished_run, identity, output_file, read_whole_rows
+from utils.models.loading import load_policy, load_scalar_model
+from utils.models.parents import Parent
+from utils.runs.run import finished_run, output_file, read_whole_rows
 
 SAMPLED_AT_ONCE = 256  # responses; with 4 times as many the caches grow and a response takes 1.5 times as long
 SCORED_IN_A_ROW = 16  # responses of one prompt; with all 64 the attention takes twice as long
@@ -105,7 +105,7 @@ def load_runs(config: OverOptimisationConfig) -> list[PPORun]:
         raise UserError("runs: name the folders of PPO runs, for example --runs outputs/over/kl0.0 outputs/over/kl0.04")
     runs = [load_run(name) for name in config.runs]
     for field, name in (("model", config.sft), ("reward_model", config.reward_model)):
-        ours = identity(name)
+        ours = Parent(field, name).identity
         for run in runs:
             if ours.get("sha256", name) != run.parents[field].get("sha256", run.parents[field]["name"]):
                 raise UserError(f"runs: the {field} of '{run.name}' was not '{name}'; give the one it was trained with")
@@ -133,8 +133,9 @@ def judged_samples(config: OverOptimisationConfig, settings: dict) -> tuple[list
     rules, k = load_rules(config.gold_rules), config.best_of
     examples = load_examples(config.data, "data", need_completion=False)[: config.rows]
     refuse_missing_facts(rules, examples)
-    tokenizer, policy = load_tokenizer(config.sft, "sft"), load_policy(config.sft, "sft")
-    reward_model = load_scalar_model(config.reward_model, "reward_model", vocab_size=policy.config.vocab_size)
+    sft = Parent("sft", config.sft)
+    tokenizer, policy = sft.tokenizer, load_policy(sft)
+    reward_model = load_scalar_model(Parent("reward_model", config.reward_model), vocab_size=policy.config.vocab_size)
     prompts = prompt_tokens(tokenizer, [example.prompt for example in examples], settings["max_prompt_tokens"])
     found = sample(
         policy, prompts, k=k, max_new_tokens=settings["max_new_tokens"], temperature=settings["temperature"],

@@ -1,21 +1,18 @@
-"""This project's side of each stage: what the scripts run, without their evaluations and checkpoints."""
+"""This project's side of each stage: the loops of the scripts, without their evaluations and checkpoints."""
 
-import random
-from functools import partial
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from accelerate import Accelerator
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import TrainingArguments, set_seed
-from trl import SFTConfig
-from utils.models.ppo_models import load_models, prepare
+from transformers import set_seed
 
 import train_ppo
 import train_reward
 import train_sft
+import utils.episodes
 import utils.models.generation
-import utils.rollout
 from studies.benchmarks.shapes import PAD, VOCABULARY, small_tokenizer
 from studies.benchmarks.tasks import (
     ADAM_EPS,
@@ -27,106 +24,141 @@ from studies.benchmarks.tasks import (
     Task,
     all_pairs,
 )
-from studies.benchmarks.turns import OneStepATurn, Turns
+from studies.benchmarks.turns import Turns
 from utils.data.report import DataReport
-from utils.distributed import my_share, world
+from utils.loop import Loop, Schedule
 from utils.models.loading import load_policy, load_scalar_model
-from utils.rollout import Carried, collect_rollout, rollout_metrics
-from utils.runs.divergence import Divergence
+from utils.models.outputs import GroupModel, response_logprobs, scores
+from utils.models.parents import Parent
+from utils.models.policy_value import load_models
 from utils.runs.run import Run
-from utils.trainer import in_parts, training_arguments
 
-# What is computed at once is about a thousand tokens, as the README advises for CPUs; it changes no result.
+# What is computed at once is about a thousand tokens, as the docs advise for CPUs; it changes no result.
 TOKENS = 1024  # micro_batch_tokens of SFT and reward
 PROMPTS = 2  # per_device_batch_size of PPO
 # responses have a fixed length: an EOS that no model emits
 TOKENIZER = SimpleNamespace(eos_token_id=VOCABULARY, pad_token_id=PAD)
+NEVER = 10**9  # steps between evaluations and checkpoints
+
+
+class NoMoreTurns(Exception):
+    """The benchmark has asked for its last repetition."""
+
+
+class TurnRun(Run):
+    """A run whose metrics of each step end one repetition and wait for the next."""
+
+    def __init__(self, config, stage: str, turns: Turns):
+        super().__init__(config, stage, DataReport())
+        self.turns, self.counts = turns, Counter()
+
+    def metrics(self, step, values):
+        loss = values.get(f"{self.stage}/loss")
+        figures = {"loss": loss} if loss is not None else {"epochs": values["policy/epochs"],
+                                                           "scored": self.counts.pop("scored", 0) > 0}
+        self.turns.report(dict(self.counts), **figures)
+        self.counts.clear()
+        if not self.turns.wait():
+            raise NoMoreTurns
 
 
 def sft(task: Task, turns: Turns) -> None:
-    config = train_sft.SFTStageConfig(**_trainer_config(task, "sft"))
-    run = Run(config, "sft", DataReport())
+    config = train_sft.SFTStageConfig(**_epoch_config(task))
     rows = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])}
             for p, c in zip(task.prompts, task.completions, strict=True)]
-    trainer = train_sft.SFTStageTrainer(
-        model=load_policy(f"{task.folder}/policy"),
-        args=training_arguments(config, run, SFTConfig, train_sampling_strategy="sequential", save_strategy="no",
-                                dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
-        train_dataset=Dataset.from_list(rows * task.repetitions),
-        data_collator=partial(in_parts, collate=partial(train_sft.collate, pad_id=PAD, loss_on="completion"),
-                              max_tokens=config.micro_batch_tokens),
-        processing_class=small_tokenizer(), run=run, config=config, validation=None,
-    )
-    trainer.add_callback(OneStepATurn(turns, trainer, "tokens", lambda batch: (batch["segments"] >= 0).sum()))
-    trainer.train()
+    policy = load_policy(Parent("model", f"{task.folder}/policy"))
+    model = GroupModel(policy, lambda policy, groups: response_logprobs(policy, groups, 1.0))
+    run = TurnRun(config, "sft", turns)
+    loop = Loop(run, model, small_tokenizer(), config.schedule(len(rows)))
+    _count(model, run, lambda groups: {"tokens": int((groups.segments >= 0).sum())})
+    _run(train_sft, loop, turns, lambda: train_sft.train(loop, Dataset.from_list(rows), None))
 
 
 def reward(task: Task, turns: Turns) -> None:
-    config = train_reward.RewardStageConfig(**_trainer_config(task, "reward"))
-    run = Run(config, "reward", DataReport())
+    config = train_reward.RewardStageConfig(**_epoch_config(task))
     pairs = all_pairs(task.k)
     rows = [{"prompt": p, "completions": c, "pairs": pairs, "length": len(p) + sum(map(len, c))}
             for p, c in zip(task.prompts, task.completions, strict=True)]
-    trainer = train_reward.RewardStageTrainer(
-        model=load_scalar_model(f"{task.folder}/reward", "model"),
-        args=training_arguments(config, run, TrainingArguments, train_sampling_strategy="sequential", save_strategy="no"),
-        train_dataset=Dataset.from_list(rows * task.repetitions),
-        data_collator=partial(in_parts, collate=partial(train_reward.collate, pad_id=PAD),
-                              max_tokens=config.micro_batch_tokens),
-        processing_class=small_tokenizer(), run=run, config=config, validation=None,
-    )
-    trainer.add_callback(OneStepATurn(turns, trainer, "pairs", lambda batch: len(batch["better"])))
-    trainer.train()
+    model = GroupModel(load_scalar_model(Parent("model", f"{task.folder}/reward")), scores)
+    run = TurnRun(config, "reward", turns)
+    loop = Loop(run, model, small_tokenizer(), config.schedule(len(rows)))
+    _count(model, run, lambda groups: {"pairs": len(groups.ends) // task.k * len(pairs)})
+    _run(train_reward, loop, turns, lambda: train_reward.train(loop, Dataset.from_list(rows), None))
+
+
+def _run(stage, loop: Loop, turns: Turns, train) -> None:
+    if turns.clock:
+        for name in ("rows_at", "collate"):
+            turns.clock.watch(stage, name, "data")
+        turns.clock.watch(loop.module, "outputs", "update")
+        for name in ("backward", "optimizer_step"):
+            turns.clock.watch(loop, name, "update")
+    turns.wait()
+    try:
+        train()
+    except NoMoreTurns:
+        return
+
+
+def _count(model, run: TurnRun, count) -> None:
+    """Count what is in each forward pass."""
+    model.register_forward_pre_hook(lambda module, args: run.counts.update(count(args[0])))
 
 
 def ppo(task: Task, turns: Turns) -> None:
     config = train_ppo.PPOStageConfig(
-        **_stage_config(task), per_device_batch_size=PROMPTS, model=f"{task.folder}/policy", reward_model=f"{task.folder}/reward",
-        prompts_per_update=len(task.prompts), responses_per_prompt=task.k, ppo_epochs=PPO_EPOCHS,
-        total_episodes=len(task.prompts) * task.k * task.repetitions, max_new_tokens=RESPONSE_TOKENS,
-        temperature=TEMPERATURE, kl_coef=KL_COEF,
+        **_stage_config(task), per_device_batch_size=PROMPTS, model=f"{task.folder}/policy",
+        reward_model=f"{task.folder}/reward", prompts_per_update=len(task.prompts), responses_per_prompt=task.k,
+        ppo_epochs=PPO_EPOCHS, total_episodes=len(task.prompts) * task.k * (task.repetitions + 1),
+        max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE, kl_coef=KL_COEF, eval_steps=NEVER,
     )
     set_seed(config.seed)
-    accelerator = Accelerator(cpu=True)
-    models, optimizer, scheduler = prepare(load_models(config), config, accelerator)
-    scored, prompts = [], my_share(task.prompts)
-    models.reward_model.base_model.register_forward_hook(lambda *_: scored.append(1))
-    carried, divergence = Carried(config.kl_coef), Divergence(None, TOKENIZER, accelerator)
+    models = load_models(Parent("model", config.model), Parent("reward_model", config.reward_model), config)
+    run = TurnRun(config, "ppo", turns)
+    loop = Loop(run, models.trained, TOKENIZER, Schedule(config.updates, config.updates * config.ppo_epochs, "linear"))
+    loop.carried = {"kl_coef": config.kl_coef}
+    models.reward_model.base_model.register_forward_hook(lambda *_: run.counts.update({"scored": 1}))
+    measured = utils.episodes.Episodes.measure
+
+    def measure(episodes, model):
+        values = measured(episodes, model)
+        run.counts["episodes"], run.counts["tokens"] = len(episodes.responses), int(episodes.response_mask.sum())
+        return values
+
+    utils.episodes.Episodes.measure = measure
     if turns.clock:
-        for name, part in (("sample", "generation"), ("judged", "scoring"), ("pack", "data")):
-            turns.clock.watch(utils.rollout, name, part)
-        turns.clock.watch(train_ppo, "ppo_update", "update")
-    for update in range(task.repetitions):
-        if not turns.wait():
-            return
-        batches = collect_rollout(models, TOKENIZER, prompts, config, update, accelerator, carried)
-        figures = rollout_metrics(batches, accelerator)
-        figures |= train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, divergence,
-                                         random.Random(update))
-        counts = {"episodes": sum(len(batch.ended) for batch in batches),
-                  "tokens": sum(batch.rollout.response_mask.sum().item() for batch in batches)}
-        turns.report(counts, epochs=figures["policy/epochs"], scored=bool(scored))
-        scored.clear()
+        turns.clock.watch(utils.episodes, "sample", "generation")
+        turns.clock.watch(utils.episodes, "pack", "data")
+        turns.clock.watch(utils.episodes.Episodes, "measure", "scoring")
+        turns.clock.watch(train_ppo, "optimise", "update")
+    posts = train_ppo.Posts(task.prompts, None, None, None)
+    turns.wait()
+    try:
+        train_ppo.train(loop, models, posts, None, None)
+    except NoMoreTurns:
+        return
 
 
 def generation(task: Task, turns: Turns) -> None:
-    policy = load_policy(f"{task.folder}/policy").eval()
+    policy = load_policy(Parent("model", f"{task.folder}/policy")).eval()
     if turns.clock:
         turns.clock.watch(utils.models.generation, "sample", "generation")
-    prompts = my_share(task.prompts)
-    number = len(prompts) * task.k
+    with PartialState().split_between_processes(task.prompts) as prompts:
+        seeds = list(range(len(prompts) * task.k))
     while turns.wait():
-        samples = utils.models.generation.sample(policy, prompts, k=task.k, max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE,
-                                          seeds=list(range(number)), eos_id=TOKENIZER.eos_token_id, pad_id=PAD,
-                                          batch_size=len(prompts))
+        samples = utils.models.generation.sample(
+            policy, prompts, k=task.k, max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE, seeds=seeds,
+            eos_id=TOKENIZER.eos_token_id, pad_id=PAD, batch_size=len(prompts))
         turns.report({"tokens": sum(map(len, samples.responses))})
 
 
 def _stage_config(task: Task) -> dict:
     return {"output_dir": str(Path(task.folder) / f"ours-{task.stage}"), "learning_rate": LEARNING_RATE,
-            "adam_eps": ADAM_EPS, "report_to": ["none"]}
+            "adam_eps": ADAM_EPS, "report_to": ["none"], "save_steps": NEVER}
 
 
-def _trainer_config(task: Task, stage: str) -> dict:
-    return {**_stage_config(task), "model": f"{task.folder}/policy", "max_steps": task.repetitions, "logging_steps": 1,
-            "per_device_batch_size": len(task.prompts) // world().num_processes, "micro_batch_tokens": TOKENS}
+def _epoch_config(task: Task) -> dict:
+    processes = PartialState(cpu=True).num_processes
+    return {**_stage_config(task), "model": f"{task.folder}/policy", "max_steps": task.repetitions + 1,
+            "logging_steps": 1, "eval_steps": NEVER, "per_device_batch_size": len(task.prompts) // processes,
+            "micro_batch_tokens": TOKENS}

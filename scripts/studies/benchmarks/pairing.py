@@ -29,7 +29,7 @@ class Side:
         group = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"] if processes > 1 else []
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [str(python), "-m", *group, "benchmarks.side", name, str(task_path)], stdin=subprocess.PIPE,
+                [str(python), "-m", *group, "studies.benchmarks.side", name, str(task_path)], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=task_path.parent)
 
     def repetition(self) -> dict:

@@ -1,4 +1,4 @@
-"""One side of a comparison, in a process of its own: `python -m benchmarks.side ours|peers TASK.json`, by `benchmark.py`."""
+"""One side of a comparison, in a process of its own: `python -m studies.benchmarks.side ours|peers TASK.json`, by `benchmark.py`."""
 
 import importlib
 import logging
@@ -36,7 +36,7 @@ def main(side: str, path: str) -> None:
         turns.clock = Clock()
     if side == "ours":  # as the scripts do; trl's environment lacks what this file needs
         importlib.import_module("utils.config").keep_freed_memory()
-    getattr(importlib.import_module(f"benchmarks.{side}"), task.stage)(task, turns)
+    getattr(importlib.import_module(f"studies.benchmarks.{side}"), task.stage)(task, turns)
 
 
 if __name__ == "__main__":
