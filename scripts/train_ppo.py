@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from utils.config import PROJECT, StageConfig, UserError, key, start
+from utils.config import PROJECT, StageConfig, UserError, key
 from utils.data.report import DataReport
 from utils.data.rows import Rows, Tokenised, load_data, split_rows, tokenised
 from utils.data.sources import data_key
@@ -34,6 +34,7 @@ from utils.judge.evaluation import print_stages
 from utils.judge.judging import Judge, load_rules, refuse_missing_facts
 from utils.judge.metrics import length_controlled_win_rate, win_rate
 from utils.judge.plots import plot_ppo
+from utils.launch import start
 from utils.models.loading import load_tokenizer
 from utils.models.ppo_models import Models, load_models, prepare
 from utils.models.prompt_groups import PromptGroups, pack

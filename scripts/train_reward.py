@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import Trainer, TrainingArguments, set_seed
 
-from utils.config import PROJECT, UserError, key, start
+from utils.config import PROJECT, UserError, key
 from utils.data.layouts import NOTES
 from utils.data.report import DataReport
 from utils.data.rows import load_data, refuse_overlap, split_rows, tokenised
@@ -38,6 +38,7 @@ from utils.judge.metrics import (
     reliability,
 )
 from utils.judge.plots import plot_calibration, plot_reward
+from utils.launch import start
 from utils.models.loading import centre_scores, load_scalar_model, load_tokenizer, scores
 from utils.models.lora import add_adapter
 from utils.models.prompt_groups import pack

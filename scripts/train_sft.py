@@ -19,13 +19,14 @@ import torch
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from utils.config import PROJECT, key, start
+from utils.config import PROJECT, key
 from utils.data.report import DataReport
 from utils.data.rows import load_data, split_rows, tokenised
 from utils.data.sources import data_key
 from utils.judge.evaluation import print_stages, refuse_too_long, summarise
 from utils.judge.metrics import SummaryRouge
 from utils.judge.plots import plot_sft
+from utils.launch import start
 from utils.models.loading import load_policy, load_tokenizer, response_logprobs
 from utils.models.lora import add_adapter
 from utils.models.prompt_groups import pack

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
-from utils.config import UserError, key, read_yaml, start
+from utils.config import UserError, key, read_yaml
 from utils.data.rows import load_examples
 from utils.data.tokens import prompt_tokens
 from utils.judge.evaluation import score_groups
@@ -38,6 +38,7 @@ from utils.judge.gold import gold_score
 from utils.judge.judging import load_rules, refuse_missing_facts
 from utils.judge.metrics import best_of_n, best_of_n_kl
 from utils.judge.plots import plot_over_optimisation
+from utils.launch import start
 from utils.models.generation import sample
 from utils.models.loading import load_policy, load_scalar_model, load_tokenizer
 from utils.runs.run import finished_run, identity, output_file, read_whole_rows

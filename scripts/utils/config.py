@@ -5,27 +5,19 @@ wrong type or a value out of range stops at once with one line that names the fi
 """
 
 import argparse
-import ctypes
 import dataclasses
 import difflib
-import errno
-import logging
 import math
 import os
 import re
 import sys
-import threading
 import typing
-import warnings
 from pathlib import Path
 
-import huggingface_hub
-import torch
-import transformers
 import yaml
 from trl import TrlParser
 
-PROJECT = Path(__file__).resolve().parents[2]
+from utils.paths import PROJECT, find_local
 
 
 class UserError(Exception):
@@ -221,14 +213,6 @@ def _article(kind):
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
 
-def find_local(path: str) -> Path | None:
-    """A file or folder, looked up from the current folder first, then from the project's; None when neither has it."""
-    try:
-        return next((found for found in (Path(path).expanduser(), PROJECT / path) if found.exists()), None)
-    except (OSError, RuntimeError):  # no name that a file could have: too long, or ~somebody who is not here
-        return None
-
-
 def find_input(path: str, name: str) -> Path:
     """`find_local` of something that must be there.
 
@@ -241,105 +225,12 @@ def find_input(path: str, name: str) -> Path:
     return found
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a name that is not found here can be one of the hub's: owner/name, and nothing here is called like its owner."""
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return False
-    owner = name.split("/")[0]
-    return owner != "outputs" and find_local(owner) is None
-
-
 def save_config(config, path: Path) -> None:
     """Write the resolved configuration as a YAML file that `--config` takes again."""
     saved = {**dataclasses.asdict(config), "resume": False}  # so that it starts a run, and does not go on with one
     aside = path.with_suffix(".tmp")  # a run that is killed here can still be resumed
     aside.write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
     os.replace(aside, path)
-
-
-def _quiet() -> None:
-    """Libraries' notes about themselves would drown ours."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    for library in ("transformers", "torch.distributed"):  # what they say is for DeepSpeed's and their own authors
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-    logging.raiseExceptions = False  # a full disk is reported once, not by a traceback for each line of train.log
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: to hand it back and fetch it again takes a page fault for every 4 KB.
-
-    It made steps on a CPU 4 % (OPT-125m) to 20 % (the mini model) faster, at the same peak. Not with gradient checkpointing, with
-    which the peak of OPT-125m rose from 3.7 to 7.0 GiB; nor are freed tensors given back at once there: it took 28 % more time.
-    """
-    _mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets pages of its own
-    _mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: a free end of the heap stays
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc give every tensor of 128 KiB or more pages of its own, which go back when it is freed.
-
-    That is where glibc begins, but left alone it raises the limit up to 32 MiB, and keeps the holes that smaller tensors leave:
-    an OPT-1.3B reward model under zero3_nvme took 15.0 to 17.1 GiB so, and 13.0 with this.
-    """
-    _mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, which then stays
-
-
-def _mallopt(option: int, value: int) -> None:
-    """glibc's, where there is one."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(option, value)
-
-
-def start(main, config_class, default_file: Path | None, description: str) -> None:
-    """Parse the command line, run `main(config)`, and turn a user's mistake into one line and exit status 2."""
-    _quiet()
-    try:
-        config = parse_config(config_class, default_file, sys.argv[1:], description)
-        if getattr(config, "deepspeed", None):
-            give_back_freed_memory()
-        elif not getattr(config, "gradient_checkpointing", False):
-            keep_freed_memory()
-        main(config)
-    except KeyboardInterrupt:  # while loading, or the second one
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        _leave(error)
-    except Exception as error:
-        if reason := _broken_output(error):
-            _leave(f"{reason}; what was saved so far is intact")
-        if not (reason := _lost_process(error)):
-            raise
-        _leave(f"another process of this run died or hung ({reason}); the last checkpoint is intact: look at what that process "
-               "said, and go on with --resume", status=1)
-
-
-def _leave(message, status=2):
-    threading.excepthook = lambda _: None  # trackers write in threads, which meet the same full disk
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def _broken_output(error) -> str | None:
-    """What is wrong with the disk that is written to; None when the error is another. torch and safetensors say it in words."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return f"{error.filename or 'output'}: {error.strerror}"
-    if re.search("No space left|PytorchStreamWriter failed|enforce fail at inline_container", str(error)):
-        return "no space left on the disk"
-    return None
-
-
-def _lost_process(error) -> str | None:
-    """How an exchange with the other processes failed; None when the error is another. gloo says it in words only."""
-    said = re.search("Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting", str(error))
-    if said or isinstance(error, torch.distributed.DistError):
-        return said[0] if said else type(error).__name__
-    return None
 
 
 @dataclasses.dataclass

@@ -17,8 +17,9 @@ from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from utils.config import UserError, find_input, find_local
+from utils.config import UserError, find_input
 from utils.distributed import first_of_a_node, world
+from utils.paths import find_local
 
 FILE_BYTES = 2**30  # of a file of sharded weights
 LOCK_SECONDS = 600  # without a file more in a folder where something is compiled

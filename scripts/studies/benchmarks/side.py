@@ -35,7 +35,7 @@ def main(side: str, path: str) -> None:
     if task.profile:
         turns.clock = Clock()
     if side == "ours":  # as the scripts do; trl's environment lacks what this file needs
-        importlib.import_module("utils.config").keep_freed_memory()
+        importlib.import_module("utils.launch").keep_freed_memory()
     getattr(importlib.import_module(f"benchmarks.{side}"), task.stage)(task, turns)
 
 

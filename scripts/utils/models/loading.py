@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from utils.config import UserError, find_local, is_hub_name
+from utils.config import UserError
 from utils.models.attention import CAUSAL_BLOCKS
 from utils.models.initial_weights import sketch_induction_heads
 from utils.models.lm_head import LMHead, token_logprobs, token_logprobs_and_entropy
 from utils.models.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
+from utils.paths import find_local, is_hub_name
 from utils.zero import whole
 
 # Weights are float32 (mixed precision is autocast's work), safetensors only, and no code from outside is run.

@@ -21,12 +21,13 @@ import torch
 from accelerate.utils import LoggerType
 from transformers.integrations import get_available_reporting_integrations
 
-from utils.config import PROJECT, UserError, find_input, find_local, read_yaml, save_config
+from utils.config import PROJECT, UserError, find_input, read_yaml, save_config
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.data.report import DataReport
 from utils.distributed import world
 from utils.models.loading import load_tokenizer
 from utils.models.lora import merge_adapter
+from utils.paths import find_local
 from utils.zero import resumable, save_pretrained
 
 
