@@ -41,8 +41,8 @@ def start(main, config_class, default_file: Path | None, description: str) -> No
             _leave(f"{reason}; what was saved so far is intact")
         if not (reason := _lost_process(error)):
             raise
-        _leave(f"another process of this run died or hung ({reason}); the last checkpoint is intact. Read the messages of that "
-               "process, then continue with --resume", status=1)
+        _leave(f"another process of this run died or hung ({reason}); the last checkpoint is intact: read what that process "
+               "printed, then go on with --resume", status=1)
 
 
 def _leave(message, status=2):
