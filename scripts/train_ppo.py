@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -49,6 +50,8 @@ from utils.zero import load_settings
 @dataclass
 class PPOStageConfig(StageConfig):
     """PPO. Defaults: those of the published TL;DR runs."""
+
+    section: ClassVar[str] = "ppo"
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
     reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.",

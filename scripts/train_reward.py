@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ from utils.zero import load_settings
 @dataclass
 class RewardStageConfig(TrainerStageConfig):
     """The reward model. Defaults: OPT on TL;DR comparisons."""
+
+    section: ClassVar[str] = "reward"
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
     reward_training_data: str = data_key("CarperAI/openai_summarize_comparisons", "Comparisons or rankings.")

@@ -14,6 +14,7 @@ It does not pack several examples into a row, and does not teach chat formats.
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from transformers import set_seed
@@ -38,6 +39,8 @@ from utils.zero import load_settings
 @dataclass
 class SFTStageConfig(TrainerStageConfig):
     """Supervised fine-tuning. Defaults: OPT on TL;DR."""
+
+    section: ClassVar[str] = "sft"
 
     model: str = key("facebook/opt-125m", "Base model: a folder or a hub name.")
     initial_weights: str = key("pretrained", "Where training starts: the checkpoint's weights, fresh random ones, or fresh ones "

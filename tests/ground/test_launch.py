@@ -1,4 +1,4 @@
-"""How a script starts and ends: one line for a user's mistake, quiet and quick imports, what happens to freed memory."""
+"""How a script starts and ends: light imports, errors in one line, and what happens to freed memory."""
 
 import errno
 import subprocess
@@ -23,7 +23,8 @@ def test_importing_the_ground_loads_no_heavy_library(module):
     """`--help` and a mistyped key would wait for them."""
     heavy = ("torch", "transformers", "datasets", "accelerate", "pyarrow", "numpy")
     code = f"import sys, {module}; print(*sorted(set(sys.modules) & set({heavy})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT / "scripts", capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=PROJECT / "scripts", capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
 
 
@@ -47,7 +48,8 @@ def started(error, monkeypatch, capsys):
 def test_a_full_disk_is_one_line(error, monkeypatch, capsys):
     code, said = started(error, monkeypatch, capsys)
     assert code == 2 and said.count("\n") == 1
-    assert said.startswith("error: ") and "o space left on" in said and said.endswith("what was saved so far is intact\n")
+    assert said.startswith("error: ") and "o space left on" in said
+    assert said.endswith("what was saved so far is intact\n")
 
 
 def test_ctrl_c_leaves_without_a_traceback(monkeypatch, capsys):
