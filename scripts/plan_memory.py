@@ -25,7 +25,8 @@ from planning.duration import duration
 from planning.fit import STAGES, Setup, batches_of, cheapest, choices_of, plan, remedies
 from planning.memory import CHOICES, GIB
 from planning.report import plot_sizes, print_plans, print_verdict, row_of
-from utils.config import UserError, key, start
+from utils.config import UserError, key
+from utils.launch import start
 from utils.runs.run import output_file
 
 

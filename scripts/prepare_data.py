@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from utils.config import UserError, key, start
+from utils.config import UserError, key
 from utils.data.files import BadRow
 from utils.data.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
 from utils.data.report import DataReport, token_lengths
@@ -33,6 +33,7 @@ from utils.data.rows import Rows, load_data
 from utils.data.sources import Source, data_key, open_source, sources_of
 from utils.data.validation import SHOWN
 from utils.judge.plots import plot_lengths
+from utils.launch import start
 from utils.models.parents import Parent
 
 ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data", "prompts": "rlhf_training_data",

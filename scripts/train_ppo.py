@@ -22,13 +22,13 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
-from utils.config import PROJECT, StageConfig, UserError, key, start
+from utils.config import PROJECT, StageConfig, UserError, key
 from utils.data.batches import PromptBatches
 from utils.data.report import DataReport
 from utils.data.rows import Rows, Source, Tokenised, load_data, split_rows, tokenised
@@ -38,6 +38,7 @@ from utils.episodes import Episodes, minibatches, own_prompts, passes_of, rollou
 from utils.judge.gold import GoldJudge
 from utils.judge.judging import Judge
 from utils.judge.plots import plot_ppo
+from utils.launch import start
 from utils.loop import Loop, Schedule
 from utils.models.outputs import response_logprobs, scores
 from utils.models.parents import Parent, check_task
@@ -70,6 +71,8 @@ from utils.zero import load_settings
 @dataclass
 class PPOStageConfig(StageConfig):
     """PPO. Defaults: those of the published TL;DR runs."""
+
+    section: ClassVar[str] = "ppo"
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
     reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.",

@@ -16,13 +16,14 @@ import math
 import time
 from dataclasses import dataclass
 from statistics import fmean
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import set_seed
 
-from utils.config import PROJECT, UserError, key, start
+from utils.config import PROJECT, UserError, key
 from utils.data.batches import LengthGroupedBatches, rows_at
 from utils.data.report import DataReport
 from utils.data.rows import Source, load_data, refuse_overlap, split_rows, tokenised
@@ -32,6 +33,7 @@ from utils.judge.gold import labeller_figures
 from utils.judge.metrics import bootstrap_interval, expected_calibration_error, pair_accuracy, rank_correlation
 from utils.judge.plots import plot_calibration, plot_reward
 from utils.judge.rankings import accuracy_by_note, confidence, gaps_of, longest_accuracy, reliability_by_confidence
+from utils.launch import start
 from utils.loop import EpochStageConfig, Loop
 from utils.models.loading import centre_scores, load_scalar_model, refuse_too_long, trainable
 from utils.models.outputs import GroupModel, scores
@@ -45,6 +47,8 @@ from utils.zero import load_settings
 @dataclass
 class RewardStageConfig(EpochStageConfig):
     """The reward model. Defaults: OPT on TL;DR comparisons."""
+
+    section: ClassVar[str] = "reward"
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
     reward_training_data: str = data_key("CarperAI/openai_summarize_comparisons", "Comparisons or rankings.")

@@ -15,10 +15,11 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
+from typing import ClassVar
 
 from transformers import set_seed
 
-from utils.config import PROJECT, key, start
+from utils.config import PROJECT, key
 from utils.data.batches import LengthGroupedBatches, rows_at
 from utils.data.report import DataReport
 from utils.data.rows import Source, Tokenised, load_data, split_rows, tokenised
@@ -26,6 +27,7 @@ from utils.data.sources import data_key
 from utils.judge.evaluation import Summaries, summarise
 from utils.judge.metrics import SummaryRouge
 from utils.judge.plots import plot_sft
+from utils.launch import start
 from utils.loop import EpochStageConfig, Loop
 from utils.models.loading import load_policy, refuse_too_long, trainable
 from utils.models.outputs import GroupModel, response_logprobs
@@ -39,6 +41,8 @@ from utils.zero import load_settings
 @dataclass
 class SFTStageConfig(EpochStageConfig):
     """Supervised fine-tuning. Defaults: OPT on TL;DR."""
+
+    section: ClassVar[str] = "sft"
 
     model: str = key("facebook/opt-125m", "Base model: a folder or a hub name.")
     actor_training_data: str = data_key("trl-lib/tldr", "Examples to learn from.")

@@ -20,10 +20,11 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from planning.flops import Size
-from utils.config import UserError, find_local
+from utils.config import UserError
 from utils.models.loading import without_dropout
 from utils.models.lora import add_adapter
 from utils.models.parents import Parent
+from utils.paths import find_local
 
 # hidden size, layers, heads (Zhang et al., 2205.01068, table 1); two-layer MLPs of four times the hidden size
 OPT = {

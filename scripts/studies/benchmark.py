@@ -34,7 +34,8 @@ from studies.benchmarks.plan import KS, PEERS, Comparison, comparisons
 from studies.benchmarks.posts import all_posts, batch_of
 from studies.benchmarks.report import plot_costs, plot_ratios, print_profile, print_table
 from studies.benchmarks.shapes import SHAPES
-from utils.config import UserError, key, start
+from utils.config import UserError, key
+from utils.launch import start
 from utils.runs.run import output_file
 
 

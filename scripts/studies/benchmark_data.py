@@ -19,12 +19,13 @@ from pathlib import Path
 import datasets.config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
-from utils.config import key, start
+from utils.config import key
 from utils.data.rows import load_examples
 from utils.data.sources import Source
 from utils.data.store import StoredSet
 from utils.data.tokens import token_rows
 from utils.data.validation import read_set
+from utils.launch import start
 from utils.models.parents import Parent
 from utils.runs.run import peak_memory_mb
 

@@ -6,7 +6,7 @@
 
 The model has random weights and OPT's vocabulary, the texts are the embedded ones: one prompt in a forward pass. The stage's own
 script runs to its end, final/ included. Its peak is that of the process, but for pages of files: those of a checkpoint that is
-read are the system's to drop. Without an engine a run keeps freed memory (`keep_freed_memory` in utils/config.py), which the
+read are the system's to drop. Without an engine a run keeps freed memory (`keep_freed_memory` in utils/launch.py), which the
 plan does not count. Linux only.
 """
 
@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for
 from planning.architectures import OPT, opt_config
 from planning.fit import STAGES, Setup, choices_of, plan
 from planning.memory import CHOICES, GIB
-from utils.config import PROJECT, UserError, key, start
+from utils.config import PROJECT, UserError, key
+from utils.launch import start
 
 PROMPT, COMPLETION, RESPONSE, K = 100, 30, 8, 2  # tokens, and responses in PPO; the embedded posts are about as long
 

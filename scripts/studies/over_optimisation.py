@@ -30,13 +30,14 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
-from utils.config import UserError, key, read_yaml, start
+from utils.config import UserError, key, read_yaml
 from utils.data.rows import load_examples
 from utils.data.tokens import prompt_tokens
 from utils.judge.evaluation import score_groups
 from utils.judge.gold import gold_score, load_rules, refuse_missing_facts
 from utils.judge.metrics import best_of_n, best_of_n_kl
 from utils.judge.plots import plot_over_optimisation
+from utils.launch import start
 from utils.models.generation import sample
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.parents import Parent

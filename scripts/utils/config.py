@@ -1,48 +1,65 @@
-"""Configuration law: dataclass defaults <- YAML file <- command line, and nothing else.
+"""The configuration law: dataclass defaults <- YAML files <- command line, and nothing else.
 
-Parsing is trl's `TrlParser`. What is added here is what people need when they mistype: an unknown key, a
-wrong type or a value out of range stops at once with one line that names the file, the line and the key.
+Of several files a later one wins. A file may hold sections `sft:`, `reward:` and `ppo:`, whose keys are for
+that stage only.
+
+trl's `TrlParser` makes options of a dataclass. What is added here is strictness: an unknown key, a wrong
+type, a value out of range or a key without effect stops the script with one line that names file, line and
+key.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import difflib
-import errno
-import logging
 import math
 import os
 import re
 import sys
-import threading
 import typing
-import warnings
 from pathlib import Path
 
-import huggingface_hub
-import torch
-import transformers
 import yaml
 from trl import TrlParser
 
-PROJECT = Path(__file__).resolve().parents[2]
+from utils.paths import PROJECT, find_local
+
+SECTIONS = ("sft", "reward", "ppo")  # of a YAML file: keys for one stage
+LINE = "command line"  # the place of what was typed
+
+EPILOG = """\
+sources of the defaults:
+  detail N  row N of docs/details.md, the list of the details that decide whether RLHF works
+  own       our choice
+  N+        Huang et al., The N+ Implementation Details of RLHF with PPO, arXiv 2403.17031
+  ST        Stiennon et al., Learning to Summarize from Human Feedback, arXiv 2009.01325
+  IG        Ouyang et al., InstructGPT, arXiv 2203.02155
+  LMHP      Ziegler et al., Fine-Tuning Language Models from Human Preferences, arXiv 1909.08593
+  DSC       Yao et al., DeepSpeed-Chat, arXiv 2308.01320
+"""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us. Printed as one line, without a traceback; exit status 2."""
+    """A mistake in what the user gave us: `launch.start` prints it in one line, and exits with status 2."""
 
 
 class _Help(str):
-    """A key's help text that carries its valid range: the parser passes any other metadata on to argparse."""
+    """A key's help text that carries its valid range: the parser hands all other metadata on to argparse."""
 
     low = high = choices = parse = None
 
 
 def key(default, help, *, unit="", source="own", low=None, high=None, choices=None, parse=None):
-    """A configuration field: its default, what it means, its unit, where the default comes from ("own": us), its range.
+    """A configuration field.
 
     Args:
-        parse: for a value that is no text or number: returns it checked, or raises ValueError saying what is wrong.
+        default: its value when neither a file nor the command line has one.
+        help: what it means, as a sentence.
+        unit: of its value.
+        source: where the default comes from; "own": our choice. `EPILOG` explains the abbreviations.
+        low, high: the smallest and the largest valid number.
+        choices: the valid texts.
+        parse: for values that are neither text nor number: returns the checked value, or raises ValueError
+            that says what is wrong.
     """
     if choices:
         help += f" One of: {', '.join(choices)}."
@@ -55,108 +72,207 @@ def key(default, help, *, unit="", source="own", low=None, high=None, choices=No
     return dataclasses.field(default=default, metadata=metadata)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, its commands among them, and shows one spelling of each key."""
+class Setting(typing.NamedTuple):
+    """The value of a key, and where it was given: `file:line`, or the command line."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=120)
-
-    def _format_action_invocation(self, action):
-        return action.option_strings[-1] if action.dest == "help" else action.option_strings[0]
-
-
-class _Parser(TrlParser):
-    """`TrlParser` whose complaints are one line and exit status 2, and which takes no abbreviated keys."""
-
-    def __init__(self, config_class, description):
-        super().__init__(config_class, description=description, allow_abbrev=False, formatter_class=_HelpFormatter,
-                         usage="%(prog)s [--config FILE] [--key value ...]")
-        self.add_argument("--config", metavar="FILE", help="YAML file with any of the other keys.")
-
-    def print_help_with(self, defaults):
-        """`--help` with what this command would use: the values of its YAML file before those of the dataclass."""
-        for action in self._actions:
-            value = defaults.get(action.dest, action.default)
-            # as YAML and the command line spell them
-            action.default = str(value).lower() if value is None or isinstance(value, bool) else value
-        self.print_help()
-
-    def error(self, message):
-        raise UserError(message.removeprefix("argument "))
-
-    def names(self):
-        return [action.dest for action in self._actions if action.dest not in ("help", "config")]
-
-    def parse_args_into_dataclasses(self, args):
-        config, *_, unknown = super().parse_args_into_dataclasses(args, True, look_for_args_file=False)
-        if unknown:
-            word = unknown[0].lstrip("-").split("=")[0]
-            raise UserError(f"unknown key '{unknown[0]}'{_closest(word.replace('-', '_'), self.names())}")
-        return config
+    value: typing.Any
+    place: str
 
 
 def parse_config(config_class, default_file: Path | None, argv: list[str], description: str = ""):
     """The resolved configuration of a script.
 
     Args:
-        config_class: dataclass whose fields are made by `key`.
-        default_file: YAML file that is used when `--config` is not given; None: only the dataclass's defaults are.
+        config_class: dataclass whose fields are made by `key`. `section` and `without_effect()` are used if
+            it has them, see `StageConfig`.
+        default_file: YAML file that is used when `--config` is not given; None: the dataclass's defaults are.
         argv: the command line without the program's name.
         description: what `--help` says first.
 
     Raises:
         UserError: naming file, line and key, when anything does not fit.
     """
-    parser = _Parser(config_class, description)
-    argv = [word for word in argv if not re.fullmatch("--local[_-]rank=-?[0-9]+", word)]  # the deepspeed launcher's own
-    path, argv = _config_path(argv, default_file)
-    values, lines = ({}, {}) if path is None else read_yaml(path)
-    for name in values:
-        if name not in parser.names():
-            raise UserError(f"{path}:{lines[name]}: unknown key '{name}'{_closest(name, parser.names())}")
-    if "-h" in argv or "--help" in argv:
-        parser.print_help_with({**values, "config": path})
+    options = _first_options()
+    # the deepspeed launcher adds its --local_rank
+    argv = [word for word in argv if not re.fullmatch("--local[_-]rank=-?[0-9]+", word)]
+    first, words = _parsed(options, argv, LINE)
+    if len(first.config) > 1:
+        raise UserError(f"{LINE}: --config stands twice; give it once, with all files: --config A B")
+    named = [find_input(path, "--config") for path in sum(first.config, [])]
+    parser = _parser(config_class, description, options)
+    embedded = {} if named or default_file is None else _file_settings(parser, config_class, default_file)
+    given = {}  # by the user
+    for path in named:
+        given |= _file_settings(parser, config_class, path)
+    if first.help:
+        _print_help(parser, config_class, embedded | given, named or ([default_file] if embedded else []))
         sys.exit(0)
-    parser.set_defaults_with_config(**{k: v for k, v in values.items() if not isinstance(v, str)})
-    strings = [f"--{k}={v}" for k, v in values.items() if isinstance(v, str)]
-    _parse(parser, strings, lambda name: f"{path}:{lines.get(name, 1)}")
-    config = _parse(parser, strings + argv, lambda name: "command line")
-    given = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    kinds = typing.get_type_hints(config_class)  # not field.type: the parser has turned its `str | None` into `str`
-    for field in dataclasses.fields(config):
-        in_file = field.name in lines and field.name not in given
-        where = f"{path}:{lines[field.name]}" if in_file else "command line"
-        setattr(config, field.name, _checked(field, kinds[field.name], getattr(config, field.name), where))
+    given |= _checked_all(config_class, _typed(parser, config_class, words))
+    settings = embedded | given
+    try:
+        config = config_class(**{name: setting.value for name, setting in settings.items()})
+    except UserError as error:  # of __post_init__, whose messages begin with the key
+        place = settings.get(str(error).split(":")[0], Setting(None, LINE)).place
+        raise UserError(f"{place}: {error}") from None
+    _refuse_without_effect(config, given)
     return config
 
 
-def _parse(parser, argv, where):
+def _refuse_without_effect(config, given: dict[str, Setting]) -> None:
+    """Refuse the given keys that act on nothing beside the values of the others, unless at their default.
+
+    A key that only the default file sets goes back to its default: the user did not ask for it, and the saved
+    configuration must pass this check when it is read again.
+
+    Raises:
+        UserError: naming all of these keys, where each stands and why it has no effect.
+    """
+    defaults, refused = _defaults(type(config)), []
+    reasons = config.without_effect() if hasattr(config, "without_effect") else {}
+    for name, why in reasons.items():
+        if getattr(config, name) == defaults[name]:
+            continue
+        if name in given:
+            refused.append(f"{given[name].place}: '{name}' has no effect ({why})")
+        setattr(config, name, defaults[name])
+    if refused:
+        raise UserError(f"{'; '.join(refused)}; leave {'it' if len(refused) == 1 else 'them'} out")
+
+
+def _defaults(config_class) -> dict:
+    """The default of each key."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config_class)
+    }
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of description and epilogue as they are, and shows one spelling of each key."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _format_action_invocation(self, action):
+        if action.dest in ("help", "config"):
+            return super()._format_action_invocation(action)
+        return action.option_strings[0]
+
+
+def _first_options() -> argparse.ArgumentParser:
+    """The options that are read before all keys."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("-h", "--help", action="store_true",
+                         help="Show this text, with the values that this command would use.")
+    options.add_argument("--config", metavar="FILE", nargs="+", action="append", default=[],
+                         help="YAML files with any of the keys below, all behind one --config. A later file "
+                         "wins over an earlier one, the command line over all. Keys in a section `sft:`, "
+                         "`reward:` or `ppo:` are for that stage only.")
+    return options
+
+
+def _parser(config_class, description, options) -> TrlParser:
+    """The keys of a dataclass as options. What is not given is left out of the result."""
+    cites = any("source: own" not in field.metadata["help"] for field in dataclasses.fields(config_class))
+    parser = TrlParser(
+        config_class, parents=[options], add_help=False, allow_abbrev=False, exit_on_error=False,
+        usage="%(prog)s [--config FILE [FILE ...]] [--key value ...]",
+        description=description, epilog=EPILOG if cites else None, formatter_class=_HelpFormatter,
+    )
+    names = [*_defaults(config_class), "help", "config"]
+    parser.set_defaults_with_config(**dict.fromkeys(names, argparse.SUPPRESS))
+    return parser
+
+
+def _parsed(parser, words, place):
+    """argparse's namespace and the words that it does not know."""
     try:
-        return parser.parse_args_into_dataclasses(argv)
-    except (UserError, ValueError) as error:
-        name = str(error).split(":")[0].split("/")[0].strip().lstrip("-")
-        raise UserError(f"{where(name)}: {error}".replace("command line: command line", "command line")) from None
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        name = error.argument_name.split("/")[0]  # --learning_rate/--learning-rate
+        raise UserError(f"{place}: {name}: {error.message}") from None
 
 
-def _config_path(argv, default_file):
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" not in argv:
-        return default_file, argv
-    index = argv.index("--config")
-    if index + 1 == len(argv):
-        raise UserError("command line: --config needs a file, for example --config configs/tldr_mini/sft.yaml")
-    rest = argv[:index] + argv[index + 2 :]
-    if "--config" in rest:
-        raise UserError("command line: --config stands twice; settings of several files do not add up")
-    return find_input(argv[index + 1], "--config"), rest
+def _typed(parser, config_class, words) -> dict[str, Setting]:
+    """The keys on the command line."""
+    given, unknown = _parsed(parser, words, LINE)
+    if unknown:
+        word = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        raise UserError(f"{LINE}: unknown key '{unknown[0]}'{_suggestion(word, _defaults(config_class))}")
+    return {name: Setting(value, LINE) for name, value in vars(given).items()}
 
 
-def read_yaml(path: Path) -> tuple[dict, dict]:
-    """The mapping in a YAML file, and the line number of each key."""
+def _print_help(parser, config_class, settings, files) -> None:
+    """`--help` with the values that this command would use, spelled as in YAML and on the command line."""
+    shown = _defaults(config_class) | {name: setting.value for name, setting in settings.items()}
+    shown["config"] = " ".join(map(str, files)) or None
+    for name, value in shown.items():
+        if value is None or isinstance(value, bool):
+            shown[name] = str(value).lower()
+    parser.set_defaults_with_config(**shown)
+    parser.print_help()
+
+
+def _suggestion(word, known) -> str:
+    """The known key that an unknown one resembles, or all of them."""
+    match = difflib.get_close_matches(str(word), known, n=1)
+    return f"; did you mean '{match[0]}'?" if match else f"; valid keys: {', '.join(sorted(known))}"
+
+
+# ------------------------------------------------------------------------------------------------- YAML files
+
+
+def _file_settings(parser, config_class, path: Path) -> dict[str, Setting]:
+    """What a YAML file sets, checked."""
+    section = getattr(config_class, "section", "")
+    settings = read_settings(path, section)
+    for name, (value, place) in settings.items():
+        if name not in _defaults(config_class):
+            known = [*_defaults(config_class), *(SECTIONS if section else ())]
+            raise UserError(f"{place}: unknown key '{name}'{_suggestion(name, known)}")
+        if isinstance(value, str):  # `3e-6` is text to PyYAML: read it as the command line would
+            given, _ = _parsed(parser, [f"--{name}={value}"], place)
+            settings[name] = Setting(vars(given)[name], place)
+    return _checked_all(config_class, settings)
+
+
+def read_settings(path: Path, section: str) -> dict[str, Setting]:
+    """The keys of a YAML file that are for a stage: the common ones, and those of its section, which win.
+
+    Keys in the sections of other stages are not looked at: this stage does not know which of them exist.
+
+    Args:
+        section: of the stage; "": the script is no stage, and has no sections.
+    """
+    values, node = _load(path)
+    lines = _lines(path, values, node)
+    settings = {name: Setting(value, f"{path}:{lines[name]}") for name, value in values.items()}
+    nodes = {name.value: inner for name, inner in node.value} if section and node else {}
+    for other in filter(nodes.__contains__, SECTIONS):
+        keys, place = settings.pop(other)
+        if not isinstance(keys, dict):
+            raise UserError(f"{place}: '{other}' must hold 'key: value' lines, found {_kind(keys)}")
+        lines = _lines(path, keys, nodes[other])
+        if other == section:
+            settings |= {name: Setting(value, f"{path}:{lines[name]}") for name, value in keys.items()}
+    return settings
+
+
+def read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
+    """The mapping in a YAML file, and the line of each key."""
+    values, node = _load(path)
+    return values, _lines(path, values, node)
+
+
+def _load(path: Path) -> tuple[dict, yaml.MappingNode | None]:
+    """The mapping in a YAML file, and its node, which knows the lines; None when there are only comments."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = {} if node is None else yaml.safe_load(text)  # None: nothing but comments
+        values = {} if node is None else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -167,73 +283,84 @@ def read_yaml(path: Path) -> tuple[dict, dict]:
         problem = getattr(error, "problem", None) or getattr(error, "reason", error)
         raise UserError(f"{path}:{line}: is not valid YAML ({problem})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}:1: must be a YAML mapping of 'key: value' lines, found a {type(values).__name__}")
+        raise UserError(f"{path}:1: must be a YAML mapping of 'key: value' lines, found {_kind(values)}")
+    return values, node
+
+
+def _lines(path, values: dict, node) -> dict[str, int]:
+    """The line of each key of a mapping; refuses a key that stands twice or is no text."""
     lines = {}
-    for name_node, _ in node.value if node else []:
-        if not isinstance(name_node.value, str) or name_node.value not in values:  # 1, true, null, ...
-            raise UserError(f"{path}:{name_node.start_mark.line + 1}: key '{name_node.value}' is not text")
-        if name_node.value in lines:
-            first = lines[name_node.value]
-            raise UserError(f"{path}:{name_node.start_mark.line + 1}: key '{name_node.value}' stands twice (line {first})")
-        lines[name_node.value] = name_node.start_mark.line + 1
-    return values, lines
+    for name, _ in node.value if node else []:
+        line = name.start_mark.line + 1
+        if not isinstance(name.value, str) or name.value not in values:  # 1, true, null, ...
+            raise UserError(f"{path}:{line}: key '{name.value}' is not text")
+        if name.value in lines:
+            raise UserError(f"{path}:{line}: key '{name.value}' stands twice (line {lines[name.value]})")
+        lines[name.value] = line
+    return lines
 
 
-def _closest(word, names):
-    match = difflib.get_close_matches(str(word), names, n=1)
-    return f"; did you mean '{match[0]}'?" if match else f"; valid keys: {', '.join(sorted(set(names)))}"
+# ----------------------------------------------------------------------------------------------------- checks
 
 
-def _checked(field, declared, value, where):
-    """The value in its field's type. YAML gives no type guarantee (`3e-6` is a string to PyYAML, `1` an int)."""
+def _checked_all(config_class, settings: dict[str, Setting]) -> dict[str, Setting]:
+    kinds = typing.get_type_hints(config_class)  # in field.type, the parser turns `str | None` into `str`
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    return {name: Setting(_checked(fields[name], kinds[name], value, place), place)
+            for name, (value, place) in settings.items()}
+
+
+def _checked(field, declared, value, place):
+    """The value in its field's type: YAML does not know which type a key needs.
+
+    Raises:
+        UserError: when it is of another type or out of range.
+    """
     kinds = typing.get_args(declared) or (declared,)
     if typing.get_origin(declared) is list:
-        ok = isinstance(value, list) and all(isinstance(item, kinds[0]) for item in value)
-        if not ok:
-            raise UserError(f"{where}: '{field.name}' must be a list of {kinds[0].__name__}, found {value!r}")
+        if not isinstance(value, list) or not all(isinstance(item, kinds[0]) for item in value):
+            items = _PLURALS[kinds[0]]
+            raise UserError(f"{place}: '{field.name}' must be a list of {items}, found {value!r}")
         return value
-    if type(None) in kinds and value in (None, "none", "null"):  # the command line has no other way to say it
+    if type(None) in kinds and value in (None, "none", "null"):  # on the command line, none is a text
         return None
     if parse := field.metadata["help"].parse:
         try:
             return parse(value)
         except ValueError as error:
-            raise UserError(f"{where}: '{field.name}' {error}") from None
+            raise UserError(f"{place}: '{field.name}' {error}") from None
     kind = kinds[0]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: '{field.name}' must be a finite number, found {value!r}")
+        raise UserError(f"{place}: '{field.name}' must be a finite number, found {value!r}")
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{where}: '{field.name}' must be {_article(kind)}, found {value!r}")
+        raise UserError(f"{place}: '{field.name}' must be {_NAMES[kind]}, found {value!r}")
     described = field.metadata["help"]
     low, high, choices = described.low, described.high, described.choices
     if choices and value not in choices:
-        raise UserError(f"{where}: '{field.name}' must be one of {', '.join(choices)}, found {value!r}")
-    # written so that not-a-number, which is neither below nor above anything, is refused as well
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        span = f"between {low} and {high}" if high is not None and low is not None else f"at least {low}"
-        raise UserError(f"{where}: '{field.name}' must be {span}, found {value!r}")
+        raise UserError(f"{place}: '{field.name}' must be one of {', '.join(choices)}, found {value!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"{place}: '{field.name}' must be {span}, found {value!r}")
     return value
 
 
-def _article(kind):
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
+          dict: "a mapping"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def find_local(path: str) -> Path | None:
-    """A file or folder, looked up from the current folder first, then from the project's; None when neither has it."""
-    try:
-        return next((found for found in (Path(path).expanduser(), PROJECT / path) if found.exists()), None)
-    except (OSError, RuntimeError):  # no name that a file could have: too long, or ~somebody who is not here
-        return None
+def _kind(value) -> str:
+    """What a YAML value is, for messages."""
+    return "nothing" if value is None else _NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def find_input(path: str, name: str) -> Path:
-    """`find_local` of something that must be there.
+    """The file or folder that the key `name` gives, looked up by `find_local`.
 
     Raises:
-        UserError: naming the key `name`, when it is not.
+        UserError: naming the key, when it does not exist.
     """
     found = find_local(path)
     if found is None:
@@ -241,133 +368,57 @@ def find_input(path: str, name: str) -> Path:
     return found
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a name that is not found here can be one of the hub's: owner/name, and nothing here is called like its owner."""
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return False
-    owner = name.split("/")[0]
-    return owner != "outputs" and find_local(owner) is None
-
-
-def save_config(config, path: Path) -> None:
-    """Write the resolved configuration as a YAML file that `--config` takes again."""
-    saved = {**dataclasses.asdict(config), "resume": False}  # so that it starts a run, and does not go on with one
-    aside = path.with_suffix(".tmp")  # a run that is killed here can still be resumed
-    aside.write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def _quiet() -> None:
-    """Libraries' notes about themselves would drown ours."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    for library in ("transformers", "torch.distributed"):  # what they say is for DeepSpeed's and their own authors
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-    logging.raiseExceptions = False  # a full disk is reported once, not by a traceback for each line of train.log
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looks for one
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: to hand it back and fetch it again takes a page fault for every 4 KB.
-
-    It made steps on a CPU 4 % (OPT-125m) to 20 % (the mini model) faster, at the same peak. Not with gradient checkpointing, with
-    which the peak of OPT-125m rose from 3.7 to 7.0 GiB; nor are freed tensors given back at once there: it took 28 % more time.
-    """
-    _mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets pages of its own
-    _mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: a free end of the heap stays
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc give every tensor of 128 KiB or more pages of its own, which go back when it is freed.
-
-    That is where glibc begins, but left alone it raises the limit up to 32 MiB, and keeps the holes that smaller tensors leave:
-    an OPT-1.3B reward model under zero3_nvme took 15.0 to 17.1 GiB so, and 13.0 with this.
-    """
-    _mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, which then stays
-
-
-def _mallopt(option: int, value: int) -> None:
-    """glibc's, where there is one."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(option, value)
-
-
-def start(main, config_class, default_file: Path | None, description: str) -> None:
-    """Parse the command line, run `main(config)`, and turn a user's mistake into one line and exit status 2."""
-    _quiet()
-    try:
-        config = parse_config(config_class, default_file, sys.argv[1:], description)
-        if getattr(config, "deepspeed", None):
-            give_back_freed_memory()
-        elif not getattr(config, "gradient_checkpointing", False):
-            keep_freed_memory()
-        main(config)
-    except KeyboardInterrupt:  # while loading, or the second one
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        _leave(error)
-    except Exception as error:
-        if reason := _broken_output(error):
-            _leave(f"{reason}; what was saved so far is intact")
-        if not (reason := _lost_process(error)):
-            raise
-        _leave(f"another process of this run died or hung ({reason}); the last checkpoint is intact: look at what that process "
-               "said, and go on with --resume", status=1)
-
-
-def _leave(message, status=2):
-    threading.excepthook = lambda _: None  # trackers write in threads, which meet the same full disk
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def _broken_output(error) -> str | None:
-    """What is wrong with the disk that is written to; None when the error is another. torch and safetensors say it in words."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return f"{error.filename or 'output'}: {error.strerror}"
-    if re.search("No space left|PytorchStreamWriter failed|enforce fail at inline_container", str(error)):
-        return "no space left on the disk"
-    return None
-
-
-def _lost_process(error) -> str | None:
-    """How an exchange with the other processes failed; None when the error is another. gloo says it in words only."""
-    said = re.search("Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting", str(error))
-    if said or isinstance(error, torch.distributed.DistError):
-        return said[0] if said else type(error).__name__
-    return None
+# --------------------------------------------------------------------------------------- what all stages have
 
 
 @dataclasses.dataclass
 class StageConfig:
-    """What every stage needs. Defaults are those of the reference task (OPT on TL;DR)."""
+    """The keys of every stage. Defaults are those of the reference task (OPT on TL;DR)."""
+
+    section: typing.ClassVar[str] = ""  # of YAML files: the one of SECTIONS that is for this stage
 
     output_dir: str = key("outputs/run/stage", "Folder of this run; must be new or empty unless `resume`.")
-    resume: bool = key(False, "Go on from the newest checkpoint in `output_dir`.")
+    resume: bool = key(False, "Continue from the newest checkpoint in `output_dir`.")
     seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)
-    on_bad_rows: str = key("error", "Rows of the data that cannot be used: stop before training, or skip them and write them to "
-                           "rejected_rows.jsonl.", choices=["error", "skip"])
-    allow_overlap: bool = key(False, "Accept that a prompt stands in two of training, validation and test data.",
+    on_bad_rows: str = key("error", "What to do with data rows that cannot be used: stop before training, or "
+                           "skip them and write them to rejected_rows.jsonl.", choices=["error", "skip"])
+    allow_overlap: bool = key(False, "Accept a prompt that is in two of training, validation and test data.",
                               source="detail 7")
-    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="N+ detail 1", low=8)
+    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
     per_device_batch_size: int = key(8, "Rows (prompt groups) in one forward pass.", unit="rows", low=1)
-    learning_rate: float = key(3e-6, "Peak learning rate.", source="N+ detail 9", low=0.0)
-    adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="N+ detail 9", low=0.0)
-    adam_beta2: float = key(0.999, "Second moment decay of AdamW.", source="PyTorch", low=0.0, high=0.999999)
+    learning_rate: float = key(3e-6, "Peak learning rate.", source="detail 9", low=0.0)
+    adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="detail 9", low=0.0)
+    adam_beta2: float = key(0.999, "Decay of AdamW's second moment.", source="PyTorch", low=0.0,
+                            high=0.999999)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0.0)
     warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", unit="steps", low=0)
-    max_grad_norm: float = key(1.0, "Gradient norm is clipped to this; 0: no clipping.", low=0.0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0: no clipping.", low=0.0)
     lora_rank: int = key(0, "Train adapters of this rank in place of the weights; 0: train the weights.",
                          source="LoRA, 2106.09685", low=0)
-    lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", source="LoRA, 2106.09685", low=1)
-    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
-    mixed_precision: str = key("no", "Arithmetic of the forward pass; weights stay float32, under DeepSpeed those "
-                               "of its optimizer.", choices=["no", "bf16", "fp16"])
-    deepspeed: str | None = key(None, "DeepSpeed configuration: one of configs/deepspeed/, or your own; none: no DeepSpeed.",
-                                source="ZeRO, 1910.02054")
+    lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", source="LoRA, 2106.09685",
+                          low=1)
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more "
+                                       "time.")
+    mixed_precision: str = key("no", "Arithmetic of the forward pass. Weights stay float32; with DeepSpeed, "
+                               "those of its optimizer do.", choices=["no", "bf16", "fp16"])
+    deepspeed: str | None = key(None, "DeepSpeed configuration: a file of configs/deepspeed/, or your own; "
+                                "none: no DeepSpeed.", source="ZeRO, 1910.02054")
     save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints", low=1)
-    report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none for no tracker.")
+    report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none: no "
+                               "tracker.")
+
+    def without_effect(self) -> dict[str, str]:
+        """The keys that act on nothing beside the values of the others, each with the reason.
+
+        `parse_config` refuses a value other than the default for them, if the user gave it. A subclass adds
+        its own keys.
+        """
+        return {} if self.lora_rank else {"lora_alpha": "lora_rank is 0, so there are no adapters"}
+
+
+def save_config(config, path: Path) -> None:
+    """Write the resolved configuration as a YAML file that `--config` reads again to the same."""
+    saved = {**dataclasses.asdict(config), "resume": False}  # a run from this file is a new one
+    unfinished = path.with_suffix(".tmp")  # renamed when complete: a run killed here can still be resumed
+    unfinished.write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+    os.replace(unfinished, path)

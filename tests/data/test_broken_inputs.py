@@ -18,7 +18,8 @@ import pytest
 import train_ppo
 import train_reward
 import train_sft
-from utils.config import PROJECT, start
+from utils.config import PROJECT
+from utils.launch import start
 
 STAGES = {"actor": (train_sft, "SFTStageConfig"), "reward": (train_reward, "RewardStageConfig"),
           "rlhf": (train_ppo, "PPOStageConfig")}

@@ -1,35 +1,36 @@
-"""Configuration: dataclass <- YAML <- command line, and one line that names the place of each mistake."""
+"""Configuration: dataclass <- YAML files <- command line, and one line that names the place of a mistake."""
 
+import ast
 import dataclasses
-import errno
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from safetensors import SafetensorError
 
 from utils.config import (
     PROJECT,
+    SECTIONS,
     StageConfig,
     UserError,
     find_input,
-    find_local,
-    is_hub_name,
     key,
     parse_config,
     save_config,
-    start,
 )
 
-STAGES = {"sft": "SFTStageConfig", "base": "SFTStageConfig", "reward": "RewardStageConfig", "ppo": "PPOStageConfig"}
+STAGES = {"sft": "SFTStageConfig", "base": "SFTStageConfig", "reward": "RewardStageConfig",
+          "ppo": "PPOStageConfig"}
 
 
 @dataclass
 class Toy(StageConfig):
     """All kinds of keys beside those of every stage."""
+
+    section: ClassVar[str] = "sft"
 
     note: str | None = key(None, "Anything.")
     bias: float = key(0.0, "Any number, 100 % of them.")
@@ -80,7 +81,8 @@ def test_every_spelling_of_a_float_is_a_float(text, tmp_path):
 
 def test_whole_numbers_are_floats_where_a_float_is_asked_for(tmp_path):
     found = parse(tmp_path, "bias: -2\n", "--share", "1")
-    assert (found.bias, found.share) == (-2.0, 1.0) and isinstance(found.bias, float) and isinstance(found.share, float)
+    assert (found.bias, found.share) == (-2.0, 1.0)
+    assert isinstance(found.bias, float) and isinstance(found.share, float)
     assert parse(tmp_path, "", "--bias", "-1.5").bias == -1.5
     assert parse(tmp_path, "", "--bias=-1e-3").bias == -1e-3
 
@@ -94,10 +96,50 @@ def test_lists_are_not_shared_between_configurations():
     assert Toy().report_to == ["tensorboard"]
 
 
+def write(folder, name, text):
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_of_several_files_the_later_wins_and_the_command_line_over_all(tmp_path):
+    recipe = write(tmp_path, "recipe.yaml", "seed: 1\nshare: 0.25\nnote: recipe\nreport_to: [a, b]\n")
+    size = write(tmp_path, "size.yaml", "seed: 2\nnote: null\nreport_to: [c]\n")
+    found = parse(tmp_path, "bias: 3\n", "--share", "1", "--config", recipe, size, "--warmup_steps", "7")
+    assert (found.seed, found.share, found.note, found.report_to) == (2, 1.0, None, ["c"])
+    assert (found.warmup_steps, found.bias) == (7, 0.0)  # the default file is not read
+    found = parse(tmp_path, "", "--config", size, recipe)
+    assert (found.seed, found.note, found.report_to) == (1, "recipe", ["a", "b"])
+
+
+def test_a_section_is_for_its_stage_and_wins_over_the_common_keys_of_its_file(tmp_path):
+    text = "sft:\n  seed: 1\n  share: 0.25\nseed: 2\nnote: common\nppo:\n  seed: 3\n  gamma: 0.5\n"
+    found = parse(tmp_path, text)
+    assert (found.seed, found.share, found.note) == (1, 0.25, "common")
+    later = write(tmp_path, "later.yaml", "seed: 4\nreward: {share: 0.75}\n")
+    first = write(tmp_path, "first.yaml", text)
+    found = parse(tmp_path, "", "--config", first, later)  # a later file wins over a section too
+    assert (found.seed, found.share, found.note) == (4, 0.25, "common")
+
+
+@dataclass
+class Tool:
+    """A script that is no stage, with a key that is called like what stages have."""
+
+    seed: int = key(0, "Anything.")
+    stage: str = key("sft", "A stage.")
+
+
+def test_a_script_that_is_no_stage_has_no_sections(tmp_path):
+    path = write(tmp_path, "tool.yaml", "seed: 1\nsft:\n  seed: 2\n")
+    said = one_line(lambda: parse_config(Tool, None, ["--config", path]))
+    assert said.startswith(f"{path}:2: unknown key 'sft'")
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 IN_FILE = {  # text of the file, line, part of the message
-    "unknown key": ("seed: 1\n\nlearnin_rate: 1\n", 3, "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
+    "unknown key": ("seed: 1\n\nlearnin_rate: 1\n", 3,
+                    "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
     "unlike any key": ("zzz: 1\n", 1, "unknown key 'zzz'; valid keys: adam_beta2,"),
     "help is no key": ("help: 1\n", 1, "unknown key 'help'"),
     "config is no key": ("config: other.yaml\n", 1, "unknown key 'config'"),
@@ -111,26 +153,39 @@ IN_FILE = {  # text of the file, line, part of the message
     "number for text": ("note: 3\n", 1, "'note' must be text, found 3"),
     "list for a number": ("seed: [1, 2]\n", 1, "'seed' must be a whole number, found [1, 2]"),
     "mapping for a number": ("share: {a: 1}\n", 1, "'share' must be a number"),
-    "list of numbers": ("report_to: [1]\n", 1, "'report_to' must be a list of str, found [1]"),
-    "number for a list": ("report_to: 1\n", 1, "'report_to' must be a list of str, found 1"),
+    "list of numbers": ("report_to: [1]\n", 1, "'report_to' must be a list of texts, found [1]"),
+    "number for a list": ("report_to: 1\n", 1, "'report_to' must be a list of texts, found 1"),
     "null for a number": ("seed: null\n", 1, "'seed' must be a whole number, found None"),
-    "too small": ("seed: 1\nper_device_batch_size: 0\n", 2, "'per_device_batch_size' must be at least 1, found 0"),
+    "too small": ("seed: 1\nper_device_batch_size: 0\n", 2,
+                  "'per_device_batch_size' must be at least 1, found 0"),
     "too large": ("share: 1.5\n", 1, "'share' must be between 0.0 and 1.0, found 1.5"),
     "nan": ("share: .nan\n", 1, "'share' must be a finite number, found nan"),
     "nan without a range": ("bias: nan\n", 1, "'bias' must be a finite number, found nan"),
     "infinite": ("learning_rate: .inf\n", 1, "'learning_rate' must be a finite number, found inf"),
-    "not a choice": ("mixed_precision: bf8\n", 1, "'mixed_precision' must be one of no, bf16, fp16, found 'bf8'"),
+    "not a choice": ("mixed_precision: bf8\n", 1,
+                     "'mixed_precision' must be one of no, bf16, fp16, found 'bf8'"),
     "choice read as a bool": ("mixed_precision: no\n", 1, "must be text, found False"),
     "duplicate": ("seed: 1\nshare: 0.1\nseed: 2\n", 3, "key 'seed' stands twice (line 1)"),
     "list": ("- seed\n- 1\n", 1, "must be a YAML mapping of 'key: value' lines, found a list"),
     "empty list": ("[]\n", 1, "must be a YAML mapping of 'key: value' lines, found a list"),
-    "text": ("seed\n", 1, "must be a YAML mapping of 'key: value' lines, found a str"),
-    "zero": ("0\n", 1, "must be a YAML mapping of 'key: value' lines, found a int"),
+    "text": ("seed\n", 1, "must be a YAML mapping of 'key: value' lines, found text"),
+    "zero": ("0\n", 1, "must be a YAML mapping of 'key: value' lines, found a whole number"),
     "number as key": ("seed: 1\n2: 3\n", 2, "key '2' is not text"),
     "not YAML": ("seed: 1\nshare: [1\n", 3, "is not valid YAML"),
     "tab": ("seed: 1\n\tshare: 1\n", 2, "is not valid YAML"),
     "control character": ("seed: \x00\n", 1, "is not valid YAML"),
     "two documents": ("seed: 1\n---\nseed: 2\n", 2, "is not valid YAML"),
+    "unknown key in the section": ("sft:\n  seed: 1\n  sed: 2\n", 3,
+                                   "unknown key 'sed'; did you mean 'seed'?"),
+    "unknown section": ("rewad:\n  seed: 1\n", 1, "unknown key 'rewad'; did you mean 'reward'?"),
+    "section in a section": ("sft:\n  ppo:\n    seed: 1\n", 2, "unknown key 'ppo'"),
+    "wrong type in the section": ("sft:\n  seed: 1.5\n", 2, "'seed' must be a whole number, found 1.5"),
+    "text in the section": ("seed: 1\nsft:\n  seed: one\n", 3, "--seed: invalid int value: 'one'"),
+    "empty section": ("seed: 1\nppo:\n", 2, "'ppo' must hold 'key: value' lines, found nothing"),
+    "section of text": ("reward: 3.5\n", 1, "'reward' must hold 'key: value' lines, found a number"),
+    "duplicate in a section": ("ppo:\n  seed: 1\n  seed: 2\n", 3, "key 'seed' stands twice (line 2)"),
+    "section twice": ("sft: {seed: 1}\nsft: {share: 1}\n", 2, "key 'sft' stands twice (line 1)"),
+    "number as key of a section": ("reward:\n  2: 3\n", 2, "key '2' is not text"),
 }
 
 ON_COMMAND_LINE = {  # words, part of the message
@@ -144,14 +199,19 @@ ON_COMMAND_LINE = {  # words, part of the message
     "text for a bool": (["--resume", "maybe"], "--resume:"),
     "no value": (["--seed"], "--seed: expected one argument"),
     "too small": (["--warmup_steps", "-1"], "'warmup_steps' must be at least 0, found -1"),
-    "a seed numpy does not take": (["--seed", "5000000000"], "'seed' must be between 0 and 4294967295, found 5000000000"),
-    "a decay of nothing": (["--adam_beta2", "1.0"], "'adam_beta2' must be between 0.0 and 0.999999, found 1.0"),
+    "a seed numpy does not take": (["--seed", "5000000000"],
+                                   "'seed' must be between 0 and 4294967295, found 5000000000"),
+    "a decay of nothing": (["--adam_beta2", "1.0"],
+                           "'adam_beta2' must be between 0.0 and 0.999999, found 1.0"),
     "too large": (["--share", "2"], "'share' must be between 0.0 and 1.0, found 2.0"),
     "nan": (["--learning_rate", "nan"], "'learning_rate' must be a finite number, found nan"),
     "infinite": (["--bias=-inf"], "'bias' must be a finite number, found -inf"),
-    "not a choice": (["--mixed_precision", "fp8"], "'mixed_precision' must be one of no, bf16, fp16, found 'fp8'"),
-    "--config without value": (["--seed", "1", "--config"], "--config needs a file"),
-    "--config twice": (["--config", "toy.yaml", "--config=other.yaml"], "--config stands twice"),
+    "not a choice": (["--mixed_precision", "fp8"],
+                     "'mixed_precision' must be one of no, bf16, fp16, found 'fp8'"),
+    "--config without value": (["--seed", "1", "--config"], "--config: expected at least one argument"),
+    "--config twice": (["--config", "toy.yaml", "--config=other.yaml"],
+                       "--config stands twice; give it once, with all files: --config A B"),
+    "a second file behind =": (["--config=toy.yaml", "toy.yaml"], "unknown key 'toy.yaml'"),
 }
 
 
@@ -179,14 +239,97 @@ def test_a_mistake_on_the_command_line_is_named(case, tmp_path, monkeypatch):
 
 
 def test_the_command_line_does_not_hide_a_mistake_of_the_file(tmp_path):
-    assert "toy.yaml:1: " in one_line(lambda: parse(tmp_path, "learning_rate: fast\n", "--learning_rate", "1"))
+    said = one_line(lambda: parse(tmp_path, "learning_rate: fast\n", "--learning_rate", "1"))
+    assert "toy.yaml:1: " in said
     assert "toy.yaml:1: " in one_line(lambda: parse(tmp_path, "seed: -1\n", "--share", "1"))
+
+
+def test_the_file_that_holds_the_mistake_is_named(tmp_path):
+    good = write(tmp_path, "good.yaml", "seed: 1\nshare: 0.5\n")
+    bad = write(tmp_path, "bad.yaml", "note: x\nshare: 2\n")
+    unknown = write(tmp_path, "unknown.yaml", "\nshre: 1\n")
+    missing = str(tmp_path / "none.yaml")
+
+    def said(*files):
+        return one_line(lambda: parse(tmp_path, "", "--config", *files))
+
+    assert said(good, bad) == f"{bad}:2: 'share' must be between 0.0 and 1.0, found 2.0"
+    assert said(bad, good) == said(good, bad)  # although the value is overridden
+    assert said(good, unknown) == f"{unknown}:2: unknown key 'shre'; did you mean 'share'?"
+    assert said(unknown, good) == said(good, unknown)
+    assert f"--config: '{missing}' does not exist" in said(good, missing)
+
+
+# ------------------------------------------------------------------------------------- keys without effect
+
+
+@dataclass
+class Idle(StageConfig):
+    """Keys of which some act on nothing beside others."""
+
+    method: str = key("value", "How.", choices=["value", "group"])
+    discount: float = key(1.0, "For value.")
+    trackers: list[str] = key(["a"], "For value.")
+    target: float | None = key(None, "None: fixed.")
+    horizon: int = key(10, "For a target.")
+
+    def without_effect(self):
+        reasons = super().without_effect()
+        if self.method == "group":
+            reasons |= dict.fromkeys(["discount", "trackers"], "method group has no values")
+        if self.target is None:
+            reasons["horizon"] = "target is none"
+        return reasons
+
+
+def idle(folder, text, *argv):
+    return parse_config(Idle, write(folder, "idle.yaml", text), list(argv))
+
+
+def test_a_key_without_effect_is_refused_with_its_place_and_the_reason(tmp_path):
+    said = one_line(lambda: idle(tmp_path, "", "--method", "group", "--discount", "0.9"))
+    assert said == "command line: 'discount' has no effect (method group has no values); leave it out"
+    path = write(tmp_path, "mine.yaml", "method: group\ntrackers: [b]\nlora_alpha: 4\n")
+    said = one_line(lambda: idle(tmp_path, "", "--config", path, "--horizon", "3"))
+    parts = [f"{path}:3: 'lora_alpha' has no effect (lora_rank is 0, so there are no adapters)",
+             f"{path}:2: 'trackers' has no effect (method group has no values)",
+             "command line: 'horizon' has no effect (target is none)"]
+    assert said == "; ".join(parts) + "; leave them out"
+
+
+@pytest.mark.parametrize("words", [
+    "--discount 0.9", "--target 2 --horizon 3", "--lora_rank 4 --lora_alpha 8",  # they act
+    "--method group --discount 1 --trackers a --horizon 10", "--lora_alpha 16",  # at their defaults
+])
+def test_a_key_that_acts_or_stands_at_its_default_is_taken(words, tmp_path):
+    idle(tmp_path, "", *words.split())
+
+
+def test_what_only_the_default_file_sets_is_not_refused_and_does_not_stay(tmp_path):
+    """`--method group` on a default file that sets `discount`; what is saved must be readable again."""
+    text = "discount: 0.9\nhorizon: 3\ntarget: 2\n"
+    found = idle(tmp_path, text, "--method", "group")
+    assert (found.discount, found.horizon, found.target) == (1.0, 3, 2.0)
+    save_config(found, tmp_path / "saved.yaml")
+    assert idle(tmp_path, "", "--config", str(tmp_path / "saved.yaml")) == found
+    # named by the user, the same file is the user's
+    assert "idle.yaml:1: 'discount'" in one_line(
+        lambda: idle(tmp_path, text, "--config", str(tmp_path / "idle.yaml"), "--method", "group"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_every_stage_refuses_an_adapters_scale_without_adapters(stage):
+    with pytest.raises(UserError, match=r"^command line: 'lora_alpha' has no effect \(lora_rank is 0"):
+        parse_config(stage_class(stage), None, ["--lora_alpha", "8"])
+    assert parse_config(stage_class(stage), None, ["--lora_alpha", "8", "--lora_rank", "4"]).lora_alpha == 8
 
 
 def test_files_that_cannot_be_read(tmp_path):
     missing = tmp_path / "missing.yaml"
-    assert one_line(lambda: parse_config(Toy, missing, [])) == f"{missing}: cannot be read (No such file or directory)"
-    assert "--config: 'no.yaml' does not exist" in one_line(lambda: parse(tmp_path, "", "--config", "no.yaml"))
+    said = one_line(lambda: parse_config(Toy, missing, []))
+    assert said == f"{missing}: cannot be read (No such file or directory)"
+    said = one_line(lambda: parse(tmp_path, "", "--config", "no.yaml"))
+    assert "--config: 'no.yaml' does not exist" in said
     assert "cannot be read" in one_line(lambda: parse(tmp_path, "", "--config", str(tmp_path)))
     assert "toy.yaml: is not UTF-8" in one_line(lambda: parse(tmp_path, b"note: caf\xe9\n"))
 
@@ -199,6 +342,12 @@ def test_inputs_are_found_from_here_and_from_the_project(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- the real ones
+
+
+def test_a_stages_section_is_no_key():
+    assert [stage_class(stage).section for stage in SECTIONS] == list(SECTIONS)
+    for stage in SECTIONS:
+        assert not {field.name for field in dataclasses.fields(stage_class(stage))} & {*SECTIONS, "section"}
 
 
 def test_a_saved_configuration_reads_back(tmp_path):
@@ -218,15 +367,17 @@ FILES = sorted(p for p in (PROJECT / "configs").rglob("*.yaml") if p.stem in STA
 
 
 PUBLISHED = {  # what N+, ST, IG and LMHP print; the reference configuration is theirs
-    "sft": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": 3e-6, "adam_eps": 1e-5, "num_train_epochs": 1.0,
-            "loss_on": "completion", "eval_temperature": 0.01},
-    "reward": {"max_prompt_tokens": 512, "max_completion_tokens": 169, "learning_rate": 3e-6, "adam_eps": 1e-5,
-               "num_train_epochs": 1.0, "max_completions": 9, "margin": 0.0},
-    "ppo": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": 3e-6, "adam_eps": 1e-5, "kl_coef": 0.05,
-            "kl_estimator": "k1", "kl_target": None, "kl_horizon": 10_000, "temperature": 0.7, "missing_eos_score": -1.0,
-            "gamma": 1.0, "lam": 0.95, "whiten_rewards": False, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1,
+    "sft": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": 3e-6, "adam_eps": 1e-5,
+            "num_train_epochs": 1.0, "loss_on": "completion", "eval_temperature": 0.01},
+    "reward": {"max_prompt_tokens": 512, "max_completion_tokens": 169, "learning_rate": 3e-6,
+               "adam_eps": 1e-5, "num_train_epochs": 1.0, "max_completions": 9, "margin": 0.0},
+    "ppo": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": 3e-6, "adam_eps": 1e-5,
+            "kl_coef": 0.05, "kl_estimator": "k1", "kl_target": None, "kl_horizon": 10_000,
+            "temperature": 0.7, "missing_eos_score": -1.0, "gamma": 1.0, "lam": 0.95, "whiten_rewards": False,
+            "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1,
             "ppo_epochs": 4, "num_minibatches": 1, "prompts_per_update": 128, "responses_per_prompt": 4,
-            "value_model": "separate", "advantage": "gae", "eval_temperature": 0.01, "ptx_coef": 0.0, "ema_decay": 0.0},
+            "value_model": "separate", "advantage": "gae", "eval_temperature": 0.01, "ptx_coef": 0.0,
+            "ema_decay": 0.0},
 }
 
 
@@ -238,17 +389,22 @@ def test_the_defaults_are_the_published_ones(stage):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PROJECT)))
 def test_every_shipped_file_loads(path):
-    assert parse_config(stage_class(path.stem), path, []).output_dir.startswith("outputs/")
+    """Named by the user, so that a key without effect would be refused."""
+    config = parse_config(stage_class(path.stem), None, ["--config", str(path)])
+    assert config.output_dir.startswith("outputs/")
 
 
 def test_there_are_shipped_files():
     assert {"sft", "reward", "ppo"} <= {path.stem for path in FILES}
 
 
+DESCRIPTION = "What it does.\n\n    a command\n    another one\n"
+
+
 def help_of(stage, capsys, *argv):
     file = PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml"
     with pytest.raises(SystemExit) as left:
-        parse_config(stage_class(stage), file, [*argv, "--help"], "What it does.\n\n    a command\n    another one\n")
+        parse_config(stage_class(stage), file, [*argv, "--help"], DESCRIPTION)
     assert left.value.code == 0
     return capsys.readouterr().out
 
@@ -256,7 +412,7 @@ def help_of(stage, capsys, *argv):
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_help_holds_every_key_with_its_meaning_and_what_the_bare_command_would_use(stage, capsys):
     printed = help_of(stage, capsys)
-    assert "What it does.\n\n    a command\n    another one\n" in printed
+    assert DESCRIPTION in printed
     shown = " ".join(printed.split())
     bare = parse_config(stage_class(stage), PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", [])
     for field in dataclasses.fields(stage_class(stage)):
@@ -268,7 +424,39 @@ def test_help_holds_every_key_with_its_meaning_and_what_the_bare_command_would_u
 
 
 def test_help_for_another_file_shows_that_files_values(capsys):
-    assert "(default: 0.7)" in help_of("ppo", capsys, "--config", str(PROJECT / "configs" / "opt-125m" / "ppo.yaml"))
+    files = [str(PROJECT / "configs" / "opt" / name) for name in ("ppo.yaml", "125m.yaml")]
+    shown = " ".join(help_of("ppo", capsys, "--config", *files).split())
+    assert "(default: 0.7)" in shown and "(default: outputs/opt-125m/ppo)" in shown
+    assert "".join(f"(default: {' '.join(files)})".split()) in "".join(shown.split())  # wrapped anywhere
+
+
+def test_help_does_not_look_at_the_rest_of_the_command_line(capsys):
+    assert help_of("sft", capsys, "--seed", "one", "--nonsense") == help_of("sft", capsys)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_help_says_where_the_details_are_and_what_abbreviations_mean(stage, capsys):
+    epilogue = help_of(stage, capsys).partition("sources of the defaults:\n")[2]
+    assert "docs/details.md" in epilogue and (PROJECT / "docs" / "details.md").is_file()
+    explained = {line.split()[0] for line in epilogue.splitlines()}
+    assert explained == {"detail", "own", "N+", "ST", "IG", "LMHP", "DSC"}
+
+
+def sources():
+    """Script, key and source of every key of every stage."""
+    for stage in ("sft", "reward", "ppo"):
+        for field in dataclasses.fields(stage_class(stage)):
+            yield stage, field.name, field.metadata["help"].rpartition("(source: ")[2].removesuffix(")")
+
+
+def test_a_cited_detail_is_a_row_of_the_list_and_no_papers():
+    """N+ numbers its own details otherwise: `N+ detail 26` would name something else, or nothing."""
+    rows = re.findall(r"^\| (\d+) \|", (PROJECT / "docs" / "details.md").read_text(), re.MULTILINE)
+    assert rows == [str(number) for number in range(1, 38)]
+    cited = [(stage, name, source) for stage, name, source in sources() if "detail" in source]
+    assert cited
+    assert [entry for entry in cited if not re.fullmatch(r"detail [1-9]\d*(; .*)?", entry[2])] == []
+    assert {re.search(r"detail (\d+)", source)[1] for _, _, source in cited} <= set(rows)
 
 
 def test_a_script_says_one_line_and_exits_with_2(tmp_path):
@@ -299,90 +487,45 @@ def test_ppo_has_no_key_that_it_would_not_use(name, tmp_path):
         parse_config(stage_class("ppo"), tmp_path / "ppo.yaml", [f"--{name}", "1"])
 
 
-# ---------------------------------------------------------------------------------------------- what main raises
+# ------------------------------------------------------------- a key's name is found where the key acts
+
+SOURCES = sorted((PROJECT / "scripts").rglob("*.py"))
+NO_KEYS = {"f'{name}_tokens'", "f'eval_{name}'"}  # figures of a data set; metrics
 
 
-def started(error, monkeypatch, capsys):
-    """Exit status and error output of a script whose `main` raises."""
-    def main(config):
-        raise error
+def names_put_together(text: str, keys: set[str]) -> list[str]:
+    """Expressions that put the name of a key together, and attributes whose names are put together."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+            spelled = "".join(r"\w+" if part is None else re.escape(part) for part in parts)
+            has_letters = re.search("[a-z]", "".join(filter(None, parts)))
+            if has_letters and any(re.fullmatch(spelled, name) for name in keys):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            if isinstance(node.args[1], ast.JoinedStr | ast.BinOp | ast.Call):
+                found.append(ast.unparse(node))
+    return found
 
-    monkeypatch.setattr(sys, "argv", ["train_toy.py"])
-    with pytest.raises(SystemExit) as left:
-        start(main, Toy, Path("/dev/null"), "")
-    return left.value.code, capsys.readouterr().err
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PROJECT / "scripts")))
+def test_no_keys_name_is_put_together(path):
+    """So that searching for `rlhf_validation_data` finds every place where it acts."""
+    keys = {field.name for stage in SECTIONS for field in dataclasses.fields(stage_class(stage))}
+    assert [name for name in names_put_together(path.read_text(), keys) if name not in NO_KEYS] == []
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"),
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
-    RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+@pytest.mark.parametrize("text", [
+    "f'{role}_{split}_data'", "f'rlhf_{split}_data'", "getattr(config, f'{a}')",
+    "setattr(config, 'rlhf_' + part, 1)", "getattr(config, '{}_data'.format(a))",
 ])
-def test_a_full_disk_is_one_line(error, monkeypatch, capsys):
-    code, said = started(error, monkeypatch, capsys)
-    assert code == 2 and said.count("\n") == 1
-    assert said.startswith("error: ") and "o space left on" in said and said.endswith("what was saved so far is intact\n")
+def test_a_name_that_is_put_together_is_noticed(text):
+    assert names_put_together(text, {"rlhf_validation_data"}) == [text]
 
 
-def test_ctrl_c_leaves_without_a_traceback(monkeypatch, capsys):
-    assert started(KeyboardInterrupt(), monkeypatch, capsys) == (130, "stopped\n")
-
-
-def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
-    with pytest.raises(RuntimeError, match="a bug"):
-        started(RuntimeError("a bug"), monkeypatch, None)
-
-
-ENGINE = ["--deepspeed", "configs/deepspeed/zero2.json"]
-
-
-@pytest.mark.parametrize(("words", "expected"), [
-    ([], ["keep"]), (["--gradient_checkpointing", "true"], []), (ENGINE, ["give back"]),
-    ([*ENGINE, "--gradient_checkpointing", "true"], ["give back"]),
+@pytest.mark.parametrize("text", [
+    "getattr(config, name)", "getattr(config, 'seed', 0)", "f'{a} of {b}_data'", "f'{a}{b}'",
 ])
-def test_freed_memory_is_kept_or_given_back_as_the_run_needs_it(words, expected, monkeypatch):
-    done = []
-    monkeypatch.setattr("utils.config.keep_freed_memory", lambda: done.append("keep"))
-    monkeypatch.setattr("utils.config.give_back_freed_memory", lambda: done.append("give back"))
-    monkeypatch.setattr(sys, "argv", ["train_toy.py", *words])
-    start(lambda config: done.append("main"), Toy, Path("/dev/null"), "")
-    assert done == [*expected, "main"]
-
-
-HOLES = """
-import sys
-import torch
-sys.path.insert(0, sys.argv[1])
-from utils import config
-getattr(config, sys.argv[2])()
-
-def held():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
-
-torch.ones(2**10)
-before = held()
-torch.ones(2**22 + 2**21)  # 24 MiB come and go: glibc then takes smaller tensors from its heap
-tensors = [torch.ones(2**21) for _ in range(32)]
-full = held()
-del tensors[::2]
-print(full - before, held() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-@pytest.mark.parametrize(("function", "left"), [("give_back_freed_memory", 128), ("keep_freed_memory", 256)])
-def test_tensors_leave_holes_or_go_back(function, left):
-    """32 tensors of 8 MiB, of which every second is freed."""
-    words = [sys.executable, "-c", HOLES, str(PROJECT / "scripts"), function]
-    full, then = map(float, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
-    assert full == pytest.approx(256, abs=16) and then == pytest.approx(left, abs=16)
-
-
-def test_an_owner_that_is_a_folder_here_is_no_hub_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    assert is_hub_name("facebook/opt-125m")
-    assert find_local("~no-such-user/opt") is None and find_local("n" * 300) is None
-    for name in ("mine/final", "outputs/final", "assets/none", "./opt", "/opt", "opt", "a/b/c"):
-        assert not is_hub_name(name), name
+def test_other_names_and_texts_are_left_alone(text):
+    assert names_put_together(text, {"rlhf_validation_data"}) == []

@@ -34,7 +34,8 @@ import utils.judge.plots
 import utils.models.ppo_models
 import utils.rollout
 import utils.trainer  # noqa: F401
-from utils.config import PROJECT, UserError, key, start
+from utils.config import PROJECT, UserError, key
+from utils.launch import start
 from utils.runs.checkpoints import checksums
 from utils.runs.run import output_file, read_whole_rows
 

@@ -1,4 +1,7 @@
-"""One side of a comparison, in a process of its own: `python -m studies.benchmarks.side ours|peers TASK.json`, by `benchmark.py`."""
+"""One side of a comparison, in its own process, started by `benchmark.py`:
+
+    python -m studies.benchmarks.side ours|peers TASK.json
+"""
 
 import importlib
 import logging
@@ -35,7 +38,7 @@ def main(side: str, path: str) -> None:
     if task.profile:
         turns.clock = Clock()
     if side == "ours":  # as the scripts do; trl's environment lacks what this file needs
-        importlib.import_module("utils.config").keep_freed_memory()
+        importlib.import_module("utils.launch").keep_freed_memory()
     getattr(importlib.import_module(f"studies.benchmarks.{side}"), task.stage)(task, turns)
 
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import pyarrow
 import yaml
 
-from utils.config import UserError, find_input, find_local, is_hub_name, key
+from utils.config import UserError, find_input, key
 from utils.data.files import FILE_ENDINGS, BadRow, read_file
+from utils.paths import find_local, is_hub_name
 
 _HELD_OUT = ["validation", "valid", "valid1"]
 # by a part of the key; others: train

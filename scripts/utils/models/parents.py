@@ -10,8 +10,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-from utils.config import UserError, find_local, is_hub_name
+from utils.config import UserError
 from utils.data.layouts import TLDR_TEMPLATE
+from utils.paths import find_local, is_hub_name
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # which stages may have made the model under a key

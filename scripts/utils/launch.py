@@ -1,0 +1,119 @@
+"""How a script starts and ends: configuration, quiet libraries, memory, and errors in one line.
+
+torch and transformers are imported where they are needed: `--help` and a mistyped key do not need them.
+"""
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+from utils.config import UserError, parse_config
+
+
+def start(main, config_class, default_file: Path | None, description: str) -> None:
+    """Parse the command line and run `main(config)`; a user's mistake becomes one line and exit status 2.
+
+    Args:
+        main: function of the configuration.
+        config_class, default_file, description: see `parse_config`.
+    """
+    try:
+        config = parse_config(config_class, default_file, sys.argv[1:], description)
+        _quiet_libraries()
+        if getattr(config, "deepspeed", None):
+            give_back_freed_memory()
+        elif not getattr(config, "gradient_checkpointing", False):
+            keep_freed_memory()
+        main(config)
+    except KeyboardInterrupt:  # while models load, or the second Ctrl-C: the run handles the first
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        _leave(error)
+    except Exception as error:
+        if reason := _broken_output(error):
+            _leave(f"{reason}; what was saved so far is intact")
+        if not (reason := _lost_process(error)):
+            raise
+        _leave(f"another process of this run died or hung ({reason}); the last checkpoint is intact: read "
+               "what that process printed, then go on with --resume", status=1)
+
+
+def _leave(message, status=2):
+    threading.excepthook = lambda _: None  # experiment trackers write from threads, to the same full disk
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _broken_output(error) -> str | None:
+    """Why the output cannot be written; None for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"{error.filename or 'output'}: {error.strerror}"
+    # torch and safetensors raise other types, with the reason in the text only
+    if re.search("No space left|PytorchStreamWriter failed|enforce fail at inline_container", str(error)):
+        return "no space left on the disk"
+    return None
+
+
+def _lost_process(error) -> str | None:
+    """How the communication with another process failed; None for any other error."""
+    import torch
+
+    # gloo raises RuntimeError, with the reason in the text only
+    known = "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting"
+    text = re.search(known, str(error))
+    if text or isinstance(error, torch.distributed.DistError):
+        return text[0] if text else type(error).__name__
+    return None
+
+
+def _quiet_libraries() -> None:
+    """Turn off the libraries' notes and progress bars, which would bury our own messages."""
+    import huggingface_hub
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    for library in ("transformers", "torch.distributed"):  # meant for the authors of these libraries
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    logging.raiseExceptions = False  # else a full disk gives a traceback for each line of train.log
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it searches for one
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors. Fetching it again costs a page fault for every 4 KB.
+
+    Steps on a CPU became 4 % (OPT-125m) to 20 % (the mini model) faster, at the same peak. It is off with
+    gradient checkpointing: there the peak of OPT-125m rose from 3.7 to 7.0 GiB. Giving memory back at once is
+    not used there either: it took 28 % more time.
+    """
+    _mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets pages of its own
+    _mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the free end of the heap stays
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc give every tensor of 128 KiB or more pages of its own, which go back when it is freed.
+
+    glibc starts with this limit but raises it up to 32 MiB as tensors are freed, and keeps the holes that
+    smaller ones leave. An OPT-1.3B reward model under zero3_nvme then took 15.0 to 17.1 GiB; with this, 13.0.
+    """
+    _mallopt(-3, 2**17)  # M_MMAP_THRESHOLD: once set, glibc no longer raises it
+
+
+def _mallopt(option: int, value: int) -> None:
+    """glibc's `mallopt`; does nothing where the C library has none."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(option, value)
