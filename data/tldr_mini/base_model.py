@@ -1,6 +1,6 @@
-"""Write the mini base model before its training: architecture, tokenizer and first weights, as a model folder.
+"""Write the mini base model before its training: a model folder with its first weights and its tokenizer.
 
-    python data/tldr_mini/base_model.py    # outputs/tldr_mini_base/first_weights; `make base` trains it from there
+    python data/tldr_mini/base_model.py    # outputs/tldr_mini_base/first_weights, which `make base` trains
 
 The weights are random, with induction heads sketched in (`induction_heads.py`), so that copying is learnt in
 minutes. The same seed gives the same weights.
@@ -37,13 +37,14 @@ def base_model(config: OPTConfig, seed: int) -> OPTForCausalLM:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / "assets" / "opt-mini", help="folder of the tokenizer")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "tldr_mini_base" / "first_weights")
+    parser.add_argument("--tokenizer", type=Path, default=ROOT / "assets/opt-mini", help="its folder")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs/tldr_mini_base/first_weights")
     args = parser.parse_args(arguments)
     if (args.output_dir / "config.json").exists():
-        parser.error(f"{args.output_dir} holds a model already; give another --output_dir, or remove the folder")
+        parser.error(f"{args.output_dir} holds a model already; remove it, or give another --output_dir")
     config = architecture(AutoTokenizer.from_pretrained(args.tokenizer))
     base_model(config, args.seed).save_pretrained(args.output_dir)
     for name in ("tokenizer.json", "tokenizer_config.json"):
