@@ -54,6 +54,7 @@ data: .venv/ready
 
 base: .venv/ready
 	$(PY) data/tldr_mini/generate.py --pretraining
+	$(PY) data/tldr_mini/base_model.py
 	$(PY) scripts/train_sft.py --config configs/tldr_mini/base_lists.yaml
 	$(PY) scripts/train_sft.py --config configs/tldr_mini/base.yaml
 

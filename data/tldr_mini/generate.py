@@ -25,10 +25,10 @@ from pretraining import corpus, list_rows  # noqa: E402
 from summaries import need_words, ranking, reference  # noqa: E402
 from utils.judge.gold import load_gold  # noqa: E402
 
-WEIGHTS = {"relation": 0.10, "name": 0.12, "age": 0.10, "action": 0.10, "object": 0.14, "place": 0.12, "when": 0.12,
-           "feeling": 0.10, "question": 0.10}  # fmt: skip
+WEIGHTS = {"relation": 0.10, "name": 0.12, "age": 0.10, "action": 0.10, "object": 0.14, "place": 0.12,
+           "when": 0.12, "feeling": 0.10, "question": 0.10}  # fmt: skip
 PENALTIES = {"extra_word": 0.02, "repeated_trigram": 0.05, "repeated_trigram_cap": 0.5, "no_proper_end": 0.25}
-# Set so that a perfect judge agrees with about 83 % of the labelled pairs (data card: label ceiling).
+# Set so that a perfect judge agrees with the label on about 83 % of the pairs (data card: label ceiling).
 TEMPERATURE = 0.14
 
 SIZES = {
@@ -41,12 +41,12 @@ SIZES = {
 
 
 def file_rng(seed: int, name: str) -> random.Random:
-    """A generator of the file's own. A string seed does not depend on PYTHONHASHSEED."""
+    """A generator for one file. Seeding with a string does not depend on PYTHONHASHSEED."""
     return random.Random(f"{seed}:{name}")
 
 
 def distinct_posts(rng: random.Random, count: int) -> Iterator[Post]:
-    """`count` posts with different bodies. (That files do not share any is left to chance and to a test.)"""
+    """`count` posts with different bodies. A test checks that no two files share one."""
     seen = set()
     while len(seen) < count:
         post = make_post(rng)
@@ -61,12 +61,15 @@ def make_rows(rng: random.Random, name: str, count: int, gold: dict) -> Iterator
         yield from (list_rows if name.startswith("pretraining_lists") else corpus)(rng, count)
         return
     for index, post in enumerate(distinct_posts(rng, count)):
-        answers = ranking(rng, post, gold) if name.startswith("reward") else {"completion": reference(rng, post).text}
+        if name.startswith("reward"):
+            answers = ranking(rng, post, gold)
+        else:
+            answers = {"completion": reference(rng, post).text}
         yield {"id": f"{name}_{index}", "prompt": post.prompt, **answers, "facts": post.facts}
 
 
 def write_rows(path: Path, rows: Iterator[dict]) -> None:
-    """JSON lines, gzipped without time stamp or file name."""
+    """JSON lines, gzipped without time stamp and file name, so that the same rows give the same bytes."""
     with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
         for row in rows:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
@@ -83,12 +86,13 @@ def write_gold(path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=HERE)
     parser.add_argument("--pretraining", action="store_true", help="also write the pretraining corpus")
-    parser.add_argument("--tokenizer", action="store_true", help="also train the tokenizer (needs the corpus)")
-    parser.add_argument("--tokenizer_dir", type=Path, default=ROOT / "assets" / "opt-mini")
+    parser.add_argument("--tokenizer", action="store_true", help="also train the tokenizer on the corpus")
+    parser.add_argument("--tokenizer_dir", type=Path, default=ROOT / "assets/opt-mini")
     args = parser.parse_args(arguments)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows = make_rows(file_rng(args.seed, name), name, count, gold)
             write_rows(args.output_dir / f"{name}.jsonl.gz", rows)
     if args.tokenizer:
-        from tokenizer import train_tokenizer  # here, so that the data set alone needs no package
+        from tokenizer import train_tokenizer  # imported here, because the data set alone needs no package
 
         train_tokenizer(args.output_dir, args.tokenizer_dir)
 

@@ -1,4 +1,4 @@
-"""Facts -> post: a first-person story that states every fact once, among others' facts that are beside the point."""
+"""Facts -> post: a first-person story that states every fact once, among facts about other people."""
 
 import random
 import re
@@ -20,13 +20,13 @@ VALUES = {
     "question": list(phrases.QUESTIONS),
 }
 PRONOUNS = {"f": ("she", "her", "her"), "m": ("he", "him", "his")}
-# In words and punctuation marks, which the tokenizer turns into about as many tokens. Sets the prompt's length.
+# Length of a body in words and punctuation marks, which are about as many tokens.
 MIN_BODY_PIECES, MAX_BODY_PIECES = 62, 158
 
 
 @dataclass
 class Distractor:
-    """A sentence beside the point, with the values it mentions."""
+    """A sentence that has nothing to do with the story, with the values it mentions."""
 
     text: str
     values: dict[str, str]
@@ -35,7 +35,7 @@ class Distractor:
 
 @dataclass
 class Story:
-    """A story, and what its maker knows about it."""
+    """A story and its parts."""
 
     facts: dict[str, str]
     sentences: list[str]
@@ -44,17 +44,17 @@ class Story:
 
     @property
     def mentions(self) -> dict[str, list[str]]:
-        """The wrong values that the story mentions, by slot: what a careless reader would mix up."""
-        found = {slot: [] for slot in SLOTS}
+        """Wrong values that the story mentions, by slot: what a careless reader would mix up."""
+        wrong = {slot: [] for slot in SLOTS}
         for distractor in self.distractors:
             for slot, value in distractor.values.items():
-                found[slot].append(value)
-        return found
+                wrong[slot].append(value)
+        return wrong
 
 
 @dataclass
 class Post(Story):
-    """A story as it was posted."""
+    """A story with the title and the subreddit under which it was posted."""
 
     subreddit: str
     title: str
@@ -66,7 +66,7 @@ class Post(Story):
 
 
 def sentence_case(text: str) -> str:
-    """Raise the first letter of every sentence, and say "an aunt"."""
+    """Capitalise the first letter of every sentence, and write "an" before a vowel."""
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     return re.sub(r"(^|[.?!] |\n)([a-z])", lambda match: match.group(1) + match.group(2).upper(), text)
 
@@ -91,12 +91,12 @@ def derived(facts: dict[str, str]) -> dict[str, str]:
 
 
 def fits(action: str, obj: str) -> bool:
-    """Can this be done to that? Nobody rips a mug."""
+    """Whether the action can be done to the object. Nobody rips a mug."""
     return phrases.ACTIONS[action] in ("any", phrases.OBJECTS[obj])
 
 
 def draw_facts(rng: random.Random, taken: dict[str, set[str]] | None = None) -> dict[str, str]:
-    """One value per slot, none of them in `taken`. The age suits the relation, and the deed the thing."""
+    """One value per slot, none of them in `taken`. The age suits the relation, the object the action."""
     taken = taken or {slot: set() for slot in SLOTS}
 
     def draw(slot: str, values: list[str] | None = None) -> str:
@@ -121,9 +121,9 @@ def draw_facts(rng: random.Random, taken: dict[str, set[str]] | None = None) -> 
 def draw_distractors(
     rng: random.Random, facts: dict[str, str], count: int, owner: str | None = None
 ) -> list[Distractor]:
-    """Sentences about other people, times and things. No value is the story's own, and none comes twice.
+    """Sentences about other people, times and things. No value is the story's own, and none occurs twice.
 
-    With an `owner`, the story is told about that person and not in the first person.
+    With an `owner` the story is about that person and told in the third person.
     """
     advice, others = phrases.ADVICE, phrases.DISTRACTORS
     if owner:
@@ -147,14 +147,14 @@ def draw_distractors(
 
 
 def stated_slots(template: str) -> list[str]:
-    """The slots a template gives away."""
+    """The slots whose values a template states."""
     slot_of = {"where": "place", "advice": "question"}
     fields = {slot_of.get(field, field) for field in placeholders(template)}
     return [slot for slot in SLOTS if slot in fields]
 
 
 def event_sentences(rng: random.Random, words: dict[str, str]) -> list[str]:
-    """What happened, in one sentence or two."""
+    """What happened, in one or two sentences."""
     words = words | {"subject": rng.choice([words["name"], words["she"]])}
     templates = [rng.choice(phrases.EVENTS)] if rng.random() < 0.6 else rng.choice(phrases.SPLIT_EVENTS)
     lead = rng.choice(phrases.EVENT_LEADS)
@@ -165,7 +165,7 @@ def event_sentences(rng: random.Random, words: dict[str, str]) -> list[str]:
 
 
 def question_sentence(rng: random.Random, question: str) -> str:
-    """The author's question in other words than the summary's."""
+    """The author's question, worded differently from the summary's."""
     bank = phrases.QUESTIONS[question]
     if rng.random() < 0.25:
         return sentence_case(rng.choice(bank["asks"]))
@@ -173,10 +173,10 @@ def question_sentence(rng: random.Random, question: str) -> str:
 
 
 def arrange(rng: random.Random, parts: dict[str, list[str]], asides: list[str]) -> list[str]:
-    """Put the parts in one of a few sensible orders and scatter the asides.
+    """Put the parts into one of a few sensible orders and scatter the asides among them.
 
     Introduction and event stay together, so that "she" is always the person just introduced. Most asides
-    come after them, since many refer to what happened.
+    come after them, because many refer to what happened.
     """
     orders = [("opener", "story", "feeling", "question"), ("opener", "story", "question", "feeling"),
               ("opener", "question", "story", "feeling"), ("opener", "feeling", "story", "question"),
@@ -192,7 +192,7 @@ def arrange(rng: random.Random, parts: dict[str, list[str]], asides: list[str]) 
 
 
 def layout(rng: random.Random, sentences: list[str]) -> str:
-    """One block, a few paragraphs or loose lines, as people type."""
+    """The sentences as one block, as a few paragraphs, or on loose lines."""
     style = rng.choices(["block", "paragraphs", "lines"], weights=[60, 25, 15])[0]
     gap, chance = {"block": (" ", 0.0), "paragraphs": ("\n\n", 0.25), "lines": ("\n", 0.35)}[style]
     text = sentences[0]
@@ -201,8 +201,10 @@ def layout(rng: random.Random, sentences: list[str]) -> str:
     return text
 
 
-def first_person_sentences(rng: random.Random, facts: dict[str, str], distractors: list[Distractor]) -> list[str]:
-    """The sentences of a story told by the one it happened to, in order."""
+def first_person_sentences(
+    rng: random.Random, facts: dict[str, str], distractors: list[Distractor]
+) -> list[str]:
+    """The sentences of a story told in the first person, in order."""
     words = derived(facts)
     introduction = sentence_case(rng.choice(phrases.INTRODUCTIONS).format(**words))
     parts = {
@@ -216,12 +218,12 @@ def first_person_sentences(rng: random.Random, facts: dict[str, str], distractor
 
 
 def pieces(text: str) -> int:
-    """Words and punctuation marks: what a post's length is measured in here, before there is a tokenizer."""
+    """Number of words and punctuation marks: the unit of length, because there is no tokenizer yet."""
     return len(re.findall(r"[A-Za-z']+|\d+|[^\w\s]|\n+", text))
 
 
 def make_story(rng: random.Random) -> Story:
-    """Draw facts and tell them. A draw that comes out too short or too long is thrown away."""
+    """Draw facts and tell them. A draw that is too short or too long is thrown away."""
     while True:
         facts = draw_facts(rng)
         distractors = draw_distractors(rng, facts, rng.choices([2, 3, 4, 5], weights=[54, 31, 11, 4])[0])
@@ -232,7 +234,7 @@ def make_story(rng: random.Random) -> Story:
 
 
 def make_post(rng: random.Random) -> Post:
-    """A story with a title, and now and then an edit."""
+    """A story with a title and, in 8 % of the posts, an edit at the end."""
     story = make_story(rng)
     title = rng.choice(phrases.TITLES).format(**story.facts)
     edit = "\n\n" + rng.choice(phrases.EDITS) if rng.random() < 0.08 else ""

@@ -1,9 +1,9 @@
-"""The corpus of the mini base model: stories of the same world, and people talking about them.
+"""The pretraining corpus of the mini base model: stories of the same world, and people talking about them.
 
-A reward model must compare a summary with its post, fact by fact; a network of this size does not
+A reward model must compare a summary with its post, fact by fact. A network of this size does not
 learn that from a few thousand noisy rankings. Here a commenter retells the story, at times with a
-fact wrong, and the author says what is right, wrong or missing. Nothing has the layout or the
-wording of a TL;DR: to summarise is what SFT teaches.
+wrong fact, and the author says what is right, wrong or missing. Nothing has the layout or the
+wording of a TL;DR, because SFT is what teaches the model to summarise.
 """
 
 import random
@@ -33,7 +33,7 @@ MIN_DOCUMENT, MAX_DOCUMENT = 150, 290
 
 @dataclass
 class Voice:
-    """How the commenters (your, you, ...) and the author (my, I, ...) speak of the one it happened to."""
+    """How the commenters (your, you, ...) and the author (my, I, ...) refer to the story's main person."""
 
     commenter: dict[str, str]
     author: dict[str, str]
@@ -48,9 +48,10 @@ def first_person() -> Voice:
 
 def third_person(owner: str) -> Voice:
     return Voice(
-        commenter={"your": f"{owner}'s", "you": owner, "feel": "feels", "want": "wants", "ask": "asks", "do": "does"},
+        commenter={"your": f"{owner}'s", "you": owner, "feel": "feels", "want": "wants", "ask": "asks",
+                   "do": "does"},
         author={"my": f"{owner}'s", "I": owner, "feel": "feels", "ask": "asks"},
-    )
+    )  # fmt: skip
 
 
 def words_for(facts: dict[str, str]) -> dict[str, str]:
@@ -83,7 +84,7 @@ def third_person_story(rng: random.Random) -> tuple[Story, Voice]:
 
 
 def swapped_facts(rng: random.Random, story: Story, keep: set[str]) -> dict[str, str]:
-    """One or two wrong values among those to be told; at times a whole other person of the story."""
+    """One or two wrong values among the slots in `keep`; at times another person of the story altogether."""
     people = [d.values for d in story.distractors if "relation" in d.values and "name" in d.values]
     if people and {"relation", "name"} <= keep and rng.random() < 0.2:
         person = rng.choice(people)
@@ -96,7 +97,7 @@ def swapped_facts(rng: random.Random, story: Story, keep: set[str]) -> dict[str,
 
 
 def retelling(rng: random.Random, story: Story, voice: Voice) -> str:
-    """A commenter's retelling and, on the next line, the author's verdict."""
+    """A commenter's retelling and, on the next line, the author's verdict on it."""
     keep = set(rng.sample(SLOTS, rng.choice([3, 4, 5, 6, 7, 7, 8, 8, 9, 9])))
     swaps = swapped_facts(rng, story, keep) if rng.random() < 0.45 else {}
     values = story.facts | swaps
@@ -111,7 +112,7 @@ def retelling(rng: random.Random, story: Story, voice: Voice) -> str:
 def as_sentences(
     rng: random.Random, values: dict[str, str], keep: set[str], voice: Voice
 ) -> tuple[str, set[str]]:
-    """A retelling in whole sentences, and the slots it really tells: no age without a person."""
+    """A retelling in whole sentences, and the slots that it really tells: no age without a person."""
     if not keep & {"relation", "name"}:
         keep = keep - {"age"}
     your = voice.commenter["your"]
@@ -139,7 +140,7 @@ def as_claims(rng: random.Random, values: dict[str, str], keep: set[str], voice:
 def verdict(
     rng: random.Random, facts: dict[str, str], swaps: dict[str, str], keep: set[str], voice: Voice
 ) -> str:
-    """What the author says: which facts are wrong, else which are missing."""
+    """What the author says: which facts are wrong, or else which are missing."""
     if swaps:
         return no_verdict(rng, facts, swaps, voice)
     missing = [slot for slot in SLOTS if slot not in keep]
@@ -164,7 +165,8 @@ def no_verdict(rng: random.Random, facts: dict[str, str], swaps: dict[str, str],
     for slot, wrong in swaps.items():
         words = {"right": facts[slot], "wrong": wrong} | voice.author
         if slot == "place":
-            words |= {f"{key}_where": f"{phrases.PLACES[words[key]]} the {words[key]}" for key in ("right", "wrong")}
+            for key in ("right", "wrong"):
+                words[f"{key}_where"] = f"{phrases.PLACES[words[key]]} the {words[key]}"
         if slot == "question":
             words |= {key: phrases.QUESTIONS[words[key]]["whether"] for key in ("right", "wrong")}
         corrections.append(rng.choice(phrases.CORRECTIONS[slot]).format(**words))
@@ -188,7 +190,8 @@ def questions_and_answers(rng: random.Random, story: Story, voice: Voice) -> str
     pairs += rng.sample(asked := questions_about_others(story, voice), min(len(asked), rng.randint(0, 2)))
     rng.shuffle(pairs)
     asks, says, gap = rng.choice([("", "", " "), ("", "", "\n"), ("Q: ", "A: ", "\n")])
-    return gap.join(f"{asks}{sentence_case(question)} {says}{sentence_case(answer)}" for question, answer in pairs)
+    return gap.join(f"{asks}{sentence_case(question)} {says}{sentence_case(answer)}"
+                    for question, answer in pairs)
 
 
 def questions_about_others(story: Story, voice: Voice) -> list[tuple[str, str]]:
@@ -244,10 +247,10 @@ def world_words() -> list[str]:
 
 
 def list_row(rng: random.Random, words: list[str], values: list[str]) -> dict:
-    """Lists of unrelated words as the prompt, and the same lists, read out again in another order, as the completion.
+    """A prompt of lists of unrelated words, and a completion that reads them out again in another order.
 
-    Nothing but copying helps here. A network learns it in minutes from this, and hardly ever from stories
-    alone, where so much else can be learnt first.
+    Only copying lowers the loss here, so a network learns to copy in minutes. From stories alone it hardly
+    ever does, because there is so much else to learn first.
     """
     lists = []
     while sum(pieces(line) for line in lists) < MIN_LISTS:
@@ -266,7 +269,7 @@ def list_rows(rng: random.Random, count: int) -> Iterator[dict]:
 
 
 def corpus(rng: random.Random, count: int) -> Iterator[dict]:
-    """`count` documents with different stories, a sixth of the rows lists, so that copying is not forgotten."""
+    """`count` rows: documents with different stories, and a sixth lists, so that copying is not forgotten."""
     seen, lists = set(), list_rows(rng, count)
     for number in range(count):
         if number % 6 == 0:

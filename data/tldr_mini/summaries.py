@@ -1,4 +1,4 @@
-"""Facts -> summaries: the references, and the better and worse ones that the reward model learns to rank."""
+"""Facts -> summaries: references, and the better and worse summaries that the reward model learns to rank."""
 
 import math
 import random
@@ -9,11 +9,14 @@ import phrases
 from posts import SLOTS, VALUES, Post, Story, derived, fits, gender_of, pieces, placeholders, sentence_case
 from utils.judge.gold import gold_score, words_of
 
-# How often a reference mentions a fact. Authors leave facts out; PPO can learn to put them in.
-REFERENCE_CHANCES = {"name": 0.75, "age": 0.35, "place": 0.65, "when": 0.65, "feeling": 0.42, "question": 0.95}
+# How often a reference mentions a fact. Authors leave facts out. PPO can learn to put them in.
+REFERENCE_CHANCES = {
+    "name": 0.75, "age": 0.35, "place": 0.65, "when": 0.65, "feeling": 0.42, "question": 0.95,
+}  # fmt: skip
 ESSENTIAL = ("relation", "action", "object")
 OTHER_KINDS = {"complete": 0.19, "partial": 0.16, "wrong": 0.26, "rambling": 0.20, "model_like": 0.19}
-# Given that a row has a wrong summary, how often it is another one of the row but for the swap: a third of all rows.
+# If a row has a wrong summary: how often it equals another of the row except for the swapped facts.
+# About a third of all rows have such a pair.
 MINIMAL_PAIR_CHANCE = 0.5
 MIN_PIECES, MAX_PIECES = 8, 46
 MIN_REFERENCE, MAX_REFERENCE = 15, 32
@@ -21,12 +24,12 @@ MIN_REFERENCE, MAX_REFERENCE = 15, 32
 
 @dataclass
 class Draft:
-    """A summary in the making: `values` are the facts it tells (some perhaps swapped), `keep` those it mentions."""
+    """A summary and what it is made from."""
 
     kind: str
     template: str
-    keep: frozenset[str]
-    values: dict[str, str]
+    keep: frozenset[str]  # slots that it mentions
+    values: dict[str, str]  # facts, some of them perhaps swapped for wrong ones
     text: str = ""
 
     def rendered(self) -> "Draft":
@@ -34,7 +37,7 @@ class Draft:
 
 
 def drop_brackets(template: str, keep: frozenset[str] | set[str]) -> str:
-    """Open the [brackets] whose facts are all kept; the others vanish."""
+    """Remove [bracketed] text with a fact that is not kept, and the brackets of the rest."""
     slot_of = {"where": "place", "whether": "question"}
 
     def bracket(match: re.Match) -> str:
@@ -55,7 +58,7 @@ def render(template: str, keep: frozenset[str], values: dict[str, str]) -> str:
 
 
 def subject(keep: frozenset[str] | set[str], values: dict[str, str], my: str = "my") -> str:
-    """What is left of "my sister Anna (24)"."""
+    """The kept parts of "my sister Anna (24)", or "someone"."""
     words = [f"{my} {values['relation']}"] if "relation" in keep else []
     words += [values["name"]] if "name" in keep else []
     if not words:
@@ -69,9 +72,10 @@ def draw_template(rng: random.Random) -> str:
 
 
 def need_words() -> int:
-    """Words of the longest complete summary; the gold score takes off for more."""
+    """Words of the longest complete summary. The gold score subtracts for words beyond it."""
     longest = {slot: max(VALUES[slot], key=lambda value: len(words_of(value))) for slot in SLOTS}
-    return max(len(words_of(render(template, frozenset(SLOTS), longest))) for _, template in phrases.SUMMARY_STYLES)
+    return max(len(words_of(render(template, frozenset(SLOTS), longest)))
+               for _, template in phrases.SUMMARY_STYLES)
 
 
 # --- The kinds --------------------------------------------------------------------------------------
@@ -80,8 +84,9 @@ def need_words() -> int:
 def reference(rng: random.Random, post: Post) -> Draft:
     """What the author wrote: true, and rarely complete."""
     while True:
-        keep = {slot for slot, chance in REFERENCE_CHANCES.items() if rng.random() < chance}
-        draft = Draft("reference", draw_template(rng), frozenset(keep.union(ESSENTIAL)), post.facts).rendered()
+        mentioned = {slot for slot, chance in REFERENCE_CHANCES.items() if rng.random() < chance}
+        keep = frozenset(mentioned.union(ESSENTIAL))
+        draft = Draft("reference", draw_template(rng), keep, post.facts).rendered()
         if MIN_REFERENCE <= pieces(draft.text) <= MAX_REFERENCE:
             return draft
 
@@ -92,7 +97,7 @@ def complete(rng: random.Random, post: Post) -> Draft:
 
 
 def partial(rng: random.Random, post: Post) -> Draft:
-    """A reference that leaves out 2 to 4 facts more, perhaps even who did it or what it was."""
+    """A reference with 2 to 4 facts fewer, perhaps even without who did it or what it was."""
     draft = reference(rng, post)
     kept = [slot for slot in SLOTS if slot in draft.keep]
     dropped = rng.sample(kept, min(rng.randint(2, 4), len(kept) - 2))
@@ -109,7 +114,7 @@ def wrong(rng: random.Random, post: Post, base: Draft | None = None) -> Draft:
 
 
 def model_like(rng: random.Random, post: Post) -> Draft:
-    """What a mediocre language model samples: facts missing at random, some wrong, now and then a glitch."""
+    """Like a sample of a mediocre model: facts missing at random, some wrong, now and then a glitch."""
     keep = {slot for slot in REFERENCE_CHANCES if rng.random() < 0.6}
     draft = Draft("model_like", draw_template(rng), frozenset(keep.union(ESSENTIAL)), dict(post.facts))
     for slot in SLOTS:
@@ -122,7 +127,7 @@ def model_like(rng: random.Random, post: Post) -> Draft:
 
 
 def rambling(rng: random.Random, post: Post) -> Draft:
-    """More words than it needs, from the post's asides or from nowhere, or a text that never ends."""
+    """A summary with needless words, from the post's asides or from nowhere, or one that never ends."""
     draft = replace(rng.choice([reference, reference, complete, partial])(rng, post), kind="rambling")
     style = rng.choices(["copy", "filler", "repeat", "cut"], weights=[50, 22, 18, 10])[0]
     if style == "cut":
@@ -138,7 +143,7 @@ def rambling(rng: random.Random, post: Post) -> Draft:
 
 
 def swap_one(rng: random.Random, post: Post, keep: frozenset[str], values: dict[str, str]) -> None:
-    """Put a wrong value in the place of a right one, half of the time one that the post mentions."""
+    """Replace a right value with a wrong one, half of the time with one that the post mentions."""
     slots = [slot for slot in SLOTS if slot in keep and values[slot] == post.facts[slot]]
     mentioned = [slot for slot in slots if post.mentions[slot]]
     if mentioned and rng.random() < 0.5:
@@ -156,7 +161,10 @@ def wrong_value(rng: random.Random, post: Story, slot: str, values: dict[str, st
 
 
 def value_from_nowhere(rng: random.Random, post: Story, slot: str, values: dict[str, str]) -> str:
-    """A value that the post does not have but that suits the others, so that only the post can tell it is wrong."""
+    """A wrong value that the post does not mention.
+
+    It suits the other values where possible, so that only the post can tell that it is wrong.
+    """
 
     def suits(value: str) -> bool:
         trial = values | {slot: value}
@@ -168,7 +176,8 @@ def value_from_nowhere(rng: random.Random, post: Story, slot: str, values: dict[
             and fits(trial["action"], trial["object"])
         )
 
-    others = [value for value in VALUES[slot] if value != post.facts[slot] and value not in post.mentions[slot]]
+    known = {post.facts[slot], *post.mentions[slot]}
+    others = [value for value in VALUES[slot] if value not in known]
     return rng.choice([value for value in others if suits(value)] or others)
 
 
@@ -177,7 +186,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def add_sentences(rng: random.Random, text: str, sentences: list[str]) -> str:
-    """Put sentences before or after the text, or between two of its own."""
+    """Insert sentences before, after or between the sentences of the text."""
     parts = sentences_of(text)
     for sentence in sentences:
         parts.insert(rng.randint(0, len(parts)), sentence)
@@ -200,28 +209,28 @@ def stutter(rng: random.Random, text: str) -> str:
 
 # --- Rankings ---------------------------------------------------------------------------------------
 
-MAKERS = {"complete": complete, "partial": partial, "wrong": wrong, "rambling": rambling, "model_like": model_like}
+MAKERS = {"complete": complete, "partial": partial, "wrong": wrong, "rambling": rambling,
+          "model_like": model_like}
 
 
 def draw_completions(rng: random.Random, post: Post) -> list[Draft]:
-    """A reference and three others, all different, none too short or too long."""
+    """A reference and three other summaries, all different, none too short or too long."""
     while True:
         kinds = rng.choices(list(OTHER_KINDS), list(OTHER_KINDS.values()), k=3)
         drafts = [reference(rng, post), *(MAKERS[kind](rng, post) for kind in kinds)]
         if "wrong" in kinds and rng.random() < MINIMAL_PAIR_CHANCE:
-            twins = [draft for draft in drafts if draft.kind in ("reference", "complete", "partial")]
-            drafts[kinds.index("wrong") + 1] = wrong(rng, post, rng.choice(twins))
+            bases = [draft for draft in drafts if draft.kind in ("reference", "complete", "partial")]
+            drafts[kinds.index("wrong") + 1] = wrong(rng, post, rng.choice(bases))
         texts = [draft.text for draft in drafts]
         if len(set(texts)) == 4 and all(MIN_PIECES <= pieces(text) <= MAX_PIECES for text in texts):
             return drafts
 
 
 def ranking(rng: random.Random, post: Post, gold: dict) -> dict:
-    """Four completions, best first in the eyes of a labeller whose noise is Gumbel.
+    """Four completions, sorted best first by a labeller with Gumbel noise.
 
-    Sorting score + Gumbel noise draws from the Plackett-Luce model, in which any two completions
-    alone follow Bradley-Terry: P(i before j) = sigmoid(score_i - score_j). The reward model's loss
-    assumes just that.
+    Sorting by score + Gumbel noise draws from the Plackett-Luce model. In it any two completions follow
+    Bradley-Terry: P(i before j) = sigmoid(score_i - score_j), which is what the reward model's loss assumes.
     """
     drafts = draw_completions(rng, post)
     scored = []

@@ -1,4 +1,4 @@
-"""Train the mini model's tokenizer: byte-level BPE with OPT's special tokens and its habits."""
+"""Train the mini model's tokenizer: byte-level BPE, with OPT's special tokens and its </s> before a text."""
 
 import gzip
 import json
@@ -10,11 +10,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 VOCABULARY_SIZE = 3072
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in OPT
-# Enough for every word to be counted, few enough for seconds.
+# Rows of each file: enough to see every word often, few enough to take seconds.
 TRAINING_FILES = {"actor_train": 4000, "reward_train": 2000, "pretraining_train": 4000}
 
 
 def training_texts(directory: Path) -> Iterator[str]:
+    """Prompts and completions of the first rows of each file."""
     for name, count in TRAINING_FILES.items():
         with gzip.open(directory / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
             for line in islice(file, count):
@@ -24,7 +25,7 @@ def training_texts(directory: Path) -> Iterator[str]:
 
 
 def train_tokenizer(data_dir: Path, output_dir: Path) -> None:
-    """The same data give the same bytes."""
+    """Write tokenizer.json and tokenizer_config.json. The same data give the same bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""What a stage holds, whether that fits, and what would make it fit."""
+"""Which models a stage holds, whether they fit, and which change would make them fit."""
 
 from typing import NamedTuple
 
@@ -6,21 +6,21 @@ from planning.architectures import model_of
 from planning.memory import CHOICES, GIB, Held, Item, Work, Zero, items_of, peak, samples
 
 STAGES = ("sft", "reward", "ppo")
-_MOST = 2**16  # prompt groups; where a micro-batch takes nothing it is no limit
+_MAX_BATCH = 2**16  # prompt groups: ends the search where memory does not limit the batch
 
 
 class Setup(NamedTuple):
-    """Everything that the bytes depend on, but stage and choice."""
+    """Everything that the memory depends on except the stage and the ZeRO configuration."""
 
     model: str
     reward_model: str | None  # None: of the policy's size
     value_model: str  # separate, shared, none
-    lora_rank: int
+    lora_rank: int  # 0: no LoRA
     processes: int
-    per_node: int
-    device_memory: float | None  # bytes of one GPU; None: processes on this machine's CPU
+    per_node: int  # processes of a node
+    device_memory: float | None  # bytes of one GPU; None: the processes run on this machine's CPU
     host_memory: float | None  # bytes of a node; None: unknown
-    micro_batch: int
+    micro_batch: int  # this and all below: see `Work`
     generation_batch: int
     prompt: int
     completion: int
@@ -30,30 +30,33 @@ class Setup(NamedTuple):
 
     @property
     def cpu(self) -> bool:
+        """Whether the processes run without a GPU."""
         return self.device_memory is None
 
     def work(self, stage: str) -> Work:
-        """SFT has one completion for a prompt."""
-        return Work(stage, self.micro_batch, self.generation_batch, self.prompt, self.completion, 1 if stage == "sft" else self.k,
+        """What one process computes in a stage. SFT has one completion for each prompt."""
+        k = 1 if stage == "sft" else self.k
+        return Work(stage, self.micro_batch, self.generation_batch, self.prompt, self.completion, k,
                     self.precision, self.checkpointing, self.processes, self.cpu)
 
 
 class Plan(NamedTuple):
-    """One stage with one choice."""
+    """The memory of one stage with one ZeRO configuration."""
 
     stage: str
     zero: Zero
-    items: list[Item]
-    device: int  # bytes of one GPU at the peak; 0 on a CPU
-    host: int  # bytes of a node at the peak, a sum over its processes
-    nvme: int  # bytes of a node
+    items: list[Item]  # of one process
+    device: int  # peak bytes of one GPU; 0 on a CPU
+    host: int  # peak bytes of a node, summed over its processes
+    nvme: int  # peak bytes of a node
     fits: bool
 
 
 def held_models(stage: str, setup: Setup) -> list[Held]:
-    """As train_sft.py, train_reward.py and utils/models/ppo_models.py hold them.
+    """The models that train_sft.py, train_reward.py or train_ppo.py keeps in memory.
 
-    With LoRA the reference is the policy without its adapter, and the reward model a separate value model without its.
+    With LoRA the reference policy is the policy with its adapter switched off. The reward model is likewise a
+    separate value model with its adapter switched off. Neither takes memory of its own.
     """
     rank = setup.lora_rank
     policy = model_of(setup.model, "model", lora_rank=rank)
@@ -64,7 +67,8 @@ def held_models(stage: str, setup: Setup) -> list[Held]:
     if stage == "reward":
         return [Held("reward_model", model_of(scorer, field, True, rank), True)]
     if setup.value_model == "shared":
-        policy = policy._replace(trained=(*policy.trained, policy.hidden + 1))  # a linear layer on the trunk
+        value_head = policy.hidden + 1  # weight and bias
+        policy = policy._replace(trained=(*policy.trained, value_head))
     held = [Held("policy", policy, True)]
     if setup.value_model == "separate":
         held.append(Held("value_model", model_of(scorer, field, True, rank), True))
@@ -76,22 +80,23 @@ def held_models(stage: str, setup: Setup) -> list[Held]:
 
 
 def plan(stage: str, zero: Zero, setup: Setup) -> Plan:
-    """The bytes of a stage with a choice."""
+    """The memory of a stage with a ZeRO configuration."""
     items = items_of(held_models(stage, setup), zero, setup.work(stage))
     node = min(setup.per_node, setup.processes)
     device = 0 if setup.cpu else peak(items, "device")
     host = node * (peak(items, "device", "host") if setup.cpu else peak(items, "host"))
-    fits = (setup.cpu or device <= setup.device_memory) and (setup.host_memory is None or host <= setup.host_memory)
-    return Plan(stage, zero, items, device, host, node * peak(items, "nvme"), fits)
+    fits_device = setup.cpu or device <= setup.device_memory
+    fits_host = setup.host_memory is None or host <= setup.host_memory
+    return Plan(stage, zero, items, device, host, node * peak(items, "nvme"), fits_device and fits_host)
 
 
 def largest(field: str, stage: str, zero: Zero, setup: Setup) -> int:
-    """The largest `micro_batch` or `generation_batch` that fits, all else as it is; 0: not even one."""
+    """The largest `micro_batch` or `generation_batch` (`field`) that fits. 0: not even 1 fits."""
     def fits(count):
         return plan(stage, zero, setup._replace(**{field: count})).fits
 
     low, high = 0, 1
-    while high < _MOST and fits(high):
+    while high < _MAX_BATCH and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -100,34 +105,35 @@ def largest(field: str, stage: str, zero: Zero, setup: Setup) -> int:
 
 
 class Batches(NamedTuple):
-    """The largest that fit; 0: not even one. Training and sampling take turns, so each has the memory for itself."""
+    """The largest batches that fit; 0: not even 1 fits."""
 
     micro_batch: int
-    recomputing: int  # micro-batch with gradient checkpointing
+    recomputing: int  # micro_batch with gradient checkpointing
     generation_batch: int
 
 
 def batches_of(one: Plan, setup: Setup) -> Batches:
-    """Of the stage and choice of a plan."""
-    place = (one.stage, one.zero)
+    """The largest batches for the stage and the ZeRO configuration of a plan."""
+    case = (one.stage, one.zero)
+    # training and sampling alternate, so each has the memory to itself: the other's batch is 1
     alone = setup._replace(micro_batch=1, generation_batch=1)
-    return Batches(largest("micro_batch", *place, alone._replace(checkpointing=False)),
-                   largest("micro_batch", *place, alone._replace(checkpointing=True)),
-                   largest("generation_batch", *place, alone))
+    return Batches(largest("micro_batch", *case, alone._replace(checkpointing=False)),
+                   largest("micro_batch", *case, alone._replace(checkpointing=True)),
+                   largest("generation_batch", *case, alone))
 
 
 def choices_of(names: list[str]) -> list[Zero]:
-    """By name, from the fastest to the slowest; none named: all."""
+    """ZeRO configurations by name, fastest first. An empty list means all."""
     return [zero for zero in CHOICES if not names or zero.name in names]
 
 
 def cheapest(plans: list[Plan]) -> Plan | None:
-    """The fastest choice that fits; `plans` are in that order."""
+    """The fastest configuration that fits. `plans` are sorted fastest first."""
     return next((one for one in plans if one.fits), None)
 
 
 def remedies(stage: str, choices: list[Zero], setup: Setup) -> list[str]:
-    """Changes after which some choice fits, as a user would make them; or why no number of GPUs helps."""
+    """Command-line options with which some configuration fits, or why no number of GPUs helps."""
     small = {"micro_batch": 1, "generation_batch": 1, "checkpointing": True}
     changes = [
         ("--gradient_checkpointing true", {"checkpointing": True}),
@@ -135,21 +141,25 @@ def remedies(stage: str, choices: list[Zero], setup: Setup) -> list[str]:
         ("--generation_batch 1", {"generation_batch": 1}),
         ("--micro_batch 1 --generation_batch 1 --gradient_checkpointing true", small),
         ("--lora_rank 8", {"lora_rank": 8}),
-        ("--lora_rank 8 --micro_batch 1 --generation_batch 1 --gradient_checkpointing true", {"lora_rank": 8, **small}),
+        ("--lora_rank 8 --micro_batch 1 --generation_batch 1 --gradient_checkpointing true",
+         {"lora_rank": 8, **small}),
     ]
-    found = [name for name, change in changes if _any_fits(stage, choices, setup._replace(**change))]
+    options = [option for option, change in changes if _any_fits(stage, choices, setup._replace(**change))]
     if setup.cpu:
-        return found
-    policy = weights_gathered(stage, setup)
-    if policy > setup.device_memory:
-        return [*found, f"--gpu_memory {policy / GIB:.0f} and more, for sampling needs the whole policy on each GPU"]
-    count = next((n for n in (setup.processes * 2**i for i in range(1, 8)) if _any_fits(
-        stage, choices, setup._replace(processes=n, per_node=min(n, max(setup.per_node, 8))))), None)
-    return [*found, *([f"--gpus {count}"] if count else [])]
+        return options
+    policy_bytes = weights_gathered(stage, setup)
+    if policy_bytes > setup.device_memory:
+        enough = f"{policy_bytes / GIB:.0f}"
+        return [*options, f"--gpu_memory {enough} or more: sampling needs the whole policy on each GPU"]
+    for gpus in (setup.processes * 2**i for i in range(1, 8)):
+        more = setup._replace(processes=gpus, per_node=min(gpus, max(setup.per_node, 8)))
+        if _any_fits(stage, choices, more):
+            return [*options, f"--gpus {gpus}"]
+    return options
 
 
 def weights_gathered(stage: str, setup: Setup) -> int:
-    """Bytes of the policy's weights where they are sampled from, which no choice shards; 0 in the reward stage."""
+    """Bytes of the policy's weights while it samples, which nothing shards. 0 in the reward stage."""
     work = setup.work(stage)
     return held_models(stage, setup)[0].model.parameters * work.compute_bytes * samples(work)
 

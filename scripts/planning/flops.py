@@ -1,11 +1,12 @@
-"""The floating-point operations that an algorithm needs, counted by hand: no model, no torch.
+"""Required FLOPs of each algorithm, from formulas: no model and no torch.
 
-Counted are matrix products, two operations for each multiply-add: 2 per weight and token, and attention over the
-positions that a token sees, and no others. A prompt is counted once for its K completions, the language-model head at
-response positions only. Padding, embeddings, norms, softmax, losses and the optimizer are not counted; a backward
-pass is twice its forward pass. So what a program does beyond this lowers its utilisation.
+Only matrix products are counted, two operations for each multiply-add. That is 2 per weight and token, and
+attention over the positions that a token sees. A prompt is counted once for its K completions, and the
+language-model head at response positions only. A backward pass counts twice its forward pass. Padding,
+embeddings, norms, softmax, losses and the optimizer are not counted, so whatever a program computes beyond
+the required FLOPs lowers its utilisation.
 
-Sizes are tokens: `prompts` is a list of P lengths, `completions` a list of P lists of K lengths.
+Lengths are in tokens. `prompts` is a list of P lengths, `completions` a list of P lists of K lengths.
 """
 
 from typing import NamedTuple
@@ -20,40 +21,47 @@ class Size(NamedTuple):
     vocabulary: int
 
 
-BACKWARD = 2  # passes of the size of the forward one
-TRAIN = 1 + BACKWARD
-TRAIN_ADAPTERS = 2  # no gradients of the frozen weights, which are half of the backward pass
+BACKWARD = 2  # FLOPs of a backward pass / FLOPs of its forward pass
+TRAIN = 1 + BACKWARD  # FLOPs of forward and backward pass / FLOPs of the forward pass
+TRAIN_ADAPTERS = 2  # LoRA: the gradients of the frozen weights, half of the backward pass, are not computed
 
 
 def seen(prompt: int, completions: list[int]) -> int:
-    """Pairs (token, position it sees): each token sees itself and what is before it in its prompt and completion."""
+    """Number of pairs (token, position that it sees) in one prompt group.
+
+    A token sees itself and all tokens before it in its prompt and its own completion.
+    """
     return prompt * (prompt + 1) // 2 + sum(c * prompt + c * (c + 1) // 2 for c in completions)
 
 
 def trunk(size: Size, tokens: int, pairs: int) -> int:
-    """A forward pass through all layers: query, key, value and output projections, MLP, attention."""
+    """A forward pass through all layers: query, key, value and output projections, MLP, attention.
+
+    Args:
+        pairs: from `seen`.
+    """
     weights = 4 * size.hidden**2 + 2 * size.hidden * size.ffn
     return size.layers * (2 * weights * tokens + 4 * size.hidden * pairs)
 
 
 def head(size: Size, positions: int) -> int:
-    """The language-model head at so many positions."""
+    """The language-model head at a number of positions."""
     return 2 * size.hidden * size.vocabulary * positions
 
 
 def groups_trunk(size: Size, prompts: list[int], completions: list[list[int]]) -> int:
-    """A forward pass over whole prompt groups without any head."""
+    """A forward pass over prompt groups, without a head."""
     groups = list(zip(prompts, completions, strict=True))
     return trunk(size, sum(p + sum(c) for p, c in groups), sum(seen(p, c) for p, c in groups))
 
 
 def groups_policy(size: Size, prompts: list[int], completions: list[list[int]]) -> int:
-    """The same with the language-model head at each response token."""
+    """A forward pass over prompt groups, with the language-model head at each response token."""
     return groups_trunk(size, prompts, completions) + head(size, sum(map(sum, completions)))
 
 
 def generation(size: Size, prompts: list[int], k: int, length: int) -> int:
-    """Sampling K responses of `length` tokens for each prompt. The last token sampled is never fed back."""
+    """Sampling K responses of `length` tokens for each prompt. The last sampled token is not fed back."""
     fed = [[length - 1] * k for _ in prompts]
     return groups_trunk(size, prompts, fed) + head(size, len(prompts) * (1 + k * (length - 1)))
 
@@ -64,26 +72,30 @@ def sft(size: Size, prompts: list[int], completions: list[list[int]], train: int
 
 
 def reward(size: Size, prompts: list[int], completions: list[list[int]], train: int = TRAIN) -> int:
-    """One optimizer step on all pairs; the scalar head is left out."""
+    """One optimizer step on all pairs. The scalar head is not counted."""
     return train * groups_trunk(size, prompts, completions)
 
 
-def ppo(size: Size, prompts: list[int], k: int, length: int, epochs: int, judges: list[Size] | None = None,
-        values: list[Size] | None = None, train: int = TRAIN) -> int:
-    """One update: sampling, reference log-probs, scores, values, then `epochs` passes of policy and value model.
+def ppo(size: Size, prompts: list[int], k: int, length: int, epochs: int,
+        judges: list[Size] | None = None, values: list[Size] | None = None, train: int = TRAIN) -> int:
+    """One PPO update: sampling, scoring, then `epochs` passes of policy and value model.
 
-    The behaviour policy's log-probs come out of sampling.
+    Sampling returns the behaviour policy's log-probs, so they cost nothing. The reference policy reads the
+    responses once.
 
     Args:
-        judges: models that read the responses once, besides the reference; none: reward and value model of the policy's size.
-        values: models that are trained beside the policy; none: a value model of its size.
-        train: of a trained pass, in forward passes.
+        judges: the other models that read the responses once. None: a reward and a value model of the
+            policy's size.
+        values: models that are trained beside the policy. None: a value model of the policy's size.
+        train: FLOPs of a training pass / FLOPs of its forward pass.
     """
     judges, values = [size, size] if judges is None else judges, [size] if values is None else values
     completions = [[length] * k for _ in prompts]
 
-    def bare(sizes):
+    def trunks(sizes):
         return sum(groups_trunk(one, prompts, completions) for one in sizes)
 
     policy = groups_policy(size, prompts, completions)
-    return generation(size, prompts, k, length) + policy + bare(judges) + epochs * train * (policy + bare(values))
+    ref_policy = policy
+    rollout = generation(size, prompts, k, length) + ref_policy + trunks(judges)
+    return rollout + epochs * train * (policy + trunks(values))

@@ -1,10 +1,14 @@
-"""The terms: how many bytes each thing takes in one process, where it lies, and when it is alive.
+"""The memory model: bytes of each term in one process, where they are, and when they are allocated.
 
-Without DeepSpeed weights are float32 and mixed precision is autocast's. DeepSpeed's engine holds all models, the frozen ones
-too, in 16 bits under mixed precision, with float32 masters. What is sharded and moved by ZeRO-1, 2 (DeepSpeed 0.19.8,
-runtime/zero/stage_1_and_2.py) and ZeRO-3 (stage3.py) was read in that source; the paper is Rajbhandari et al., 1910.02054.
+Without DeepSpeed, weights are float32 and mixed precision is autocast's. DeepSpeed's engine holds all models,
+including the frozen ones, in 16 bits under mixed precision, with float32 master weights. What ZeRO shards and
+moves was read in the source of DeepSpeed 0.19.8: ZeRO-1 and ZeRO-2 are `DeepSpeedZeroOptimizer`
+(runtime/zero/stage_1_and_2.py), ZeRO-3 is `DeepSpeedZeroOptimizer_Stage3` (runtime/zero/stage3.py). Each term
+names the method that it counts, and tests/studies/test_plan_memory.py looks for these methods in the
+DeepSpeed that is installed. The paper is Rajbhandari et al., arXiv 1910.02054.
 
-Constants are those of configs/deepspeed/. Each function is one term; correct it there.
+The constants are those of configs/deepspeed/. Each term is one function, so a wrong estimate is corrected
+there.
 """
 
 from typing import NamedTuple
@@ -15,7 +19,7 @@ from planning.architectures import Model, kept_bytes
 from utils.zero import FILE_BYTES
 
 GIB = 2**30
-PHASES = ("loading", "generation", "update", "step", "saving")  # of which one is at a time
+PHASES = ("loading", "generation", "update", "step", "saving")  # a process is in one of them at a time
 ALWAYS = PHASES
 RUNNING = PHASES[1:]
 TRAINING = ("update", "step")
@@ -24,27 +28,29 @@ REUSE = 10**9  # stage3_max_reuse_distance [parameters]
 SUB_GROUP = {"zero3": 10**9, "zero3_offload": 10**8, "zero3_nvme": 10**8}  # sub_group_size [parameters]
 SWAP_BUFFERS = 4  # offload_optimizer.buffer_count
 
-# The process before it holds a tensor. A GPU: CUDA's context, cuBLAS's workspace, NCCL's buffers. Its host: CUDA's libraries.
-# A CPU: torch, transformers, trl and DeepSpeed, measured (0.5 GiB).
-DEVICE_BASE, HOST_BASE, CPU_BASE = 1.0 * GIB, 2.5 * GIB, 0.5 * GIB
+# Memory of a process before it holds a tensor.
+DEVICE_BASE = 1.0 * GIB  # on a GPU: CUDA's context, cuBLAS's workspace, NCCL's buffers
+HOST_BASE = 2.5 * GIB  # on the host of a GPU: CUDA's libraries
+CPU_BASE = 0.5 * GIB  # without a GPU: torch, transformers, trl and DeepSpeed, measured
 
 
 class Zero(NamedTuple):
-    """A choice of what is sharded over the processes, and where the rest lies."""
+    """A ZeRO configuration: what is sharded over the processes, and what is offloaded."""
 
     name: str
-    stage: int
+    stage: int  # 0: DDP without DeepSpeed
     optimizer: str = "device"  # where optimizer states are: device, host, nvme
-    weights: str = "device"  # where weights are between their uses
+    weights: str = "device"  # where weights are while they are not used
 
 
-# from the fastest to the slowest: each shards more, and then moves more over the PCI bus
-CHOICES = [Zero("none", 0), Zero("zero1", 1), Zero("zero2", 2), Zero("zero3", 3), Zero("zero2_offload", 2, "host"),
-           Zero("zero3_offload", 3, "host", "host"), Zero("zero3_nvme", 3, "nvme", "host")]
+# from the fastest to the slowest: first each shards more, then each moves more over the PCI bus
+CHOICES = [Zero("none", 0), Zero("zero1", 1), Zero("zero2", 2), Zero("zero3", 3),
+           Zero("zero2_offload", 2, "host"), Zero("zero3_offload", 3, "host", "host"),
+           Zero("zero3_nvme", 3, "nvme", "host")]
 
 
 class Held(NamedTuple):
-    """A model in memory."""
+    """A model that a stage holds in memory."""
 
     role: str  # policy, value_model, ref_policy, reward_model
     model: Model
@@ -52,13 +58,13 @@ class Held(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one process computes, and in which arithmetic."""
+    """What one process computes, and in which precision."""
 
     stage: str
-    micro_batch: int  # prompt groups of a forward pass that is trained
-    generation_batch: int  # prompts that are sampled for at once; in the reward stage rows that are scored at once
+    micro_batch: int  # prompt groups in a forward pass of training
+    generation_batch: int  # prompts sampled for at once; in the reward stage, rows scored at once
     prompt: int  # tokens
-    completion: int  # tokens of each
+    completion: int  # tokens of each completion
     k: int  # completions of a prompt
     precision: str  # bf16, fp16, fp32
     checkpointing: bool
@@ -79,45 +85,49 @@ class Work(NamedTuple):
         return self.prompt + self.k * self.completion
 
     def share(self, count: int) -> int:
+        """The part of `count` parameters that one process has when they are sharded."""
         return -(-count // self.processes)
 
 
 class Item(NamedTuple):
-    """A term: its bytes in one process."""
+    """Bytes of one term in one process."""
 
     name: str
     bytes: int
-    place: str = "device"
-    alive: tuple[str, ...] = RUNNING
+    place: str = "device"  # device, host, nvme
+    alive: tuple[str, ...] = RUNNING  # phases in which they are allocated
 
 
 def trained_of(held: list[Held]) -> list[int]:
+    """Parameters of each trainable tensor of all models."""
     return [size for one in held if one.trained for size in one.model.trained]
 
 
 def base(work: Work) -> list[Item]:
-    """Libraries and their workspaces; a CPU process has one memory for both."""
+    """Libraries and their workspaces. Without a GPU a process has one memory, counted as the device."""
     if work.cpu:
         return [Item("base", int(CPU_BASE), alive=ALWAYS)]
     return [Item("base", int(DEVICE_BASE), alive=ALWAYS), Item("base", int(HOST_BASE), "host", ALWAYS)]
 
 
 def loading(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Each process reads whole models into its host memory in float32, before they go to the device (models.py).
+    """Whole models in float32: each process reads them into host memory before they go to the device.
 
-    On a CPU that is where they stay. ZeRO-3 makes them in shards (zero.Init).
+    On a CPU they stay there. ZeRO-3 creates the models in shards (`deepspeed.zero.Init`).
     """
+    if zero.stage == 3:
+        return []
     whole = 4 * sum(one.model.parameters for one in held)
-    return [] if zero.stage == 3 else [Item("loading", whole, "device" if work.cpu else "host", ("loading",))]
+    return [Item("loading", whole, "device" if work.cpu else "host", ("loading",))]
 
 
 def weight_bytes(zero: Zero, work: Work) -> int:
-    """Bytes of a weight: DeepSpeed's engine casts the model, autocast does not."""
+    """Bytes of one weight. DeepSpeed's engine casts the model, autocast does not."""
     return 4 if zero.stage == 0 else work.compute_bytes
 
 
 def weights(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Weights of trained models, and apart from them the frozen ones. ZeRO-3 shards both."""
+    """Weights of the trained and of the frozen models, as two items. ZeRO-3 shards both."""
     items = []
     for trained, name in ((True, "weights"), (False, "frozen models")):
         count = sum(one.model.parameters for one in held if one.trained == trained)
@@ -127,10 +137,12 @@ def weights(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def gradients(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Gradients of what is trained.
+    """Gradients of the trained parameters.
 
-    Without DeepSpeed and in ZeRO-1, 2 they are freed after a step. ZeRO-3 keeps one flat buffer. With the optimizer on the host
-    there is a float32 copy besides, for its step (stage_1_and_2.py, :937; stage3.py, :1338); on NVMe that is swapped out.
+    Without DeepSpeed and in ZeRO-1 and ZeRO-2 they are freed after a step. ZeRO-3 keeps one flat buffer. An
+    optimizer on the host steps with a second, float32 copy
+    (`DeepSpeedZeroOptimizer.initialize_optimizer_states`,
+    `DeepSpeedZeroOptimizer_Stage3.initialize_optimizer_states`). With NVMe that copy is swapped out.
     """
     count, size = sum(trained_of(held)), weight_bytes(zero, work)
     if zero.stage < 2:
@@ -138,15 +150,16 @@ def gradients(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     mine = work.share(count)
     if zero.optimizer == "device":
         return [Item("gradients", size * mine, alive=RUNNING if zero.stage == 3 else TRAINING)]
-    # what ZeRO-2 has accumulated of several micro-batches, and ZeRO-3's flat buffer (it has that of one, too)
+    # ZeRO-2's buffer accumulates over micro-batches; ZeRO-3 has its flat buffer even with one micro-batch
     return [Item("gradients", size * mine, "host"), Item("gradients", 4 * mine, zero.optimizer)]
 
 
 def optimizer(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Adam's two moments in float32, and the float32 master where the weights are not it.
+    """Adam's two moments in float32, and float32 master weights unless the weights themselves serve as such.
 
-    In float32 ZeRO-1 and 2, and ZeRO-3 with offload, clone the weights all the same (stage_1_and_2.py, :560; stage3.py, :1158);
-    ZeRO-3 on the device does not (:1163).
+    When training is in float32, ZeRO-1 and ZeRO-2 clone the weights all the same
+    (`DeepSpeedZeroOptimizer.__init__`). So does ZeRO-3 with offload, but not on the device
+    (`DeepSpeedZeroOptimizer_Stage3._create_fp32_partitions`).
     """
     count = sum(trained_of(held))
     mine = work.share(count) if zero.stage else count
@@ -155,7 +168,10 @@ def optimizer(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def step(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """The float32 copy of the gradients that the optimizer steps with, when activations are gone; in ZeRO-3 of a sub-group."""
+    """The float32 copy of the gradients that the optimizer steps with, after the activations are freed.
+
+    ZeRO-3 copies one sub-group at a time.
+    """
     if zero.stage == 0 or zero.optimizer != "device":
         return []
     sizes = trained_of(held)
@@ -164,7 +180,11 @@ def step(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def sub_group(sizes: list[int], zero: Zero, work: Work) -> int:
-    """Parameters in the largest sub-group of ZeRO-3's step, which is closed by the tensor that fills it (stage3.py, :1210)."""
+    """Parameters of one process in the largest sub-group of ZeRO-3's step.
+
+    A sub-group is closed by the tensor that fills it
+    (`DeepSpeedZeroOptimizer_Stage3._create_fp16_sub_groups`).
+    """
     limit, largest, current = SUB_GROUP[zero.name], 0, 0
     for size in sizes:
         current += work.share(size)
@@ -174,11 +194,12 @@ def sub_group(sizes: list[int], zero: Zero, work: Work) -> int:
 
 
 def exchange_buffers(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Buffers in which gradients are exchanged and moved.
+    """Buffers through which gradients are exchanged between processes and moved between devices.
 
-    DDP copies all gradients into its buckets. ZeRO has buckets of hidden^2 ("auto"): two in ZeRO-1, 2 (`overlap_comm`), one in
-    ZeRO-3. An offloaded ZeRO-2 step has a 16-bit copy of the weights on the host (stage_1_and_2.py, :568) and a buffer for the
-    largest gradient on both sides (:653). NVMe goes through buffers of 4 sub-groups in float32.
+    DDP copies all gradients into its buckets. ZeRO has buckets of hidden^2 ("auto"): two in ZeRO-1 and ZeRO-2
+    (`overlap_comm`), one in ZeRO-3. ZeRO-2 with offload has a 16-bit copy of the weights on the host, and a
+    buffer for the largest gradient on host and device (both in `DeepSpeedZeroOptimizer.__init__`). States on
+    NVMe pass through buffers of 4 sub-groups in float32.
     """
     sizes, size = trained_of(held), weight_bytes(zero, work)
     if zero.stage == 0:
@@ -186,8 +207,11 @@ def exchange_buffers(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     bucket, largest = held[0].model.hidden ** 2, max(sizes)
     items = [Item("buffers", bucket * size * (1 if zero.stage == 3 else 2))]
     if zero.stage == 2 and zero.optimizer == "host":
-        items += [Item("buffers", largest * size), Item("buffers", (work.share(sum(sizes)) + largest) * size, "host")]
-    if zero.name == "zero3":  # the float32 gradients of a sub-group, until the first step is over (stage3.py, :1306)
+        copied = work.share(sum(sizes)) + largest
+        items += [Item("buffers", largest * size), Item("buffers", copied * size, "host")]
+    if zero.name == "zero3":
+        # float32, on the device until the first step
+        # (`DeepSpeedZeroOptimizer_Stage3.initialize_optimizer_states`)
         items.append(Item("buffers", 4 * sub_group(sizes, zero, work)))
     if zero.optimizer == "nvme":
         items.append(Item("buffers", SWAP_BUFFERS * 4 * sub_group(sizes, zero, work), "host"))
@@ -195,35 +219,39 @@ def exchange_buffers(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def pinned(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """What torch adds to page-locked memory, which it hands out in powers of two. On a CPU nothing is pinned."""
+    """Padding of page-locked memory: torch hands it out in powers of two. Without a GPU nothing is pinned."""
     if work.cpu or zero.optimizer != "host":
         return []
     mine, size = work.share(sum(trained_of(held))), work.compute_bytes
-    # weights or their copy, gradients; and float32: masters and gradients in ZeRO-2, gradients by sub-group in ZeRO-3
+    # 16 bits: the weights or their copy, and the gradients. float32: master weights and gradients in ZeRO-2,
+    # the gradients of each sub-group in ZeRO-3.
     buffers = [size * mine] * 2
     if zero.stage == 2:
         buffers += [4 * mine] * 2
     else:
         group = min(mine, sub_group(trained_of(held), zero, work))
         buffers += [4 * group] * (mine // max(1, group)) + [4 * (mine % max(1, group))]
-    return [Item("pinned", sum((1 << (count - 1).bit_length()) - count for count in buffers if count), "host")]
+    padding = sum((1 << (count - 1).bit_length()) - count for count in buffers if count)
+    return [Item("pinned", padding, "host")]
 
 
 def gathered(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Weights that ZeRO-3 makes whole, or autocast casts.
+    """Full weights that ZeRO-3 gathers, and the 16-bit copy of each trainable weight that autocast keeps.
 
-    Sampling gathers the whole policy once. In training a weight is kept when it is used again within `stage3_max_reuse_distance`
-    parameters: those of the last layers, half that distance before the turn to the backward pass, and what is fetched ahead
-    (.9 hidden^2). One process has them whole, and copies only what lies elsewhere (partition_parameters.py, :105). Autocast keeps
-    a 16-bit copy of each trainable weight.
+    Sampling gathers the whole policy once. In training ZeRO-3 keeps a gathered weight when it is used again
+    within `stage3_max_reuse_distance` parameters. These are the last layers: half that distance before the
+    backward pass begins. Prefetching adds .9 hidden^2 parameters. A single process already has full weights
+    and copies only those that are on another device (`NoGatherHandle.__init__`,
+    runtime/zero/partition_parameters.py).
     """
-    policy, count = held[0].model, sum(one.model.parameters for one in held if one.trained)
+    policy = held[0].model
     if zero.stage == 0:
         cast = 2 * work.mixed
         return [Item("gathered", cast * sum(trained_of(held)), alive=("update",)),
                 Item("gathered", cast * sum(policy.trained) * samples(work), alive=("generation",))]
     if zero.stage < 3 or work.processes == 1 and (work.cpu or zero.weights == "device"):
         return []
+    count = sum(one.model.parameters for one in held if one.trained)
     ahead = int(0.9 * policy.hidden**2)
     live = min(count, max(REUSE // 2, policy.largest) + ahead)
     return [Item("gathered", work.compute_bytes * live, alive=("update",)),
@@ -231,16 +259,15 @@ def gathered(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def samples(work: Work) -> bool:
-    """Whether a stage generates: PPO in its rollouts, SFT for ROUGE."""
+    """Whether the stage samples text: PPO for its rollouts, SFT for ROUGE."""
     return work.stage != "reward"
 
 
 def activations(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """What autograd keeps of all trained models: their forward passes come before the one backward pass.
+    """What autograd keeps for the backward pass, and the gradients of one layer's activations.
 
-    With checkpointing: the input of each layer, and one layer whole. On the way back each tensor that is kept meets its
-    gradient: those of one layer are counted. Autocast leaves the stream between layers and the norms
-    in float32, and casts the norm's output for query, key and value each: 8 bytes x hidden more a layer.
+    All trained models are counted, because their forward passes precede the one backward pass. With gradient
+    checkpointing autograd keeps the input of each layer, and all tensors of one layer, which is recomputed.
     """
     total = back = 0
     for model in (one.model for one in held if one.trained):
@@ -254,17 +281,23 @@ def activations(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def row_bytes(model: Model, zero: Zero, work: Work) -> int:
-    """Bytes that are kept of one row."""
+    """Bytes that autograd keeps of one row without checkpointing.
+
+    Autocast leaves the residual stream and LayerNorm in float32, and casts LayerNorm's output for query, key
+    and value each: 8 bytes more for each layer, token and hidden dimension.
+    """
     dtype = torch.bfloat16 if work.mixed else torch.float32
     row = kept_bytes(model.name, "model", model.scalar, work.length, dtype)
-    return row + (8 * model.hidden * model.layers * work.length if zero.stage == 0 and work.mixed else 0)
+    autocast = zero.stage == 0 and work.mixed
+    return row + (8 * model.hidden * model.layers * work.length if autocast else 0)
 
 
 def logits(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """The probabilities at response positions, which the gradient of the head needs: one float32 table (utils/models/lm_head.py).
+    """Tables of the language-model head in the update (utils/models/lm_head.py). A frozen head keeps nothing.
 
-    And in the backward pass its copy in 16 bits, and the head's gradient in float32 before it is that of the weight. A frozen
-    head keeps nothing.
+    The head's gradient needs the probabilities at response positions: one float32 table (positions,
+    vocabulary), and its 16-bit copy in the backward pass. The gradient of the head's weight is float32 before
+    it is cast to 16 bits.
     """
     policy = held[0].model
     if work.stage == "reward" or not policy.head:
@@ -275,10 +308,11 @@ def logits(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def generation(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Sampling: K branches share their prompt's keys and values (utils/models/generation.py).
+    """Sampling (utils/models/generation.py). The K responses share their prompt's keys and values.
 
-    Besides the cache: the prompts' forward pass, which has alive at most what one layer would keep, and tables over the
-    vocabulary (logits in both arithmetics, divided by the temperature, and their softmax).
+    Besides the cache there are the prompts' forward pass, with at most the tensors of one layer at a time,
+    and tables (rows, vocabulary): the logits in 16 bits and in float32, divided by the temperature, and their
+    softmax.
     """
     if not samples(work):
         return []
@@ -286,13 +320,14 @@ def generation(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     prefill = rows * row_bytes(policy, zero, work._replace(k=0)) // policy.layers
     tables = rows * work.k * policy.vocabulary * (work.compute_bytes + 12)
     cache = rows * work.length * policy.cached * work.compute_bytes
-    return [Item("kv cache", cache, alive=("generation",)), Item("sampling", prefill + tables, alive=("generation",))]
+    return [Item("kv cache", cache, alive=("generation",)),
+            Item("sampling", prefill + tables, alive=("generation",))]
 
 
 def scoring(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """The reward stage's evaluation: it keeps nothing, so that at most what one layer would keep is alive.
+    """The reward stage's evaluation, without autograd: at most the tensors of one layer at a time.
 
-    Its rows are the longest that there are, and more at once than are trained on. PPO scores no more tokens than it samples from.
+    It scores more rows at once than a micro-batch trains on. In PPO sampling takes more than scoring does.
     """
     if samples(work):
         return []
@@ -302,23 +337,27 @@ def scoring(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 
 
 def saving(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Under ZeRO-3 the weights of one file are whole to be written (utils/zero.py). Beside GPUs a node has room for them."""
+    """Under ZeRO-3 the weights of one file are gathered on the host to be written (utils/zero.py).
+
+    On a machine with GPUs this is left out: host memory is much larger than one file.
+    """
     if zero.stage < 3 or not work.cpu:
         return []
     largest = max(one.model.parameters for one in held) * weight_bytes(zero, work)
     return [Item("saving", min(FILE_BYTES, largest), alive=("saving",))]
 
 
-TERMS = [weights, gradients, optimizer, step, exchange_buffers, pinned, gathered, activations, logits, generation, scoring,
-         loading, saving]
+TERMS = [weights, gradients, optimizer, step, exchange_buffers, pinned, gathered, activations, logits,
+         generation, scoring, loading, saving]
 
 
 def items_of(held: list[Held], zero: Zero, work: Work) -> list[Item]:
-    """Every term of one process. The policy, or the only model, is the first of `held`."""
+    """All terms of one process that are not 0. The first of `held` is the policy, or the only model."""
     items = base(work) + [item for term in TERMS for item in term(held, zero, work)]
     return [item for item in items if item.bytes]
 
 
 def peak(items: list[Item], *places: str) -> int:
-    """The most bytes that are alive at once in these places."""
-    return max(sum(item.bytes for item in items if item.place in places and phase in item.alive) for phase in PHASES)
+    """The most bytes that are allocated in these places in any one phase."""
+    return max(sum(item.bytes for item in items if item.place in places and phase in item.alive)
+               for phase in PHASES)
