@@ -233,7 +233,7 @@ def test_the_table_of_a_profile(capsys):
 
 
 def run(*words):
-    return subprocess.run([sys.executable, ROOT / "scripts" / "benchmark.py", *map(str, words)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, ROOT / "scripts" / "studies" / "benchmark.py", *map(str, words)], capture_output=True, text=True,
                           check=False)
 
 
