@@ -1,22 +1,30 @@
-"""Breaks one detail of the training code at a time and looks which tests notice: a detail that no test watches is not tested.
+"""Breaks one detail of the training code at a time. A detail whose tests all still pass is not tested.
 
-    python tests/mutations.py                   # all of tests/mutation_list.py; also `make mutations`
-    python tests/mutations.py --only whiten     # those whose name or file holds this text
-    python tests/mutations.py --table           # and write the table of tests/README.md
+    python tests/mutations.py                  # all of tests/mutation_list.py; also `make mutations`
+    python tests/mutations.py --only whiten    # those whose name, file or function contains this text
+    python tests/mutations.py --check          # run nothing: does the list fit the code?
+    python tests/mutations.py --readme         # and write the line `mutations: N, caught: N` of tests/README.md
 
-Each mutation is made in a temporary copy of the tree, never in the tree itself. Only the few tests that should notice it
-are run, so that it takes seconds. They must pass without it, and one of them must fail with it. A copy that cannot
-be imported proves nothing: it is reported as broken, and not as caught.
+Each mutation is made in a temporary copy of the tree, never in the tree itself. Only the few tests that should notice
+it are run, so it takes seconds. These tests must pass without the mutation, and at least one must fail with it. A copy
+that cannot be imported proves nothing: it is reported as broken, not as caught.
 
-It is no part of `make test`. The exit status is 1 when a mutation is not caught.
+The check is not part of `make test`. A run of all mutations writes its table to outputs/mutations.md. The exit status
+is 1 when a mutation is not caught.
 """
 
 import argparse
+import ast
+import datetime
+import io
 import multiprocessing
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +35,10 @@ import pytest
 from mutation_list import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "tests" / "README.md"
-BEGIN, END = "<!-- mutations: written by tests/mutations.py --table -->", "<!-- end of mutations -->"
+TESTS = ROOT / "tests"
+README = TESTS / "README.md"
+TABLE = ROOT / "outputs" / "mutations.md"
+SUMMARY = re.compile(r"^mutations: \d+, caught: \d+.*$", re.MULTILINE)  # the line of tests/README.md
 COPIED = ("scripts", "tests")  # they find each other by their own path, which a link would lead back to the tree
 LONGEST = 600  # seconds that the tests of a mutation may take; a mutant may never end
 # the libraries are imported once, in a server that each run is forked from: they take longer than most tests
@@ -48,19 +58,118 @@ class Result(NamedTuple):
 
 
 def mutated(mutation: Mutation, root: Path = ROOT) -> str:
-    """The text of the mutated file.
+    """The text of the mutated file. Whitespace, comments and docstrings do not matter for what `old` matches.
 
     Raises:
-        ValueError: when the text to replace does not occur exactly once, or would not change.
+        ValueError: when the file or its function is missing, when `old` does not occur exactly once in the function, or when
+            nothing would change.
     """
-    text = (root / mutation.file).read_text(encoding="utf-8")
-    count = text.count(mutation.old)
-    if count != 1:
-        raise ValueError(f"mutation '{mutation.name}': its old text must occur once in {mutation.file}, found {count} times; "
-                         "bring tests/mutation_list.py up to date")
+    here = f"mutation '{mutation.name}': {mutation.file}"
     if mutation.old == mutation.new:
         raise ValueError(f"mutation '{mutation.name}' changes nothing")
-    return text.replace(mutation.old, mutation.new)
+    if not (root / mutation.file).exists():
+        raise ValueError(f"{here} does not exist; bring tests/mutation_list.py up to date")
+    text = (root / mutation.file).read_text(encoding="utf-8")
+    spans = _spans(text)
+    if mutation.function:
+        if len(spans.get(mutation.function, [])) != 1:
+            raise ValueError(f"{here} must define '{mutation.function}' once, found "
+                             f"{len(spans.get(mutation.function, []))} times; bring tests/mutation_list.py up to date")
+        (begin, end), = spans[mutation.function]
+        excluded = []
+    else:  # what stands at the level of the module, outside all functions and classes
+        begin, end = 0, len(text)
+        excluded = [span for same in spans.values() for span in same]
+    places = [match for match in _pattern(mutation.old).finditer(_code_only(text), begin, end)
+              if not any(first <= match.start() < last for first, last in excluded)]
+    if len(places) != 1:
+        raise ValueError(f"{here}, {mutation.function or 'outside of functions'}: `{mutation.old}` must occur once, found "
+                         f"{len(places)} times; bring tests/mutation_list.py up to date")
+    return text[:places[0].start()] + mutation.new + text[places[0].end():]
+
+
+def _spans(text: str) -> dict[str, list[tuple[int, int]]]:
+    """Where each function and class stands, as offsets into the text: `name`, `Class.method`, `outer.inner`."""
+    offsets = _line_offsets(text)
+    spans: dict[str, list[tuple[int, int]]] = {}
+
+    def collect(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            name = prefix
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                name = f"{prefix}.{child.name}".lstrip(".")
+                first = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
+                spans.setdefault(name, []).append((offsets[first - 1], offsets[child.end_lineno]))
+            collect(child, name)
+
+    collect(ast.parse(text), "")
+    return spans
+
+
+def _code_only(text: str) -> str:
+    """The text with spaces in place of comments and docstrings, at the same offsets."""
+    offsets, lines = _line_offsets(text), text.splitlines(keepends=True)
+
+    def offset(line, column):  # ast counts columns in bytes
+        return offsets[line - 1] + len(lines[line - 1].encode()[:column].decode())
+
+    spans = [(offsets[token.start[0] - 1] + token.start[1], offsets[token.end[0] - 1] + token.end[1])
+             for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            spans.append((offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)))
+    characters = list(text)
+    for first, last in spans:
+        characters[first:last] = " " * (last - first)
+    return "".join(characters)
+
+
+def _line_offsets(text: str) -> list[int]:
+    offsets = [0]
+    for line in text.splitlines(keepends=True):
+        offsets.append(offsets[-1] + len(line))
+    return offsets
+
+
+def _pattern(old: str) -> re.Pattern:
+    """`old` as a regular expression that begins and ends with whole words, with any whitespace between its words and signs."""
+    words = re.findall(r"\w+|[^\w\s]", old)
+    pattern = re.escape(words[0])
+    for left, right in zip(words[:-1], words[1:], strict=True):
+        both_words = re.match(r"\w", left) and re.match(r"\w", right)
+        pattern += (r"\s+" if both_words else r"\s*") + re.escape(right)
+    before = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
+    after = r"(?!\w)" if re.match(r"\w", words[-1]) else ""
+    return re.compile(before + pattern + after)
+
+
+def named_tests(mutation: Mutation) -> list[str]:
+    """pytest's ids, below tests/, of the tests that a mutation names.
+
+    `ppo_update` is the whole of test_ppo_update.py; `ppo_update:the_loss_of` is its one test whose name is
+    test_the_loss_of or begins so; `ppo_update:the_loss_of[gae]` is that test with one set of parameters.
+
+    Raises:
+        ValueError: when there is not exactly one such file or test.
+    """
+    ids = []
+    for word in mutation.tests.split():
+        stem, _, rest = word.partition(":")
+        beginning, bracket, parameters = rest.partition("[")
+        files = list(TESTS.rglob(f"test_{stem}.py"))
+        if len(files) != 1:
+            raise ValueError(f"mutation '{mutation.name}': {len(files)} files named test_{stem}.py below tests/")
+        identity = files[0].relative_to(TESTS).as_posix()
+        if rest:
+            functions = [node.name for node in ast.parse(files[0].read_text(encoding="utf-8")).body
+                         if isinstance(node, ast.FunctionDef) and node.name.startswith(f"test_{beginning}")]
+            matches = [name for name in functions if name == f"test_{beginning}"] or functions
+            if len(matches) != 1:
+                raise ValueError(f"mutation '{mutation.name}': {len(matches)} tests of {identity} begin with "
+                                 f"test_{beginning}")
+            identity += f"::{matches[0]}{bracket}{parameters}"
+        ids.append(identity)
+    return ids
 
 
 def copy_tree(folder: Path) -> None:
@@ -98,15 +207,19 @@ def _pytest(folder: Path, arguments: list[str], output: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(folder)
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests", ROOT / "scripts")]
+    sys.path[:] = [path for path in sys.path if not _in_tree(Path(path).resolve())]
     for name in [name for name, module in sys.modules.items() if _is_ours(module)]:
         del sys.modules[name]
     sys.exit(int(pytest.main(arguments)))
 
 
+def _in_tree(path: Path) -> bool:
+    return path == ROOT or any(path.is_relative_to(ROOT / folder) for folder in COPIED)
+
+
 def _is_ours(module) -> bool:
     file = getattr(module, "__file__", None)
-    return file is not None and Path(file).parent in (ROOT / "tests", ROOT / "scripts", ROOT / "scripts" / "utils")
+    return file is not None and any(Path(file).is_relative_to(ROOT / folder) for folder in COPIED)
 
 
 def judged(status: int, report: Path, output: str) -> Result:
@@ -127,7 +240,7 @@ def judged(status: int, report: Path, output: str) -> Result:
 def check_unmutated(mutations: list[Mutation], jobs: int) -> None:
     """Stop unless every test that is named passes without a mutation."""
     by_file: dict[str, list[str]] = {}
-    for test in sorted({test for mutation in mutations for test in mutation.tests}):
+    for test in sorted({test for mutation in mutations for test in named_tests(mutation)}):
         by_file.setdefault(test.split("::")[0], []).append(test)
     # a whole file stands before its single tests
     chosen = [[tests[0]] if "::" not in tests[0] else tests for tests in by_file.values()]
@@ -141,9 +254,9 @@ def check_unmutated(mutations: list[Mutation], jobs: int) -> None:
 def run_all(mutations: list[Mutation], jobs: int) -> list[Result]:
     """Every mutation's result, printed as it comes."""
     def run(mutation):
-        result = run_tests(mutation.tests, mutation)
+        result = run_tests(named_tests(mutation), mutation)
         verdict = f"BROKEN ({result.broken})" if result.broken else "caught" if result.failed else "SURVIVED"
-        print(f"{verdict}: {mutation.name} [{mutation.file}] {', '.join(result.failed)}", flush=True)
+        print(f"{verdict}: {mutation.name} [{mutation.file} {mutation.function}] {', '.join(result.failed)}", flush=True)
         if result.broken:
             print(result.output[-2000:], flush=True)
         return result
@@ -154,46 +267,65 @@ def run_all(mutations: list[Mutation], jobs: int) -> list[Result]:
 
 def table(mutations: list[Mutation], results: list[Result]) -> str:
     """The results as a Markdown table. Tests of one function with other parameters are one entry."""
-    lines = ["| | detail | what is broken | file | tests that failed |", "|---|---|---|---|---|"]
+    lines = ["| | detail | what is broken | where | tests that failed |", "|---|---|---|---|---|"]
     for number, (mutation, result) in enumerate(zip(mutations, results, strict=True), start=1):
         names = dict.fromkeys(name.split("[")[0] for name in result.failed)
-        caught = "<br>".join(f"`{name}`" for name in names) or "none"
-        lines.append(f"| {number} | {mutation.detail or ''} | {mutation.name} | `{mutation.file.removeprefix('scripts/')}` "
-                     f"| {caught} |")
+        failed = "<br>".join(f"`{name}`" for name in names) or "none"
+        where = f"`{mutation.file.removeprefix('scripts/')}` {f'`{mutation.function}`' if mutation.function else ''}".rstrip()
+        lines.append(f"| {number} | {mutation.detail or ''} | {mutation.name} | {where} | {failed} |")
     return "\n".join(lines)
 
 
-def write_table(text: str) -> None:
-    """Put the table between the two marks of tests/README.md."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+def summary(count: int, caught: int) -> str:
+    """The line of tests/README.md, with the day and the commit of the tree."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "scripts", "tests"], capture_output=True, text=True).stdout
+    tree = f"commit {commit or 'unknown'}{' with changes' if changed else ''}"
+    return f"mutations: {count}, caught: {caught} ({datetime.date.today()}, {tree})"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutations at a time (default: one for each core)")
-    parser.add_argument("--only", default="", help="only mutations whose name or file holds this text")
-    parser.add_argument("--table", action="store_true", help="write the table of tests/README.md")
+    parser.add_argument("--only", default="", help="only mutations whose name, file or function holds this text")
+    parser.add_argument("--check", action="store_true", help="only look whether every mutation fits the code; run no test")
+    parser.add_argument("--readme", action="store_true", help="write the line of tests/README.md")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)  # before the first fork
-    if arguments.table and arguments.only:
-        parser.error("--table writes all mutations: leave --only out")
-    chosen = [m for m in MUTATIONS if arguments.only in m.name or arguments.only in m.file]
+    if arguments.readme and (arguments.only or arguments.check):
+        parser.error("--readme is for a run of all mutations: leave --only and --check out")
+    chosen = [m for m in MUTATIONS if any(arguments.only in text for text in (m.name, m.file, m.function))]
     if not chosen:
-        parser.error(f"--only: no mutation's name or file holds '{arguments.only}'")
-    for mutation in chosen:
-        try:
-            mutated(mutation)
-        except ValueError as error:
-            parser.error(str(error))
+        parser.error(f"--only: no mutation's name, file or function holds '{arguments.only}'")
+    mistakes = list(filter(None, map(mistake, chosen)))
+    if mistakes:
+        parser.error("\n".join(["the list does not fit the code", *mistakes]))
+    if arguments.check:
+        print(f"mutations: {len(chosen)}, all fit the code")
+        return 0
     check_unmutated(chosen, arguments.jobs)
     results = run_all(chosen, arguments.jobs)
-    if arguments.table:
-        write_table(table(chosen, results))
     caught = sum(bool(result.failed) and not result.broken for result in results)
+    if not arguments.only:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(f"{summary(len(chosen), caught)}\n\n{table(chosen, results)}\n", encoding="utf-8")
+        print(f"the table is in {TABLE.relative_to(ROOT)}")
+    if arguments.readme:
+        text = README.read_text(encoding="utf-8")
+        README.write_text(SUMMARY.sub(summary(len(chosen), caught), text, count=1), encoding="utf-8")
     print(f"mutations: {len(chosen)}, caught: {caught}")
     return 0 if caught == len(chosen) else 1
+
+
+def mistake(mutation: Mutation) -> str:
+    """Why a mutation does not fit the code or the tests; empty when it does."""
+    try:
+        ast.parse(mutated(mutation))
+        named_tests(mutation)
+    except (ValueError, SyntaxError) as error:
+        return f"{error}" if isinstance(error, ValueError) else f"mutation '{mutation.name}' is no Python: {error}"
+    return ""
 
 
 if __name__ == "__main__":

@@ -102,7 +102,12 @@ TRAININGS = [(role, name, ending) for (role, name), ending in zip(
     [(role, name) for role, layouts in ROLES.items() for name in layouts], itertools.cycle(ENDINGS), strict=False)]
 
 
-@pytest.mark.parametrize(("role", "name", "ending"), TRAININGS)
+# the first layout of each role in `make test`, the others in `make test-slow`
+FIRST = {role: next(iter(layouts)) for role, layouts in ROLES.items()}
+
+
+@pytest.mark.parametrize(("role", "name", "ending"), [
+    pytest.param(*training, marks=[] if FIRST[training[0]] == training[1] else pytest.mark.slow) for training in TRAININGS])
 def test_the_script_trains_from_every_layout(role, name, ending, reward_model, tmp_path):
     data = write(tmp_path, rows_of(ROLES[role][name], COUNT), ending)
     run = train(role, data, tmp_path / "run", reward_model)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 
+from tiny_models import save_opt
 from utils.config import PROJECT
 
 DEEPSPEED = PROJECT / "configs" / "deepspeed"
@@ -24,15 +24,10 @@ HAS_AIO = Path(_get_build_directory("async_io", False), "async_io.so").exists()
 
 def make_models(folder: Path) -> None:
     """A tiny OPT and a reward model, and an OPT with OPT-350m's ways: a projection around its layers, norms behind them."""
-    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
     for name, layers, width, before in (("usual", 1, 32, True), ("350m", 2, 16, False)):  # the first without biases
-        config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=width, ffn_dim=64,
-                           num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=384, dropout=0.0,
-                           num_labels=1, do_layer_norm_before=before, enable_bias=not before, pad_token_id=tokenizer.pad_token_id)
-        for kind, model in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-            torch.manual_seed(len(kind))
-            model.from_config(config).save_pretrained(folder / name / kind)
-            tokenizer.save_pretrained(folder / name / kind)
+        for kind in ("policy", "reward"):
+            save_opt(folder / name / kind, kind, seed=len(kind), word_embed_proj_dim=width, num_hidden_layers=layers,
+                     dropout=0.0, do_layer_norm_before=before, enable_bias=not before)
 
 
 def words_of(folder: Path, stage: str, rows: int, accumulation: int, engine: str | None, steps: int, model: str = "usual"):

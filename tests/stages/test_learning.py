@@ -8,16 +8,15 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
+from transformers import AutoTokenizer
 
 import train_ppo
 import train_reward
 import train_sft
 from families import EOS, PAD, policy, random_groups, scalar_model
-from utils.config import PROJECT
+from tiny_models import save_opt
 from utils.data.report import DataReport
 from utils.data.rows import load_data, tokenised
 from utils.models.loading import load_policy
@@ -62,8 +61,10 @@ def played(config) -> list[dict]:
     return said
 
 
-@pytest.mark.parametrize("options", [{}, {"value_model": "shared"}, {"advantage": "rloo"}, {"advantage": "grpo"},
-                                     {"scale_scores": True}], ids=str)
+OTHERS = [{"value_model": "shared"}, {"advantage": "rloo"}, {"advantage": "grpo"}, {"scale_scores": True}]
+
+
+@pytest.mark.parametrize("options", [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in OTHERS)], ids=str)
 def test_ppo_solves_a_bandit(options, ppo):
     """It must find one token of 31, say it all the time, and end: no EOS pays -0.5.
 
@@ -99,13 +100,7 @@ def test_the_kl_penalty_holds_the_policy_at_the_reference(ppo):
 @pytest.fixture
 def base(tmp_path):
     """A tiny random OPT with the mini tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
-    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-                       num_attention_heads=4, max_position_embeddings=64, dropout=0.1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return str(save_opt(tmp_path / "base", max_position_embeddings=64))
 
 
 def written(path, rows) -> str:

@@ -233,8 +233,8 @@ def test_the_table_of_a_profile(capsys):
 
 
 def run(*words):
-    return subprocess.run([sys.executable, ROOT / "scripts" / "benchmark.py", *map(str, words)], capture_output=True, text=True,
-                          check=False)
+    script = ROOT / "scripts" / "studies" / "benchmark.py"
+    return subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("words", [["--stage", "dpo"], ["--shape", "large"], ["--peer", "DPOTrainer"], ["--k", "3"],
