@@ -49,7 +49,7 @@ class PrepareConfig:
     data: str | None = data_key(None, "The data set.")
     output_dir: str | None = key(None, "Folder for what is made of it; must be new or empty. None: nothing is written.")
     model: str = key("assets/opt-mini", "The model whose tokenizer counts: a folder or a hub name.")
-    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="N+ detail 1", low=8)
+    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
                                source="IG: K = 4 to 9", low=2)
     min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors advise 2.",

@@ -41,7 +41,7 @@ class BenchmarkConfig:
     rows: int = key(100_000, "Comparisons.", unit="rows", low=1)
     rows_per_post: int = key(5, "Comparisons of one post (92,858 of some 21,000 posts in the public set).", unit="rows", low=1)
     tokenizer: str = key("assets/opt-mini", "A folder or a hub name.")
-    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="N+ detail 1", low=8)
+    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
 
 
 def write_comparisons(path: Path, config: BenchmarkConfig) -> None:

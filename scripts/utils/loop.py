@@ -38,7 +38,7 @@ class EpochStageConfig(StageConfig):
     """What the stages have in common that pass over a fixed data set: SFT and the reward model."""
 
     num_train_epochs: float = key(1.0, "Passes over the training data; a reward model overfits in the second.",
-                                  unit="epochs", source="IG detail 10", low=0.0)
+                                  unit="epochs", source="detail 10", low=0.0)
     max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", unit="steps", low=-1)
     gradient_accumulation_steps: int = key(1, "Batches of per_device_batch_size rows in one optimizer step.",
                                            unit="batches", low=1)
@@ -203,8 +203,9 @@ class Loop:
         loss = loss * self.part_counts
         self.divergence.watch(loss, groups)
         self._losses += loss.detach()
-        # ranks' gradients are averaged, but the shares of one mean add up
-        self.accelerator.backward(loss * self.accelerator.num_processes)
+        # ranks' gradients are averaged, but the shares of one mean add up; DeepSpeed would divide by its accumulation steps
+        more = {"scale_wrt_gas": False} if self._engine else {}
+        self.accelerator.backward(loss * self.accelerator.num_processes, **more)
 
     def optimizer_step(self) -> bool:
         """Clip, step, next learning rate; False when the step was left out, its loss or gradient not being finite."""
