@@ -185,6 +185,7 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
             loop.carried["kl_coef"] = adapted_kl_coef(loop.carried["kl_coef"], figures["objective/kl"], config.kl_target,
                                                       config.episodes_per_update, config.kl_horizon)
         loop.run.metrics(update, figures | {"time/rollout": sampled - began, "time/update": time.time() - sampled})
+        loop.show(score=figures["objective/score"], kl=figures["objective/kl"])
         if loop.evaluates(update):
             evaluate(loop, models, posts.validation, judge, gold, update)
 

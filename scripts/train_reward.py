@@ -93,7 +93,9 @@ def train(loop: Loop, rankings, validation) -> None:
         loop.optimizer_step()
 
         if loop.logs(step):
-            run.metrics(step, {"reward/loss": loop.mean_loss(), "reward/grad_norm": loop.grad_norm,
+            loss = loop.mean_loss()
+            loop.show(loss=loss)
+            run.metrics(step, {"reward/loss": loss, "reward/grad_norm": loop.grad_norm,
                                "reward/learning_rate": loop.learning_rate})
         if loop.evaluates(step):
             evaluate(loop, validation, step)

@@ -76,7 +76,9 @@ def train(loop: Loop, examples, validation) -> None:
         loop.optimizer_step()
 
         if loop.logs(step):
-            run.metrics(step, {"sft/loss": loop.mean_loss(), "sft/grad_norm": loop.grad_norm,
+            loss = loop.mean_loss()
+            loop.show(loss=loss)
+            run.metrics(step, {"sft/loss": loss, "sft/grad_norm": loop.grad_norm,
                                "sft/learning_rate": loop.learning_rate})
         if loop.evaluates(step):
             figures = evaluate(loop, validation, step)

@@ -152,6 +152,10 @@ class Loop:
             self.bar.close()
             self.run.stopped()
 
+    def show(self, **figures: float) -> None:
+        """Show figures beside the progress bar."""
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
+
     def logs(self, step: int) -> bool:
         """Whether metrics are logged after this step: every `logging_steps`, and after the last one."""
         return step % self.config.logging_steps == 0 or step == self.schedule.steps
