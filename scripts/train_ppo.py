@@ -31,7 +31,7 @@ from transformers import set_seed
 from utils.config import PROJECT, StageConfig, UserError, key
 from utils.data.batches import PromptBatches
 from utils.data.report import DataReport
-from utils.data.rows import Rows, Source, Tokenised, load_data, split_rows, tokenised
+from utils.data.rows import NamedSet, Rows, Tokenised, load_data, split_rows, tokenised
 from utils.data.sources import data_key
 from utils.distributed import world
 from utils.episodes import Episodes, minibatches, own_prompts, passes_of, rollout_of, sample_episodes
@@ -198,7 +198,7 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout, s
         sums = TokenSums(loop.accelerator)
         for prompts in minibatches(loop, epoch):
             passes = passes_of(loop, episodes, prompts)
-            tokens = loop.total(sum(int(groups.response_mask.sum()) for groups, _ in passes))  # of all ranks
+            tokens = loop.total(sum(groups.response_mask.sum() for groups, _ in passes))  # of all ranks
             if supervised is not None:
                 ptx_losses.append(add_supervised_gradients(loop, supervised, len(prompts)))  # detail 34
             for groups, members in loop.parts(passes, spare=lambda: episodes.passes[0]):
@@ -263,7 +263,7 @@ def add_supervised_gradients(loop: Loop, supervised: Tokenised, count: int) -> f
     mine = loop.share(rows)
     sizes = [len(supervised.prompts[i]) + len(supervised.completions[i]) for i in mine]
     parts = [packed([mine[i] for i in part]) for part in micro_batches(sizes, config.per_device_batch_size)]
-    tokens = loop.total(sum(int(groups.response_mask.sum()) for groups in parts))
+    tokens = loop.total(sum(groups.response_mask.sum() for groups in parts))
     loss = torch.zeros((), device=loop.device)
     for groups in loop.parts(parts, spare=lambda: packed(rows[:1]), exchange=False):
         nll = -loop.model(groups, 1.0, supervised=True).sum() / tokens
@@ -389,12 +389,12 @@ class Posts(NamedTuple):
 def load_posts(config: PPOStageConfig, tokenizer, report: DataReport) -> Posts:
     """Training, validation and test prompts, none in two of them; and the examples of `ptx_coef`."""
     named = {
-        "rlhf_training_data": Source(config.rlhf_training_data, "prompts"),
-        "rlhf_validation_data": Source(config.rlhf_validation_data, "prompts"),
-        "rlhf_test_data": Source(config.rlhf_test_data, "prompts"),
+        "rlhf_training_data": NamedSet(config.rlhf_training_data, "prompts"),
+        "rlhf_validation_data": NamedSet(config.rlhf_validation_data, "prompts"),
+        "rlhf_test_data": NamedSet(config.rlhf_test_data, "prompts"),
     }
     if config.ptx_coef:
-        named["actor_training_data"] = Source(config.actor_training_data, "examples")
+        named["actor_training_data"] = NamedSet(config.actor_training_data, "examples")
     loaded = load_data(config, named, tokenizer, report)
     names = ("rlhf_training_data", "rlhf_validation_data", "rlhf_test_data")
     training, validation, test = split_rows(config, loaded, *names, report)

@@ -26,7 +26,7 @@ from transformers import set_seed
 from utils.config import PROJECT, UserError, key
 from utils.data.batches import LengthGroupedBatches, rows_at
 from utils.data.report import DataReport
-from utils.data.rows import Source, load_data, refuse_overlap, split_rows, tokenised
+from utils.data.rows import NamedSet, load_data, refuse_overlap, split_rows, tokenised
 from utils.data.sources import data_key
 from utils.judge.evaluation import score_groups
 from utils.judge.gold import labeller_figures
@@ -172,11 +172,11 @@ def log_rating_agreement(loop: Loop, ratings) -> None:
 def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
     """Training, validation and test rankings as tokens, no prompt in two; references for centring; rated answers."""
     loaded = load_data(config, {
-        "reward_training_data": Source(config.reward_training_data, "rankings"),
-        "reward_validation_data": Source(config.reward_validation_data, "rankings"),
-        "reward_test_data": Source(config.reward_test_data, "rankings"),
-        "centring_data": Source(config.centring_data, "examples"),
-        "rating_data": Source(config.rating_data, "ratings"),
+        "reward_training_data": NamedSet(config.reward_training_data, "rankings"),
+        "reward_validation_data": NamedSet(config.reward_validation_data, "rankings"),
+        "reward_test_data": NamedSet(config.reward_test_data, "rankings"),
+        "centring_data": NamedSet(config.centring_data, "examples"),
+        "rating_data": NamedSet(config.rating_data, "ratings"),
     }, tokenizer, report, {"max_completions": config.max_completions, "min_score_ratio": config.min_score_ratio,
                            "max_pairs_per_prompt": config.max_pairs_per_prompt})
     names = ("reward_training_data", "reward_validation_data", "reward_test_data")

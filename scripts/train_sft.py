@@ -22,7 +22,7 @@ from transformers import set_seed
 from utils.config import PROJECT, key
 from utils.data.batches import LengthGroupedBatches, rows_at
 from utils.data.report import DataReport
-from utils.data.rows import Source, Tokenised, load_data, split_rows, tokenised
+from utils.data.rows import NamedSet, Tokenised, load_data, split_rows, tokenised
 from utils.data.sources import data_key
 from utils.judge.evaluation import Summaries, summarise
 from utils.judge.metrics import SummaryRouge
@@ -69,7 +69,7 @@ def train(loop: Loop, examples, validation) -> None:
         rows = rows_at(examples, loop.share(places))
         passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size, config.micro_batch_tokens)
         parts = [collate([rows[i] for i in part], loop) for part in passes]
-        tokens = loop.total(sum(int(groups.response_mask.sum()) for groups in parts))  # of all ranks
+        tokens = loop.total(sum(groups.response_mask.sum() for groups in parts))  # of all ranks
         for groups in loop.parts(parts, spare=lambda first=places[:1]: collate(rows_at(examples, first), loop)):
             logprobs = loop.model(groups)  # (N, R), 0 at padding
             loop.backward(-logprobs.sum() / tokens, groups)
@@ -123,9 +123,9 @@ def evaluate(loop: Loop, validation: Tokenised, step: int) -> dict[str, float]:
 def load_splits(config: SFTStageConfig, tokenizer, report: DataReport) -> list[Tokenised]:
     """Training, validation and test examples as tokens, no prompt in two of them."""
     loaded = load_data(config, {
-        "actor_training_data": Source(config.actor_training_data, "examples"),
-        "actor_validation_data": Source(config.actor_validation_data, "examples"),
-        "actor_test_data": Source(config.actor_test_data, "examples"),
+        "actor_training_data": NamedSet(config.actor_training_data, "examples"),
+        "actor_validation_data": NamedSet(config.actor_validation_data, "examples"),
+        "actor_test_data": NamedSet(config.actor_test_data, "examples"),
     }, tokenizer, report)
     parts = split_rows(config, loaded, "actor_training_data", "actor_validation_data", "actor_test_data", report)
     return [tokenised(rows, config.max_completion_tokens, report.say) for rows in parts]

@@ -1,7 +1,7 @@
 """The data of a run: every set that its configuration names, read, checked and tokenised before a weight is loaded.
 
-`utils/data/layouts.py` says what a row means, `utils/data/validation.py` reads, `utils/data/tokens.py` tokenises; both keep their results
-on the disk. What the scripts hold is numbers of rows.
+`layouts.py` says what a row means, `validation.py` reads, `tokens.py` tokenises; both keep their results on the disk.
+What the scripts hold are numbers of rows.
 """
 
 import random
@@ -120,14 +120,14 @@ class Rows(Sequence):
         return np.concatenate([table.data.column(name).to_numpy() for table in self.tokens])[self.indices]
 
 
-class Source(NamedTuple):
+class NamedSet(NamedTuple):
     """A data set that a configuration names: the value of its key, and what its rows are (see `read_set`)."""
 
     value: object
     kind: str
 
 
-def load_data(config, named: dict[str, Source], tokenizer, report: DataReport, limits: dict | None = None) -> dict[str, Rows]:
+def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport, limits: dict | None = None) -> dict[str, Rows]:
     """Every set that a configuration names, checked and tokenised.
 
     Args:
@@ -180,7 +180,7 @@ def load_examples(value, field: str, need_completion: bool = True) -> Rows:
         UserError: naming file and line, for anything that is not an example.
     """
     kind = "examples" if need_completion else "prompts"
-    return load_data(SimpleNamespace(on_bad_rows="error"), {field: Source(value, kind)}, None, DataReport())[field]
+    return load_data(SimpleNamespace(on_bad_rows="error"), {field: NamedSet(value, kind)}, None, DataReport())[field]
 
 
 def load_rankings(value, field: str, max_completions: int, say, min_score_ratio: float = 1.0,
@@ -197,7 +197,7 @@ def load_rankings(value, field: str, max_completions: int, say, min_score_ratio:
     limits = {"max_completions": max_completions, "min_score_ratio": min_score_ratio,
               "max_pairs_per_prompt": max_pairs_per_prompt}
     config = SimpleNamespace(on_bad_rows="error")
-    rows = load_data(config, {field: Source(value, "rankings")}, None, report, limits)[field]
+    rows = load_data(config, {field: NamedSet(value, "rankings")}, None, report, limits)[field]
     for note in report.notes:
         say(note)
     return rows
