@@ -280,7 +280,8 @@ def run_own_data(commands: list[str], folder: Path) -> None:
 def own_run(tmp_path_factory):
     """The folder in which the three commands of "Your own data" have run."""
     folder = write_own_files(tmp_path_factory.mktemp("own"))
-    run_own_data(sorted((c for c in commands(READMES[0]) if "mine/" in c), key=lambda c: list(SCRIPTS).index(c.split()[0])), folder)
+    own = [command for command in commands(READMES[0]) if "mine/" in command]
+    run_own_data(sorted(own, key=lambda command: list(SCRIPTS).index(command.split()[0])), folder)
     return folder
 
 
