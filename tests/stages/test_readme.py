@@ -168,6 +168,12 @@ def test_every_document_is_in_the_index_and_in_the_readme():
             assert all(f"](docs/{path.name}" in readme.read_text(encoding="utf-8") for readme in READMES), path.name
 
 
+def test_every_picture_is_shown():
+    texts = "".join(path.read_text(encoding="utf-8") for path in DOCS + CARDS)
+    pictures = [path for kind in ("png", "svg") for path in (ROOT / "assets").rglob(f"*.{kind}")]
+    assert pictures and all(f"{path.name})" in texts or f'{path.name}"' in texts for path in pictures)
+
+
 def map_folders(text: str) -> set[str]:
     """The folders that the map names: its lines' first words, each below the last less indented one."""
     [tree] = [block for block in blocks(text, "text") if block.startswith("scripts/")]
