@@ -81,22 +81,15 @@ def parsed(command: str):
     return parse_config(config_class, default_file, [w for w in words if w != "--help"])
 
 
-def own_file(words: list[str]) -> bool:
-    """Whether a command reads a YAML file that the reader writes."""
-    return any(word.startswith("mine/") and word.endswith(".yaml") for word in words)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command, monkeypatch, tmp_path):
-    """Each parses as a user types it, from the project's folder; the stages themselves are run by test_stages."""
+    """Each parses as a user types it, from the project's folder; with files of the reader's own, from where these are."""
     script, *words = shlex.split(command)
     assert (ROOT / script).is_file()
     if script in PLAIN:
         assert words == PLAIN[script]
         return
-    monkeypatch.chdir(ROOT)
-    if own_file(words):
-        monkeypatch.chdir(write_own_files(tmp_path))
+    monkeypatch.chdir(write_own_files(tmp_path) if "mine/own.yaml" in words else ROOT)
     config = parsed(command)
     paths = [getattr(config, key, None) for key in ("output_dir", "output", "figure")] + getattr(config, "runs", [])
     assert all(path.startswith("outputs/") for path in paths if path)
@@ -253,7 +246,7 @@ def test_the_rows_that_the_readme_shows_are_read(tmp_path):
 
 
 def write_own_files(folder: Path) -> Path:
-    """mine/*.yaml as docs/options.md shows them, and mine/*.jsonl: the README's rows, many of them, about other plants."""
+    """mine/own.yaml as docs/options.md shows it, and mine/*.jsonl: the README's rows, many of them, about other plants."""
     mine = folder / "mine"
     mine.mkdir()
     for block in re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), re.DOTALL | re.M):
