@@ -179,7 +179,7 @@ class Run:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes != "1" else []
         command = shlex.join([sys.executable, *launcher, *sys.argv, *([] if self.config.resume else ["--resume"])])
         if not resumable():
-            self.log("stopped; a run with its optimizer on NVMe cannot go on (README, Scaling out): start a new one")
+            self.log("stopped; a run with its optimizer on NVMe cannot go on (docs/scaling.md): start a new one")
         elif os.environ.get("WORLD_SIZE", "1") != processes:  # where the nodes met is not known here
             self.log("stopped; go on with the same command on each node, and --resume")
         else:
