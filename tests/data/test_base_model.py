@@ -90,12 +90,12 @@ def test_the_folder_has_the_architecture_and_the_tokenizer_of_the_committed_mode
     assert json.loads((folder / "config.json").read_text()) == json.loads((MINI / "config.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (MINI / name).read_bytes()
-    assert load_tokenizer(str(folder)).convert_tokens_to_ids("<pad>") == 1
+    assert Parent("model", str(folder)).tokenizer.convert_tokens_to_ids("<pad>") == 1
 
 
 def test_the_weights_that_training_loads_are_the_sketch_and_follow_the_seed(folder):
     """Written and loaded again nothing is lost, and no weight is filled in on the way."""
-    loaded = load_policy(str(folder)).state_dict()
+    loaded = load_policy(Parent("model", str(folder))).state_dict()
     same, other = (base_model.base_model(OPTConfig.from_pretrained(folder), seed).state_dict() for seed in (0, 1))
     assert loaded.keys() == same.keys()
     assert all(torch.equal(loaded[name], same[name]) for name in loaded)
