@@ -134,14 +134,16 @@ def _wait_for_lock(lock: Path) -> None:
 
 
 def _form_group():
-    """DeepSpeed wants a group of processes, also of one."""
-    state = world()
+    """Form the group of processes that DeepSpeed wants, also of one process."""
+    device = world().device
     if not torch.distributed.is_initialized():
-        backend = "nccl" if state.device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        cuda = device.type == "cuda"
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", store=torch.distributed.HashStore(), rank=0,
+                                             world_size=1, device_id=device if cuda else None)
         os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
-    deepspeed.init_distributed(auto_mpi_discovery=False)  # it takes the group that there is; else it believes in a world of one
+    # reuse the existing group; otherwise DeepSpeed assumes a world of one
+    deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
 def _numbers(config, hidden: int) -> dict:
