@@ -135,11 +135,11 @@ def _wait_for_lock(lock: Path) -> None:
 
 def _form_group():
     """Form the group of processes that DeepSpeed wants, also of one process."""
-    device = world().device
+    cuda = world().device.type == "cuda"
     if not torch.distributed.is_initialized():
-        cuda = device.type == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else None
         torch.distributed.init_process_group("nccl" if cuda else "gloo", store=torch.distributed.HashStore(), rank=0,
-                                             world_size=1, device_id=device if cuda else None)
+                                             world_size=1, device_id=device)
         os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
     # reuse the existing group; otherwise DeepSpeed assumes a world of one
