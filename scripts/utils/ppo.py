@@ -64,7 +64,7 @@ def shape_scores(scores: Tensor, scale: float, clip: float | None) -> Tensor:
 
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (N, R): -kl_coef * kl at every token, plus the score at the last real one (N+ detail 23).
+    """Rewards (N, R): -kl_coef * kl at every token, plus the score at the last real one (detail 23).
 
     Takes scores (N,), kl (N, R), response_mask (N, R). Padding is 0.
     Raises ValueError when an episode has no real token: its score would have no place.
@@ -77,7 +77,7 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
 
 
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and returns, all (N, R) (GAE eq. 16; N+ detail 29).
+    """Generalised advantage estimates and returns, all (N, R) (GAE eq. 16; detail 29).
 
     `values[:, t]` belongs to the state before token t, see the module docstring; the state after the last real
     token is terminal and worth 0. Returns are advantages + values, before any whitening. Padding is 0.
@@ -139,7 +139,7 @@ def mean_var(moments: Tensor) -> tuple[Tensor, Tensor]:
 def whiten(
     x: Tensor, mask: Tensor, mean: Tensor | None = None, var: Tensor | None = None, shift_mean: bool = True
 ) -> Tensor:
-    """`x` (N, R) scaled to masked variance 1 and, with `shift_mean`, moved to masked mean 0 (N+ detail 30).
+    """`x` (N, R) scaled to masked variance 1 and, with `shift_mean`, moved to masked mean 0 (detail 30).
 
     `mean` and `var` default to those of `x`; with several ranks give those of all of them (`masked_moments`).
     Variance is the population's, eps 1e-8. Padding is 0. Raises ValueError when only one of the two is given.
@@ -172,7 +172,7 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Clipped value loss per state, 0.5 * max of the two squares, and whether clipping set it (bool), all (N, R).
 
-    Source: N+ detail 31, from LMHP (arXiv 1909.08593). Not reduced and not masked, as `policy_loss`.
+    Source: detail 31, from LMHP (arXiv 1909.08593). Not reduced and not masked, as `policy_loss`.
     """
     near = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     unclipped = (new_values - returns).square()
@@ -184,7 +184,7 @@ def value_loss(
 def policy_statistics(
     new_logprobs: Tensor, logprobs: Tensor, entropy: Tensor, clipped: Tensor, response_mask: Tensor
 ) -> dict[str, Tensor]:
-    """How far the policy has moved from the behaviour policy (N+ details 27, 32); all arguments (N, R).
+    """How far the policy has moved from the behaviour policy (details 27, 32); all arguments (N, R).
 
     Scalars. `ratio`, `approx_kl` (k3), `clipfrac`, `entropy` and `tokens` are SUMS over real tokens: add them over
     micro-batches and ranks, then divide by `tokens`. `ratio_max` is a maximum, to be combined by maximum.
@@ -210,7 +210,7 @@ def explained_variance(residual_moments: Tensor, return_moments: Tensor) -> Tens
 
 
 def missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
-    """Scores (N,) with the fixed score `penalty` in place of those whose response has no EOS (N+ detail 26).
+    """Scores (N,) with the fixed score `penalty` in place of those whose response has no EOS (detail 26).
 
     `ended` (N,) is boolean, True = the response contains an EOS.
     """

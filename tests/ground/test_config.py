@@ -363,6 +363,7 @@ def test_a_stages_defaults_survive_saving(stage, tmp_path):
     assert parse_config(stage_class(stage), tmp_path / "saved.yaml", []) == stage_class(stage)()
 
 
+SOURCES = sorted((PROJECT / "scripts").rglob("*.py"))
 FILES = sorted(p for p in (PROJECT / "configs").rglob("*.yaml") if p.stem in STAGES)
 
 
@@ -449,10 +450,32 @@ def sources():
             yield stage, field.name, field.metadata["help"].rpartition("(source: ")[2].removesuffix(")")
 
 
+def details() -> dict[str, list[str]]:
+    """Number of a detail -> the cells of its row: detail, source, code, key, test."""
+    lines = (PROJECT / "docs" / "details.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {number: cells for number, *cells in rows if number.isdecimal()}
+
+
+def test_a_row_of_the_list_names_functions_and_keys_that_exist():
+    keys = {field.name for stage in SECTIONS for field in dataclasses.fields(stage_class(stage))}
+    for number, (detail, source, code, named, _) in details().items():
+        assert detail and source, number
+        assert set(re.findall(r"`(\w+)`", named)) <= keys, number
+        files = re.findall(r"`([\w/]+\.py)`((?:,? `\w+`)*)", code)
+        assert files or number == "21", number
+        for path, names in files:
+            tree = ast.parse((PROJECT / "scripts" / path).read_text())
+            there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+            assert names and set(re.findall(r"`(\w+)`", names)) <= there, (number, path)
+
+
 def test_a_cited_detail_is_a_row_of_the_list_and_no_papers():
     """N+ numbers its own details otherwise: `N+ detail 26` would name something else, or nothing."""
-    rows = re.findall(r"^\| (\d+) \|", (PROJECT / "docs" / "details.md").read_text(), re.MULTILINE)
+    rows = list(details())
     assert rows == [str(number) for number in range(1, 38)]
+    for path in SOURCES:
+        assert not re.search(r"(N\+|ST|IG|LMHP|DSC) detail", path.read_text()), path
     cited = [(stage, name, source) for stage, name, source in sources() if "detail" in source]
     assert cited
     assert [entry for entry in cited if not re.fullmatch(r"detail [1-9]\d*(; .*)?", entry[2])] == []
@@ -489,7 +512,6 @@ def test_ppo_has_no_key_that_it_would_not_use(name, tmp_path):
 
 # ------------------------------------------------------------- a key's name is found where the key acts
 
-SOURCES = sorted((PROJECT / "scripts").rglob("*.py"))
 NO_KEYS = {"f'{name}_tokens'", "f'eval_{name}'"}  # figures of a data set; metrics
 
 
