@@ -1,5 +1,6 @@
 """Data keys: names, mappings and lists of them, how they are mixed, and what is refused."""
 
+import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+import train_ppo
 import train_reward
 import train_sft
 from utils.config import StageConfig, UserError, parse_config, save_config
+from utils.data import sources
 from utils.data.report import DataReport
 from utils.data.rows import load_data, load_examples, split_rows
-from utils.data.sources import Source, data_key, open_source, sources_of
+from utils.data.sources import Source, data_key, open_source, parse_sources, sources_of
 from utils.models.loading import load_tokenizer
 
 TOKENIZER = load_tokenizer("assets/opt-mini")
@@ -223,6 +226,20 @@ def test_the_hub_is_asked_for_what_the_mapping_says(monkeypatch):
     assert asked == [(("openai/sets",), {"revision": "main"}), (("openai/sets",), {"split": "train", "revision": "main"})]
 
 
+def test_a_set_of_the_hub_is_known_by_its_content(monkeypatch):
+    """Not by how it is stored, nor by the name of its revision."""
+    def content_of(rows):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *words, **more: rows)
+        return open_source(Source("openai/sets", split="train"), "reward_training_data").content
+
+    rows = [{"prompt": f"p{i}", "score": i % 7} for i in range(2500)]
+    known = content_of(datasets.Dataset.from_list(rows))
+    parts = [datasets.Dataset.from_list(part) for part in (rows[:3], rows[3:1700], rows[1700:])]
+    assert content_of(datasets.concatenate_datasets(parts)) == known
+    for other in (rows[:-1], [*rows[:-1], rows[0]], [{"prompt": row["prompt"]} for row in rows], rows[::-1]):
+        assert content_of(datasets.Dataset.from_list(other)) != known
+
+
 def test_an_unreachable_set_of_a_mixture_says_how_to_use_a_local_copy():
     with pytest.raises(UserError, match="^reward_training_data: 'Anthropic/hh-rlhf' is neither a file nor a data set of the hub "
                                         "that can be reached .*; without a network, name a local copy: a file, or a folder"):
@@ -253,3 +270,11 @@ def test_a_split_of_a_folder_can_be_named(tmp_path):
 def test_a_file_under_another_option_is_not_looked_for_on_the_hub(tmp_path):
     with pytest.raises(UserError, match="^x: 'no/file.jsonl' does not exist"):
         load_data(SimpleNamespace(x="no/file.jsonl", on_bad_rows="error"), {"x": "prompts"}, None, DataReport())
+
+
+def test_every_data_key_has_its_split_of_a_hub_set():
+    """By its whole name, so that a new key cannot take the training split unseen."""
+    for config_class in (train_sft.SFTStageConfig, train_reward.RewardStageConfig, train_ppo.PPOStageConfig):
+        for field in dataclasses.fields(config_class):
+            if field.metadata["help"].parse is parse_sources:
+                assert field.name.endswith("_training_data") != (field.name in sources._SPLITS), field.name

@@ -1,12 +1,13 @@
-"""Where rows come from: a local file, a folder saved by `datasets`, or a data set of the hub; and several of them mixed.
+"""Where rows come from: a local file, a folder saved by `datasets`, a data set of the hub, or a mix of them.
 
-A data key of the configuration holds a name, a mapping with `name` and more, or a list of both. `weight` says how often
-the rows of one are taken for training: 2 is each row twice, 0.5 a random half that the seed fixes, 1.5 each row and a
-half of them again. It is a factor on the set's own size, not a share of the mix. Only rows that are trained on are
-weighed; what is held out of them, or named for validation and test, is taken once.
+A data key of the configuration holds a name, a mapping with `name` and more, or a list of both. `weight` says
+how often the rows of a set are taken for training: 2 is each row twice, 0.5 a random half that the seed
+fixes, 1.5 each row once and a random half once more. It is a factor on the set's own size, not a share of the
+mix. Rows that are held out, or named for validation and test, are taken once.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,14 @@ from utils.data.files import FILE_ENDINGS, BadRow, read_file
 from utils.paths import find_local, is_hub_name
 
 _HELD_OUT = ["validation", "valid", "valid1"]
-# by a part of the key; others: train
-_SPLITS = {"validation": _HELD_OUT, "test": ["test", "valid2"], "centring": _HELD_OUT, "rating": ["test", *_HELD_OUT]}
+_TEST = ["test", "valid2"]
+# key -> the split of a hub data set that it takes, the first that there is; all other keys take train
+_SPLITS = {
+    "actor_validation_data": _HELD_OUT, "actor_test_data": _TEST,
+    "reward_validation_data": _HELD_OUT, "reward_test_data": _TEST,
+    "rlhf_validation_data": _HELD_OUT, "rlhf_test_data": _TEST,
+    "centring_data": _HELD_OUT, "rating_data": ["test", *_HELD_OUT],
+}
 
 
 class Source(NamedTuple):
@@ -29,7 +36,7 @@ class Source(NamedTuple):
 
     name: str  # a file, a folder, or owner/name on the hub
     config: str | None = None  # of the hub: the set's configuration
-    split: str | None = None  # of the hub and of folders; None: the one that serves the key's role
+    split: str | None = None  # of the hub and of folders; None: the one that the key takes
     revision: str | None = None  # of the hub: branch, tag or commit
     data_dir: str | None = None  # of the hub: a folder in the repository
     weight: float = 1.0
@@ -37,8 +44,8 @@ class Source(NamedTuple):
 
 def data_key(default: str | None, help: str):
     """A configuration field that names data; see `parse_sources`."""
-    return key(default, f"{help} File, folder or hub name; or a mapping with {', '.join(Source._fields)}; or a list of these, "
-               "mixed (weight 2: each row twice, 0.5: a random half). On the command line as JSON.", parse=parse_sources)
+    return key(default, f"{help} A file, folder or hub name; or a mapping or list of these (data/README.md).",
+               parse=parse_sources)
 
 
 def parse_sources(value):
@@ -96,7 +103,8 @@ def open_source(source: Source, field: str) -> Opened:
     """A data set, ready to be read row by row.
 
     Args:
-        field: the configuration key it came from, such as `actor_training_data`, for messages and the choice of a split.
+        field: the configuration key it came from, such as `actor_training_data`: it chooses the split, and
+            messages name it.
 
     Raises:
         UserError: when it is not there, cannot be read, or has no split for the key's role.
@@ -131,8 +139,8 @@ def _open_saved(path: Path, split: str | None, field: str) -> Opened:
     try:
         rows = load_from_disk(str(path))
     except (OSError, ValueError, RuntimeError, pyarrow.ArrowException):
-        raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one of "
-                        f"{', '.join(FILE_ENDINGS)}") from None
+        raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one "
+                        f"of {', '.join(FILE_ENDINGS)}") from None
     content = [_digest(sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json")))]
     if not isinstance(rows, DatasetDict):
         if split is not None:
@@ -146,17 +154,28 @@ def _open_hub(source: Source, field: str) -> Opened:
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
-    more = {option: value for option, value in source._asdict().items() if option in ("revision", "data_dir") and value}
+    more = {"revision": source.revision, "data_dir": source.data_dir}
+    more = {option: value for option, value in more.items() if value}
     config = [source.config] if source.config else []
     try:
-        split = source.split or _split_of(get_dataset_split_names(source.name, *config, **more), None, field, source.name)
+        names = [] if source.split else get_dataset_split_names(source.name, *config, **more)
+        split = source.split or _split_of(names, None, field, source.name)
         rows = load_dataset(source.name, *config, split=split, **more)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # Runtime: loading scripts
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{field}: '{source.name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
-                        "without a network, name a local copy: a file, or a folder saved by `datasets`") from None
+        raise UserError(f"{field}: '{source.name}' is neither a file nor a data set of the hub that can be "
+                        f"reached ({reason}); without a network, name a local copy: a file, or a folder "
+                        "saved by `datasets`") from None
     part = "/".join(value for value in (source.name, source.config, source.data_dir) if value)
-    return Opened(f"{part}[{split}]", [rows._fingerprint], _numbered(rows))
+    return Opened(f"{part}[{split}]", [_digest_of_rows(rows)], _numbered(rows))
+
+
+def _digest_of_rows(rows) -> str:
+    """A hash of the columns and cells of a data set."""
+    digest = hashlib.sha256()
+    for columns in rows.iter(batch_size=1000):
+        digest.update(json.dumps(columns, default=str).encode())
+    return digest.hexdigest()
 
 
 def _numbered(rows):
@@ -164,10 +183,10 @@ def _numbered(rows):
 
 
 def _split_of(splits: list[str], asked: str | None, field: str, name: str) -> str:
-    """The split that was asked for, or the one that serves the role of a configuration key."""
-    wanted = [asked] if asked else next((names for role, names in _SPLITS.items() if role in field), ["train"])
-    found = next((split for split in wanted if split in splits), None)
-    if found is None:
-        raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)} (it has {', '.join(splits)}); "
-                        + ("take one of these" if asked else "name one with 'split', or a local file instead"))
-    return found
+    """The split that was asked for, or the one that a configuration key takes."""
+    wanted = [asked] if asked else _SPLITS.get(field, ["train"])
+    for split in wanted:
+        if split in splits:
+            return split
+    raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)} (it has {', '.join(splits)}); "
+                    + ("take one of these" if asked else "name one with 'split', or a local file instead"))
