@@ -223,6 +223,25 @@ def test_the_hub_is_asked_for_what_the_mapping_says(monkeypatch):
     assert asked == [(("openai/sets",), {"revision": "main"}), (("openai/sets",), {"split": "train", "revision": "main"})]
 
 
+def test_a_hub_set_is_known_by_its_rows_wherever_they_are_kept(monkeypatch, tmp_path):
+    """The cache must not give the rows of another set: equal rows have equal content, changed rows do not."""
+    def content(rows, folder=None):
+        found = datasets.Dataset.from_list(rows)
+        if folder:
+            found.save_to_disk(tmp_path / folder)
+            found = datasets.load_from_disk(tmp_path / folder)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *words, **more: found)
+        return open_source(Source("some/set", split="train"), "x").content
+
+    rows, changed = [{"prompt": "P"}, {"prompt": "Q"}], [{"prompt": "P"}, {"prompt": "R"}]
+    for first, second, third in ((None, None, None), ("a", "b", "c")):
+        assert content(rows, first) == content(rows, second) != content(changed, third)
+    path = tmp_path / "c"
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **more: datasets.load_from_disk(path))
+    train, test = (open_source(Source("some/set", split=split), "x").content for split in ("train", "test"))
+    assert train != test  # a slice such as train[:10%] is in the files of the whole split
+
+
 def test_an_unreachable_set_of_a_mixture_says_how_to_use_a_local_copy():
     with pytest.raises(UserError, match="^reward_training_data: 'Anthropic/hh-rlhf' is neither a file nor a data set of the hub "
                                         "that can be reached .*; without a network, name a local copy: a file, or a folder"):

@@ -1,12 +1,14 @@
-"""Where rows come from: a local file, a folder saved by `datasets`, or a data set of the hub; and several of them mixed.
+"""Where rows come from: a local file, a folder saved by `datasets`, a set of the hub, or a mixture of these.
 
-A data key of the configuration holds a name, a mapping with `name` and more, or a list of both. `weight` says how often
-the rows of one are taken for training: 2 is each row twice, 0.5 a random half that the seed fixes, 1.5 each row and a
-half of them again. It is a factor on the set's own size, not a share of the mix. Only rows that are trained on are
-weighed; what is held out of them, or named for validation and test, is taken once.
+A data key of the configuration holds a name, a mapping with `name` and options, or a list of both. `weight`
+says how often the rows of one set are used in training: 2 is each row twice, 0.5 is a random half that the
+seed fixes, 1.5 is each row once and a half of them again. It is a factor on the set's own size, not a share
+of the mix. It applies to the rows that are trained on. Rows that are held out of them, or named for
+validation and test, are used once.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,34 +22,39 @@ from utils.data.files import FILE_ENDINGS, BadRow, read_file
 from utils.paths import find_local, is_hub_name
 
 _HELD_OUT = ["validation", "valid", "valid1"]
-# by a part of the key; others: train
-_SPLITS = {"validation": _HELD_OUT, "test": ["test", "valid2"], "centring": _HELD_OUT, "rating": ["test", *_HELD_OUT]}
+# part of a data key's name -> splits that serve it, best first; keys without such a part take train
+_SPLITS = {
+    "validation": _HELD_OUT, "test": ["test", "valid2"],
+    "centring": _HELD_OUT, "rating": ["test", *_HELD_OUT],
+}
 
 
 class Source(NamedTuple):
-    """One data set by its name."""
+    """One data set that a data key names."""
 
     name: str  # a file, a folder, or owner/name on the hub
-    config: str | None = None  # of the hub: the set's configuration
-    split: str | None = None  # of the hub and of folders; None: the one that serves the key's role
-    revision: str | None = None  # of the hub: branch, tag or commit
-    data_dir: str | None = None  # of the hub: a folder in the repository
+    config: str | None = None  # hub only: the set's configuration
+    split: str | None = None  # hub and folders only; None: the split that fits the data key
+    revision: str | None = None  # hub only: branch, tag or commit
+    data_dir: str | None = None  # hub only: a folder in the repository
     weight: float = 1.0
 
 
 def data_key(default: str | None, help: str):
     """A configuration field that names data; see `parse_sources`."""
-    return key(default, f"{help} File, folder or hub name; or a mapping with {', '.join(Source._fields)}; or a list of these, "
-               "mixed (weight 2: each row twice, 0.5: a random half). On the command line as JSON.", parse=parse_sources)
+    return key(default, f"{help} A file, folder or hub name; a mapping with {', '.join(Source._fields)}; or "
+               "a list of these, which is mixed (weight 2: each row twice, 0.5: a random half). Mappings and "
+               "lists are JSON on the command line.",
+               parse=parse_sources)
 
 
 def parse_sources(value):
-    """The value of a data key, checked: text, a mapping, or a list of these.
+    """Check the value of a data key: a name, a mapping, or a list of these.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: its text says what is wrong with the value.
     """
-    if isinstance(value, str) and value.startswith(("[", "{")):  # on the command line
+    if isinstance(value, str) and value.startswith(("[", "{")):  # JSON from the command line
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -79,45 +86,46 @@ def _check_entry(entry) -> None:
 
 
 def sources_of(value) -> list[Source]:
-    """The data sets that the (checked) value of a data key names."""
+    """The data sets that the value of a data key names. The value has been checked by `parse_sources`."""
     return [Source(entry) if isinstance(entry, str) else Source(**entry)
             for entry in (value if isinstance(value, list) else [value])]
 
 
 class Opened(NamedTuple):
-    """A data set that is there."""
+    """A data set that exists and can be read."""
 
-    label: str  # for messages: a row's place is `label:number`
-    content: list[str]  # what identifies its content and how it is read
-    rows: Iterator[tuple[int, dict | BadRow]]  # each with its number, from 1
+    label: str  # for messages, in which a row's place is `label:number`
+    content: list[str]  # identifies the bytes and how they are read; part of the cache key
+    rows: Iterator[tuple[int, dict | BadRow]]  # (number, row); numbers start at 1
 
 
 def open_source(source: Source, field: str) -> Opened:
-    """A data set, ready to be read row by row.
+    """Open a data set, to be read row by row.
 
     Args:
-        field: the configuration key it came from, such as `actor_training_data`, for messages and the choice of a split.
+        field: data key that names it, such as `actor_training_data`; for messages and to choose a split.
 
     Raises:
-        UserError: when it is not there, cannot be read, or has no split for the key's role.
+        UserError: when the data set does not exist, cannot be read, or has no split that fits the key.
     """
     name = source.name
     if is_hub_name(name) and not name.endswith(FILE_ENDINGS) and find_local(name) is None:
         return _open_hub(source, field)
     path = find_input(name, field)
-    remote = [option for option in ("config", "revision", "data_dir") if getattr(source, option) is not None]
-    if path.is_file() and source.split is not None:
-        remote.append("split")
-    if remote:
-        raise UserError(f"{field}: '{name}' is on this disk and has no {' or '.join(remote)}; leave that out")
+    hub_only = ["config", "revision", "data_dir", *(["split"] if path.is_file() else [])]
+    unusable = [option for option in hub_only if getattr(source, option) is not None]
+    if unusable:
+        raise UserError(f"{field}: '{name}' is on this disk and has no {' or '.join(unusable)}; leave that "
+                        "out")
     if path.is_dir():
         return _open_saved(path, source.split, field)
-    ending = next(filter(path.name.endswith, FILE_ENDINGS), "")  # decides how the bytes are read
+    # the same bytes under another ending are other rows
+    ending = next(filter(path.name.endswith, FILE_ENDINGS), "")
     return Opened(str(path), [_digest([path]), ending], read_file(path, field))
 
 
 def _digest(paths: list[Path]) -> str:
-    """A hash of the bytes of files."""
+    """SHA-256 of the bytes of files."""
     hashes = []
     for path in paths:
         with path.open("rb") as file:
@@ -126,13 +134,14 @@ def _digest(paths: list[Path]) -> str:
 
 
 def _open_saved(path: Path, split: str | None, field: str) -> Opened:
+    """Open a folder that `datasets` has saved."""
     from datasets import DatasetDict, load_from_disk
 
     try:
         rows = load_from_disk(str(path))
     except (OSError, ValueError, RuntimeError, pyarrow.ArrowException):
-        raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one of "
-                        f"{', '.join(FILE_ENDINGS)}") from None
+        raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one "
+                        f"of {', '.join(FILE_ENDINGS)}") from None
     content = [_digest(sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json")))]
     if not isinstance(rows, DatasetDict):
         if split is not None:
@@ -143,20 +152,37 @@ def _open_saved(path: Path, split: str | None, field: str) -> Opened:
 
 
 def _open_hub(source: Source, field: str) -> Opened:
+    """Open a data set of the hub."""
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
-    more = {option: value for option, value in source._asdict().items() if option in ("revision", "data_dir") and value}
+    given = {"revision": source.revision, "data_dir": source.data_dir}
+    options = {option: value for option, value in given.items() if value}
     config = [source.config] if source.config else []
     try:
-        split = source.split or _split_of(get_dataset_split_names(source.name, *config, **more), None, field, source.name)
-        rows = load_dataset(source.name, *config, split=split, **more)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # Runtime: loading scripts
+        split = source.split
+        if split is None:
+            splits = get_dataset_split_names(source.name, *config, **options)
+            split = _split_of(splits, None, field, source.name)
+        rows = load_dataset(source.name, *config, split=split, **options)
+    # RuntimeError: a set with a loading script
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{field}: '{source.name}' is neither a file nor a data set of the hub that can be reached ({reason}); "
-                        "without a network, name a local copy: a file, or a folder saved by `datasets`") from None
+        raise UserError(f"{field}: '{source.name}' is neither a file nor a data set of the hub that can be "
+                        f"reached ({reason}); without a network, name a local copy: a file, or a folder "
+                        "saved by `datasets`") from None
     part = "/".join(value for value in (source.name, source.config, source.data_dir) if value)
-    return Opened(f"{part}[{split}]", [rows._fingerprint], _numbered(rows))
+    return Opened(f"{part}[{split}]", [_content_of(rows), split], _numbered(rows))
+
+
+def _content_of(rows) -> str:
+    """SHA-256 of a `datasets.Dataset`: of its Arrow files, or of its rows when they are in memory."""
+    if files := [Path(file["filename"]) for file in rows.cache_files]:
+        return _digest(files)
+    content = hashlib.sha256()
+    for row in rows:
+        content.update(json.dumps(row, default=str).encode() + b"\n")
+    return content.hexdigest()
 
 
 def _numbered(rows):
@@ -164,10 +190,12 @@ def _numbered(rows):
 
 
 def _split_of(splits: list[str], asked: str | None, field: str, name: str) -> str:
-    """The split that was asked for, or the one that serves the role of a configuration key."""
-    wanted = [asked] if asked else next((names for role, names in _SPLITS.items() if role in field), ["train"])
-    found = next((split for split in wanted if split in splits), None)
-    if found is None:
+    """The split that was asked for, or the one of a set's `splits` that fits the data key `field`."""
+    fitting = next((names for part, names in _SPLITS.items() if part in field), ["train"])
+    wanted = [asked] if asked else fitting
+    split = next((split for split in wanted if split in splits), None)
+    if split is None:
         raise UserError(f"{field}: '{name}' has no split {' or '.join(wanted)} (it has {', '.join(splits)}); "
-                        + ("take one of these" if asked else "name one with 'split', or a local file instead"))
-    return found
+                        + ("take one of these" if asked else "name one with 'split', or a local file "
+                           "instead"))
+    return split
