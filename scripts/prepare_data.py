@@ -1,17 +1,18 @@
-"""What a data set looks like before anything is trained: layout, bad rows, lengths, groups, and rows as the model sees them.
+"""Look at a data set before training: layout, bad rows, lengths, groups, and rows as the model sees them.
 
     python scripts/prepare_data.py --data data/tldr_mini/reward_train.jsonl.gz
     python scripts/prepare_data.py --data my.jsonl --model facebook/opt-125m --output_dir prepared/mine
-    python scripts/prepare_data.py --data '{"name": "Anthropic/hh-rlhf", "data_dir": "helpful-base", "split": "test"}'
+    python scripts/prepare_data.py --data '{"name": "Anthropic/hh-rlhf", "data_dir": "helpful-base"}'
 
-It reads with the code that training reads with. Bad rows are shown and left out. `output_dir` gets
+The set is read by the code that training reads it with. Bad rows are shown and left out. `output_dir` gets
 
-    rows.jsonl            the rows in one layout, which the three scripts load again to the same
-    rejected_rows.jsonl   the bad rows: where, why, and the row
-    lengths.png           how long prompts and completions are, in tokens of the model
+    rows.jsonl            the rows in one layout; the training scripts read the same content from it
+    rejected_rows.jsonl   the bad rows: place, reason, and the row
+    lengths.png           lengths of prompts and completions, in tokens of the model
     data.json             all figures
 
-It trains nothing and loads no weights; a model is named for its tokenizer. Weights of a mixture are not applied.
+Nothing is trained and no weights are loaded. The model is needed for its tokenizer only. Weights of a mixture
+are not applied.
 """
 
 import json
@@ -19,6 +20,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -36,31 +38,40 @@ from utils.judge.plots import plot_lengths
 from utils.launch import start
 from utils.models.parents import Parent
 
-ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data", "prompts": "rlhf_training_data",
-         "ratings": "rating_data"}
-ENDS = 60  # tokens of a long text that are shown from each of its ends
+# kind of a set -> data key that it is for
+ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data",
+         "prompts": "rlhf_training_data", "ratings": "rating_data"}
+ENDS = 60  # of a long text, the tokens that are shown at its start and at its end
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass
 class PrepareConfig:
-    """The set, the tokenizer, and the limits that training has too."""
+    """The data set, the tokenizer, and the limits of training."""
 
     data: str | None = data_key(None, "The data set.")
-    output_dir: str | None = key(None, "Folder for what is made of it; must be new or empty. None: nothing is written.")
-    model: str = key("assets/opt-mini", "The model whose tokenizer counts: a folder or a hub name.")
+    output_dir: str | None = key(None, "Folder to write to, new or empty; none: nothing is written.")
+    model: str = key("assets/opt-mini", "The model whose tokenizer is used: a folder or a hub name.")
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
                                source="IG: K = 4 to 9", low=2)
-    min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors advise 2.",
+    min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors use 2.",
                                  source="SHP", low=0.0)
-    max_pairs_per_prompt: int | None = key(None, "Of a prompt's pairwise rows the first so many; SHP's authors advise 5.",
+    max_pairs_per_prompt: int | None = key(None, "Pairwise rows of a prompt beyond this number are dropped; "
+                                           "SHP's authors advise 5.",
                                            unit="pairs", source="SHP", low=1)
-    on_bad_rows = "skip"  # no key: they are what one wants to see here
+    on_bad_rows = "skip"  # not a key: this script shows the bad rows
 
 
 def kind_of(source: Source) -> str:
-    """What the first row of a known layout is: "rankings", "ratings", "examples", or "prompts" when it has no completion."""
+    """The kind of a set, from its first row with a known layout.
+
+    Returns:
+        "rankings", "ratings", "examples", or "prompts" for examples without completion.
+
+    Raises:
+        UserError: when no row has a known layout.
+    """
     for _, row in open_source(source, "data").rows:
         if isinstance(row, BadRow):
             continue
@@ -70,24 +81,26 @@ def kind_of(source: Source) -> str:
             return "examples" if _answered(row, layout) else "prompts"
         if rating_layout(row):
             return "ratings"
-    raise UserError(f"data: '{source.name}' has no row of a known layout; data/README.md lists them")
+    raise UserError(f"data: '{source.name}' has no row of a known layout; data/README.md lists the layouts")
 
 
 def _answered(row: dict, layout: str) -> bool:
+    """Whether an example has a completion."""
     if layout == "messages":
         turns = row["messages"]
-        return isinstance(turns, list) and bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant"
+        last = turns[-1] if isinstance(turns, list) and turns else None
+        return isinstance(last, dict) and last.get("role") == "assistant"
     return layout.rpartition(", ")[2] in row
 
 
-# ------------------------------------------------------------------------------------------------ canonical rows
+# --------------------------------------------------------------------------------------------- canonical rows
 
 
 def canonical(rows: Rows):
-    """Rows that the scripts load again to the same: examples, rankings, and pairs and ratings as one row each.
+    """Rows in one layout for each kind, which the training scripts read to the same content.
 
-    A set of rankings keeps them; what was written as pairs stays pairs, since no ranking holds two contradicting labels
-    or leaves two completions uncompared.
+    A set of rankings stays one. Pairs stay pairs, because a ranking cannot hold two contradicting labels, or
+    two completions that were not compared. Each pair and each rating becomes one row.
     """
     ranked = all(set(stored.meta["layouts"]) == {"prompt, completions"} for stored in rows.sets)
     for row in rows:
@@ -102,38 +115,46 @@ def canonical(rows: Rows):
 
 
 def _ranking_row(row: Ranking) -> dict:
-    """A completion's rank is the number of better ones, which equals that of its ties."""
+    """A ranking as a row. A completion's rank is the number of better ones, so ties have equal ranks."""
     ranks = [sum(worse == index for _, worse in row.pairs) for index in range(len(row.completions))]
     scores = {} if row.label_scores is None else {"label_scores": row.label_scores}
     return {"prompt": row.prompt, "completions": row.completions, "ranks": ranks, **scores}
 
 
 def _pair_rows(row: Ranking):
+    """The pairs of a group as rows."""
     for (better, worse), note in zip(row.pairs, row.notes or [{}] * len(row.pairs), strict=True):
-        yield {"prompt": row.prompt, "chosen": row.completions[better], "rejected": row.completions[worse], **note}
+        chosen, rejected = row.completions[better], row.completions[worse]
+        yield {"prompt": row.prompt, "chosen": chosen, "rejected": rejected, **note}
 
 
 def _rating_rows(row: Ranking):
-    """In the layout of articles, whose prompt may be any text before `TL;DR:`."""
+    """The ratings of a prompt as rows, laid out as articles, whose prompt is any text before `TL;DR:`."""
     info = {"article": row.prompt.removesuffix("\n\nTL;DR:")}
     for text, rating in zip(row.completions, row.label_scores, strict=True):
         yield {"info": info, "summary": {"text": text, "axes": {"overall": rating}}}
 
 
 def write(target: Path, rows: Rows, report: DataReport, figures: dict, lengths: dict) -> None:
-    """All files, under another name first, so that the folder is whole or not there."""
+    """Write all files to a temporary folder and rename it, so that `target` is complete or does not exist.
+
+    Raises:
+        UserError: when the folder cannot be written to.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise UserError(f"output_dir: '{target}' cannot be written to ({error.strerror}); name another") from None
+        raise UserError(f"output_dir: '{target}' cannot be written to ({error.strerror}); name "
+                        "another") from None
     try:
         _write_lines(aside / "rows.jsonl", canonical(rows))
         if figures["rejected"]:
             _write_lines(aside / "rejected_rows.jsonl", report.rejected())
-        (aside / "data.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+        (aside / "data.json").write_text(content, encoding="utf-8")
         plot_lengths(aside / "lengths.png", lengths)
-        aside.chmod(0o755)  # a temporary folder is its owner's alone
+        aside.chmod(0o755)  # other users cannot read a folder of mkdtemp
         os.rename(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -145,29 +166,29 @@ def _write_lines(path: Path, rows) -> None:
 
 
 def whole_groups(config, kind: str, rows: Rows) -> Rows:
-    """The rows with every prompt's group in one piece, whatever `max_completions` is."""
+    """The rows, with groups that `max_completions` has split put together again."""
     if kind != "rankings" or len(rows) == len(set(rows.prompts())):
         return rows
     return load_data(replace(config, max_completions=2**31 - 1), {"data": kind}, None, DataReport())["data"]
 
 
-# -------------------------------------------------------------------------------------------------- what is shown
+# ----------------------------------------------------------------------------------------------------- output
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token; tokens that only together make a character are one piece."""
-    found, before = [], ""
+    """The text of each token. Tokens that make one character together are one piece."""
+    texts, before = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and end < len(ids):
+        if text.endswith("\ufffd") and end < len(ids):  # an incomplete character
             continue
-        found.append(text[len(before):])
+        texts.append(text[len(before):])
         before = text
-    return found
+    return texts
 
 
 def marked(tokenizer, ids: list[int]) -> Text:
-    """A text with a line between its tokens, its middle left out when it is long."""
+    """A text with a bar between its tokens. The middle of a long text is left out."""
     parts = pieces(tokenizer, ids)
     if len(parts) > 2 * ENDS:
         parts = [*parts[:ENDS], f" ... {len(parts) - 2 * ENDS} more ... ", *parts[-ENDS:]]
@@ -179,41 +200,44 @@ def marked(tokenizer, ids: list[int]) -> Text:
 
 
 def show_set(console: Console, kind: str, figures: dict) -> None:
-    """What the set is, what was left out, what prompt groups save."""
+    """Print the sets, their layouts, and how many rows were rejected, dropped and used."""
     table = Table(title=f"{kind}, for {ROLES[kind]}", title_justify="left", show_header=False)
     for source in figures["sources"]:
         table.add_row("set", source["name"])
-        table.add_row("layout", "; ".join(f"{name} ({count} rows)" for name, count in source["layouts"].items()))
+        layouts = [f"{name} ({count} rows)" for name, count in source["layouts"].items()]
+        table.add_row("layout", "; ".join(layouts))
         table.add_row("rows", f"{source['read']} read, {source['rejected']} rejected")
-        for reason, found in source["dropped"].items():
-            table.add_row("dropped", f"{found['rows']} {reason}, the first in row {found['first'][0]}")
+        for reason, dropped in source["dropped"].items():
+            table.add_row("dropped", f"{dropped['rows']} {reason}, the first in row {dropped['first'][0]}")
     table.add_row("used", f"{figures['rows']} {'prompt groups' if kind == 'rankings' else 'rows'}")
     cut, inside = figures["prompts_cut"], figures["prompts_cut_inside"]
-    table.add_row("prompts cut", f"{cut} ({cut / figures['rows']:.1%}), {inside} of them inside a sentence or turn")
+    table.add_row("prompts cut", f"{cut} ({cut / figures['rows']:.1%}), {inside} of them inside a sentence "
+                  "or turn")
     console.print(table)
 
 
 def show_rejected(console: Console, figures: dict, report: DataReport) -> None:
-    """The first bad rows, and how many there are besides."""
-    for found, _ in zip(report.rejected(), range(SHOWN), strict=False):
-        console.print(f"rejected: {found['place']}: {found['reason']}", soft_wrap=True)
+    """Print the first bad rows, and the number of the others."""
+    for finding in islice(report.rejected(), SHOWN):
+        console.print(f"rejected: {finding['place']}: {finding['reason']}", soft_wrap=True)
     if figures["rejected"] > SHOWN:
         console.print(f"and {figures['rejected'] - SHOWN} more")
 
 
 def show_lengths(console: Console, figures: dict, lengths: dict) -> None:
-    """Lengths as they are trained on: prompts after cutting, completions with their EOS."""
+    """Print the lengths as training sees them: prompts after cutting, completions with their EOS."""
     table = Table(title="Lengths in tokens", title_justify="left")
     for column in ("", "mean", "5 %", "median", "95 %", "longest", "from 0 to the longest"):
         table.add_column(column)
     for name, sizes in lengths.items():
         spread = figures[f"{name}_tokens"]
-        table.add_row(name, *(f"{spread[part]:.1f}" for part in ("mean", "p5", "p50", "p95")), str(spread["max"]), bars(sizes))
+        figures_shown = [f"{spread[part]:.1f}" for part in ("mean", "p5", "p50", "p95")]
+        table.add_row(name, *figures_shown, str(spread["max"]), bars(sizes))
     console.print(table)
 
 
 def bars(sizes, columns=40) -> str:
-    """A histogram in a line of text."""
+    """A histogram as one line of text."""
     counts = [0] * columns
     for size in sizes.tolist():
         counts[size * columns // (int(sizes.max()) + 1)] += 1
@@ -221,25 +245,30 @@ def bars(sizes, columns=40) -> str:
 
 
 def show_rows(console: Console, rows: Rows, tokenizer) -> None:
-    """The first, the middle and the last row, as the model gets them."""
+    """Print the first, the middle and the last row as the model gets them."""
     table = rows.dataset()
     for number in sorted({0, len(rows) // 2, len(rows) - 1}):
         row = table[number]
         console.rule(rows.place(number), align="left")
         console.print(Text("prompt: ", style="bold").append(marked(tokenizer, row["prompt"])), soft_wrap=True)
-        completions = row["completions"] if "completions" in row else [row["completion"]] if row["completion"] else []
-        for place, ids in enumerate(completions, start=1):
-            name = f"completion {place}: " if "completions" in row else "completion: "
+        if "completions" in row:
+            completions = {f"completion {place}: ": ids
+                           for place, ids in enumerate(row["completions"], start=1)}
+        else:
+            completions = {"completion: ": row["completion"]} if row["completion"] else {}
+        for name, ids in completions.items():
             console.print(Text(name, style="bold").append(marked(tokenizer, ids)), soft_wrap=True)
         if row.get("pairs"):
-            console.print("better > worse: " + ", ".join(f"{better + 1} > {worse + 1}" for better, worse in row["pairs"]))
+            pairs = ", ".join(f"{better + 1} > {worse + 1}" for better, worse in row["pairs"])
+            console.print(f"better > worse: {pairs}")
         if row.get("label_scores"):
             console.print("label scores: " + ", ".join(f"{score:g}" for score in row["label_scores"]))
 
 
 def main(config: PrepareConfig) -> None:
     if config.data is None:
-        raise UserError("data: name a data set: --data FILE, folder or hub name (data/README.md lists the layouts)")
+        raise UserError("data: name a data set: --data FILE, folder or hub name (data/README.md lists the "
+                        "layouts)")
     if config.output_dir is not None:
         refuse_used(Path(config.output_dir).expanduser())
     tokenizer = Parent("model", config.model).tokenizer
@@ -251,16 +280,18 @@ def main(config: PrepareConfig) -> None:
         report.groups("data", rows)
     figures = {"key": ROLES[kind], "model": config.model, "max_prompt_tokens": config.max_prompt_tokens,
                "rejected": sum(1 for _ in report.rejected()), **report.figures["data"]}
-    console = Console(width=110, markup=False, highlight=False)  # brackets are text
+    console = Console(width=110, markup=False, highlight=False)  # markup=False: brackets in a text are text
     show_set(console, kind, figures)
     show_rejected(console, figures, report)
     show_lengths(console, figures, lengths)
     if kind == "rankings":
-        console.print(report.notes[-1].removeprefix("data: "))  # of the groups
+        console.print(report.notes[-1].removeprefix("data: "))  # the line of report.groups
     show_rows(console, rows, tokenizer)
     if config.output_dir is not None:
-        write(Path(config.output_dir).expanduser(), whole_groups(config, kind, rows), report, figures, lengths)
-        console.print(f"\nwritten; train with {ROLES[kind]}: {Path(config.output_dir) / 'rows.jsonl'}", soft_wrap=True)
+        target = Path(config.output_dir).expanduser()
+        write(target, whole_groups(config, kind, rows), report, figures, lengths)
+        rows_file = Path(config.output_dir) / "rows.jsonl"
+        console.print(f"\nwritten; train with {ROLES[kind]}: {rows_file}", soft_wrap=True)
 
 
 def refuse_used(folder: Path) -> None:

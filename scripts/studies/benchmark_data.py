@@ -2,10 +2,12 @@
 
     python scripts/studies/benchmark_data.py --posts reddit_tldr.jsonl.gz --tokenizer assets/opt-mini
 
-It writes comparisons made of real posts (rows with subreddit, title, post, summary), reads, checks and groups them as
-training does, tokenises them, tokenises the same texts with the tokenizer alone, and starts a second time from the cache.
-Times are processor seconds of one process, so that they are those of one core. Caches that other programs use too still cost
-time: on a busy machine take the best of several. All that it writes is removed at the end.
+The script makes comparisons from real posts (rows with subreddit, title, post, summary). It reads, checks,
+groups and tokenises them as training does, tokenises the same texts with the tokenizer alone, and starts a
+second time from the cache. Everything that it writes is removed at the end.
+
+Times are CPU seconds of one process, so they do not depend on the number of cores. Other programs still slow
+it down through the shared caches of the CPU. On a busy machine take the best of several runs.
 """
 
 import json
@@ -29,7 +31,8 @@ from utils.launch import start
 from utils.models.parents import Parent
 from utils.runs.run import peak_memory_mb
 
-BATCH = 1000
+BATCH = 1000  # texts that the tokenizer alone gets at once
+# of read_set: the defaults of the reward stage
 LIMITS = {"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": None}
 
 
@@ -37,44 +40,50 @@ LIMITS = {"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": 
 class BenchmarkConfig:
     """What is measured."""
 
-    posts: str = key("data/tldr_mini/actor_train.jsonl.gz", "Examples whose posts and summaries the comparisons are made of.")
+    posts: str = key("data/tldr_mini/actor_train.jsonl.gz", "Examples whose posts and summaries the "
+                     "comparisons are made of.")
     rows: int = key(100_000, "Comparisons.", unit="rows", low=1)
-    rows_per_post: int = key(5, "Comparisons of one post (92,858 of some 21,000 posts in the public set).", unit="rows", low=1)
-    tokenizer: str = key("assets/opt-mini", "A folder or a hub name.")
+    rows_per_post: int = key(5, "Comparisons of each post (the public set: 92,858 of some 21,000 posts).",
+                             unit="rows", low=1)
+    tokenizer: str = key("assets/opt-mini", "The tokenizer: a model folder or a hub name.")
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
 
 
 def write_comparisons(path: Path, config: BenchmarkConfig) -> None:
-    """Posts again and again, each time with another title, and pairs of five summaries each: its own and other posts'."""
-    examples, draw = list(load_examples(config.posts, "posts")), random.Random(0)
+    """Write comparisons made from the posts.
+
+    The posts are used again and again, each time with another title. Each comparison is a pair from five
+    summaries: the post's own and those of the next four posts.
+    """
+    examples, rng = list(load_examples(config.posts, "posts")), random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(config.rows):
             post = number // config.rows_per_post
             example = examples[post % len(examples)]
             prompt = example.prompt.removesuffix("\n\nTL;DR:").replace("\n\n", "\n", 2)
             prompt = prompt.replace("TITLE: ", f"TITLE: {post // len(examples)} ", 1)
-            chosen, rejected = draw.sample(range(post, post + 5), 2)
-            answers = [f"TL;DR:{examples[index % len(examples)].completion}" for index in (chosen, rejected)]
-            if answers[0] != answers[1]:
-                file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), (prompt, *answers), strict=True))) + "\n")
+            chosen, rejected = (f"TL;DR:{examples[index % len(examples)].completion}"
+                                for index in rng.sample(range(post, post + 5), 2))
+            if chosen != rejected:
+                file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
 
 
 def texts_of(stored: StoredSet) -> tuple[list[int], list[int]]:
-    """Numbers of the different prompts and completions."""
+    """The numbers of the distinct prompts and of the distinct completions."""
     prompts = stored.table.column("prompt").to_pylist()
     completions = stored.table.column("completions").combine_chunks().flatten().to_pylist()
     return list(dict.fromkeys(prompts)), list(dict.fromkeys(completions))
 
 
 def seconds(call) -> float:
-    """Processor seconds, all threads and the system's work for them included: other programs on the machine do not count."""
+    """CPU seconds of this process for a call: all threads, and the system's work for them."""
     began = time.process_time()
     call()
     return time.process_time() - began
 
 
 def tokenizer_alone(stored: StoredSet, tokenizer) -> float:
-    """Seconds that the tokenizer needs for the set's texts in batches, without reading or keeping anything."""
+    """CPU seconds of the tokenizer for the set's texts, in batches, without reading or storing anything."""
     spent = 0.0
     for numbers in texts_of(stored):
         for first in range(0, len(numbers), BATCH):
@@ -90,20 +99,23 @@ def main(config: BenchmarkConfig) -> None:
         path = Path(folder) / "comparisons.jsonl"
         write_comparisons(path, config)
         before = peak_memory_mb()
-        found = []
+        stored, tokens = None, None  # the grouped comparisons, and their tokens
 
         def read():
-            found.append(read_set(Source(str(path)), "reward_training_data", "rankings", **LIMITS))
+            nonlocal stored
+            stored = read_set(Source(str(path)), "reward_training_data", "rankings", **LIMITS)
 
         def tokenise():
-            found.append(token_rows(found[0], tokenizer, config.max_prompt_tokens))
+            nonlocal tokens
+            tokens = token_rows(stored, tokenizer, config.max_prompt_tokens)
 
         reading, tokenising, again = seconds(read), seconds(tokenise), seconds(lambda: (read(), tokenise()))
-        rows, peak = found[0].meta["read"], peak_memory_mb()
-        alone = tokenizer_alone(found[0], tokenizer)
-    print(f"{rows} comparisons, {found[0].meta['rows']} groups, {sum(found[1]['length'])} tokens")
+        rows, peak = stored.meta["read"], peak_memory_mb()
+        alone = tokenizer_alone(stored, tokenizer)
+    print(f"{rows} comparisons, {stored.meta['rows']} groups, {sum(tokens['length'])} tokens")
     print(f"validation and grouping  {reading:7.1f} s  {rows / reading:9.0f} rows/s")
-    print(f"tokenising               {tokenising:7.1f} s  {tokenising / alone:9.2f} times the tokenizer alone ({alone:.1f} s)")
+    print(f"tokenising               {tokenising:7.1f} s  {tokenising / alone:9.2f} times the tokenizer "
+          f"alone ({alone:.1f} s)")
     print(f"a second start           {again:7.1f} s")
     print(f"peak memory              {peak:7.0f} MiB, of which {before:.0f} before the first row")
 

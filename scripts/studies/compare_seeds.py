@@ -1,16 +1,19 @@
-"""What the three stages reach with several seeds: each seed, mean and spread, curves, and which seeds collapsed.
+"""Compare runs that differ in their seed only: each seed, mean and spread, curves, and which seeds collapsed.
 
-    make seeds                                       # five seeds of the embedded default, then this
-    python scripts/studies/compare_seeds.py --runs outputs/seed0 outputs/seed1 outputs/seed2 --output outputs/seeds.png
+    make seeds                                       # five seeds of the embedded default, then this script
+    python scripts/studies/compare_seeds.py --runs outputs/seed0 outputs/seed1 outputs/seed2 \\
+        --output outputs/seeds.png
     python scripts/studies/compare_seeds.py --runs outputs/seed0 outputs/seed1 --markdown
 
-A run is a folder with the finished stages sft/, reward/ and ppo/, as `make demo OUT=outputs/seed0 ARGS="--seed 0"`
-leaves it. All figures are those of its summary.json files (test posts), but the share with EOS: that is
-`objective/ended` of the last PPO update (training posts, the policy before that update).
+A run is a folder with the finished stages sft/, reward/ and ppo/, as `make demo OUT=outputs/seed0
+ARGS="--seed 0"` writes it. Almost all figures are read from its summary.json files and are measured on test
+posts. The exception is the share of summaries with EOS: it is `objective/ended` of the last PPO update,
+measured on training posts with the policy before that update.
 
-A seed counts as collapsed when PPO left it worse than the SFT model it started from, or not ending its summaries:
-gold win rate over SFT below .5 (sampled), or a gold score lower than before, or a share with EOS below .9. Data
-without a gold score is judged by EOS alone. A figure that is not a number counts as collapsed too.
+A seed counts as collapsed when PPO left the policy worse than the SFT model that it started from, or unable
+to end its summaries. That is: a gold win rate over SFT below .5 (sampled), a lower gold score than before, or
+a share with EOS below .9. Where the data has no gold score, only the share with EOS counts. A figure that is
+NaN counts as collapsed.
 """
 
 import sys
@@ -31,20 +34,20 @@ from utils.runs.run import finished_run, output_file, read_whole_rows
 
 @dataclass
 class CompareConfig:
-    """What to compare, and what to make of it."""
+    """What to compare, and what to write."""
 
-    runs: list[str] = key([], "Folders, each with the finished sft/, reward/ and ppo/ of one seed.")
-    output: str | None = key(None, "Curves over the seeds: a .png file.")
-    markdown: bool = key(False, "Print the table as markdown too.")
+    runs: list[str] = key([], "Folders, each with the finished stages sft/, reward/ and ppo/ of one seed.")
+    output: str | None = key(None, "Plot the curves of all seeds into this .png file.")
+    markdown: bool = key(False, "Also print the table as markdown.")
 
 
 class Column(NamedTuple):
-    """A column of the table: the figures in it (before and after, or one), and how each is written."""
+    """A column of the table."""
 
     title: str
-    names: tuple[str, ...]
-    layout: str = "{:.3f}"
-    interval: tuple[str, ...] = ()
+    names: tuple[str, ...]  # stage/figure: one, or before and after
+    layout: str = "{:.3f}"  # how each figure is printed
+    interval: tuple[str, ...] = ()  # ends of its confidence interval
 
 
 COLUMNS = [
@@ -59,8 +62,11 @@ COLUMNS = [
     Column("with EOS", ("ppo/ended",)),
     Column("reward score, SFT → PPO", ("ppo/score_before", "ppo/score_after")),
 ]
-SPREAD = {"mean": np.mean, "sd": lambda values: np.std(values, ddof=1) if len(values) > 1 else None, "min": np.min, "max": np.max}
-# title -> (stage, metric, what its step is)
+SPREAD = {
+    "mean": np.mean, "sd": lambda values: np.std(values, ddof=1) if len(values) > 1 else None,
+    "min": np.min, "max": np.max,
+}
+# title of a plot -> (stage, metric, label of the x axis)
 CURVES = {
     "SFT loss [nats a token]": ("sft", "sft/loss", "step"),
     "ROUGE mean, validation": ("sft", "eval/rouge_avg", "step"),
@@ -70,110 +76,122 @@ CURVES = {
     "length, rollouts [tokens]": ("ppo", "objective/length", "update"),
     "gold score, validation": ("ppo", "eval/gold", "update"),
 }
-
-
-# what differs between seeds by its nature: folders, and the models of the stage before
-_OWN = {"sft": ("seed", "output_dir", "report_to"), "reward": ("seed", "output_dir", "report_to", "model"),
-        "ppo": ("seed", "output_dir", "report_to", "model", "reward_model")}
+# keys that always differ between seeds: folders, and the models that the stages before have trained
+_DIFFERENT = {
+    "sft": ("seed", "output_dir", "report_to"), "reward": ("seed", "output_dir", "report_to", "model"),
+    "ppo": ("seed", "output_dir", "report_to", "model", "reward_model"),
+}
 
 
 class Seed(NamedTuple):
-    """One seed's figures by stage/name, None where the data has none; and the rows of its metrics.jsonl by stage."""
+    """The runs of one seed."""
 
     number: int
-    figures: dict[str, float | None]
-    metrics: dict[str, list[dict]]
-    settings: dict[str, object]  # every key of the three configurations that is not the seed's own, by stage/key
+    figures: dict[str, float | None]  # by stage/figure; None: the data does not have it
+    metrics: dict[str, list[dict]]  # rows of metrics.jsonl by stage
+    settings: dict[str, object]  # keys of the three configurations by stage/key, without those in _DIFFERENT
 
 
 def load_seed(name: str) -> Seed:
-    """Everything that is reported of the runs in one folder.
+    """Read the three stages in a folder.
 
     Raises:
-        UserError: when the folder is not there, a stage is not finished, or a figure is missing.
+        UserError: when the folder does not exist, a stage is not finished, or a figure is missing.
     """
     figures, metrics, settings = {}, {}, {}
     for stage in ("sft", "reward", "ppo"):
         folder, summary = finished_run(name, stage, "runs")
-        figures |= {f"{stage}/{measure}": value for measure, value in summary.items()}
+        figures |= {f"{stage}/{figure}": value for figure, value in summary.items()}
         metrics[stage] = read_whole_rows(folder / "metrics.jsonl")
         saved, _ = read_yaml(folder / "config.yaml")
-        settings |= {f"{stage}/{name}": value for name, value in saved.items() if name not in _OWN[stage]}
+        settings |= {f"{stage}/{key_name}": value for key_name, value in saved.items()
+                     if key_name not in _DIFFERENT[stage]}
     figures["ppo/ended"] = (series(metrics["ppo"], "objective/ended")[1] or [None])[-1]
-    figures["reward/of_ceiling"] = None  # known further down
-    for measure in ("ppo/seed", *(measure for column in COLUMNS for measure in column.names + column.interval)):
-        if measure not in figures:
-            stage, key_name = measure.split("/")
-            raise UserError(f"runs: '{Path(name, stage, 'summary.json')}' has no '{key_name}'; train that stage again")
+    figures["reward/of_ceiling"] = None  # computed below, where the data has a label ceiling
+    for figure in ("ppo/seed", *(name for column in COLUMNS for name in column.names + column.interval)):
+        if figure not in figures:
+            stage, missing = figure.split("/")
+            raise UserError(f"runs: '{Path(name, stage, 'summary.json')}' has no '{missing}'; train that "
+                            "stage again")
     if ceiling := figures.get("reward/label_ceiling"):
         figures["reward/of_ceiling"] = figures["reward/accuracy"] / ceiling
     return Seed(figures["ppo/seed"], figures, metrics, settings)
 
 
 def load_seeds(names: list[str]) -> list[Seed]:
-    """All of them; two runs of one seed would make the spread too small, two configurations too large."""
+    """Read all seeds.
+
+    Raises:
+        UserError: for two runs of one seed, which would make the spread too small, and for runs of different
+            configurations, which would make it too large.
+    """
     if not names:
         raise UserError("runs: name the folders to compare, for example --runs outputs/seed0 outputs/seed1")
     seeds = [load_seed(name) for name in names]
     numbers = [seed.number for seed in seeds]
     for number in numbers:
         if numbers.count(number) > 1:
-            raise UserError(f"runs: {numbers.count(number)} of them have seed {number}; name one run for each seed")
+            raise UserError(f"runs: {numbers.count(number)} of them have seed {number}; give one run for "
+                            "each seed")
     for seed in seeds:
         for name in sorted(seeds[0].settings.keys() | seed.settings.keys()):
             ours, first = (settings.get(name, "unknown") for settings in (seed.settings, seeds[0].settings))
             if ours != first:
-                raise UserError(f"runs: {name} is {ours} with seed {seed.number} but {first} with seed {numbers[0]}; compare "
-                                "seeds of one configuration")
+                raise UserError(f"runs: {name} is {ours} with seed {seed.number} but {first} with seed "
+                                f"{numbers[0]}; compare seeds of one configuration")
     return seeds
 
 
 def why_collapsed(figures: dict) -> str | None:
-    """The first reason why a seed counts as collapsed; None when it does not."""
-    for name, limit, what in (
+    """The first reason why a seed counts as collapsed; None: it does not."""
+    for name, limit, title in (
         ("ppo/gold_win_rate", 0.5, "gold win rate"),
         ("ppo/gold_after", figures["ppo/gold_before"], "gold score"),
         ("ppo/ended", 0.9, "share with EOS"),
     ):
-        # so written, what is not a number is below every limit
+        # `not (a >= b)` is true for NaN, `a < b` is not
         if figures[name] is not None and not figures[name] >= limit:
-            return f"{what} {figures[name]:.3f} is below {limit:.3f}"
+            return f"{title} {figures[name]:.3f} is below {limit:.3f}"
     return None
 
 
 def table_rows(seeds: list[Seed]) -> list[list[str]]:
-    """A row of cells for each seed, then mean, sample standard deviation, minimum and maximum over the seeds."""
-    rows = [[str(seed.number), *(cell(column, seed.figures, column.interval) for column in COLUMNS)] for seed in seeds]
-    for label, spread in SPREAD.items():
+    """A row of cells for each seed, then the mean, standard deviation, minimum and maximum over the seeds."""
+    rows = [[str(seed.number), *(cell(column, seed.figures, column.interval) for column in COLUMNS)]
+            for seed in seeds]
+    for label, statistic in SPREAD.items():
         figures = {}
-        for measure in (measure for column in COLUMNS for measure in column.names):
-            known = [seed.figures[measure] for seed in seeds if seed.figures[measure] is not None]
-            figures[measure] = spread(known) if known else None
+        for name in (name for column in COLUMNS for name in column.names):
+            values = [seed.figures[name] for seed in seeds if seed.figures[name] is not None]
+            figures[name] = statistic(values) if values else None
         rows.append([label, *(cell(column, figures) for column in COLUMNS)])
     return rows
 
 
 def cell(column: Column, figures: dict, interval: tuple[str, ...] = ()) -> str:
-    """Before and after with an arrow, or one figure and its interval; a dash where nothing is known."""
+    """One figure with its interval, or before and after with an arrow; a dash where a figure is missing."""
     values = [figures[name] for name in column.names]
     if None in values:
         return "-"
     text = " → ".join(map(column.layout.format, values))
-    return text + (" ({:.3f} - {:.3f})".format(*(figures[name] for name in interval)) if interval else "")
+    if interval:
+        text += " ({:.3f} - {:.3f})".format(*(figures[name] for name in interval))
+    return text
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """For people."""
+    """Print the table for the terminal."""
     table = Table(title="The stages over the seeds", title_justify="left")
     for column, *cells in zip(header, *rows, strict=True):
-        table.add_column(column, width=max(map(len, [*cells, *column.split()])))  # headers may wrap, figures must not
+        # wide enough for every figure and every word of the header: headers may wrap, figures must not
+        table.add_column(column, width=max(map(len, [*cells, *column.split()])))
     for number, row in enumerate(rows, start=1):
         table.add_row(*row, end_section=number == len(rows) - len(SPREAD))
     Console(width=200, markup=False).print(table)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """For a README."""
+    """The table in markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 

@@ -278,7 +278,7 @@ def test_the_ending_counts_too(tmp_path):
     """It says how the bytes are read: the same ones are other rows, or none, under another ending."""
     content = [b"[", GOOD % 1 + b",", GOOD % 2, b"]"]
     assert [row.prompt for row in load_examples(write(tmp_path / "a.json", content), "x")] == ["P1", "P2"]
-    for name, said in (("a.jsonl", "is not JSON"), ("a.csv", "has columns "), ("a.parquet", "is no whole Parquet file"),
+    for name, said in (("a.jsonl", "is not JSON"), ("a.csv", "has columns "), ("a.parquet", "is not a complete Parquet file"),
                        ("a.txt", "is not a file of rows; its name must end with one of"), ("a", "is not a file of rows")):
         with pytest.raises(UserError, match=said):
             load_examples(write(tmp_path / name, content), "x")

@@ -1,9 +1,9 @@
-"""Work on data that is kept, so that a second start need not do it again.
+"""A cache for work on data, so that a second start does not repeat it.
 
-A result is a folder, named by a hash of all that it was made of: the bytes of the data, the keys that matter, and the
-code that made it. It lies in `opt-rlhf/` of the cache of `datasets`, which the environment variables HF_HOME and
-HF_DATASETS_CACHE move (by default ~/.cache/huggingface/datasets). All of it may be deleted at any time. Nothing in it
-is executed when it is read: it holds Arrow and JSON only.
+A result is a folder. Its name has a hash of everything that the result depends on: the bytes of the data, the
+keys that matter, and the code that made it. It is stored in `opt-rlhf/` in the cache folder of `datasets`, by
+default ~/.cache/huggingface/datasets. The environment variables HF_HOME and HF_DATASETS_CACHE set another
+one. The folder can be deleted at any time. It holds Arrow and JSON only, so reading it executes nothing.
 """
 
 import hashlib
@@ -19,27 +19,31 @@ import datasets.config
 from utils.config import UserError
 from utils.distributed import first_of_a_node
 
+# modules of this folder that decide what a row becomes
 _CODE = ("files", "layouts", "sources", "store", "validation", "tokens")
 
 
 def cache_folder() -> Path:
-    """Where results are kept."""
+    """The folder of all results."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "opt-rlhf"
 
 
 def cached(kind: str, ingredients: list, build: Callable[[Path], None]) -> Path:
-    """The folder of a result, made first when it is not there.
+    """The folder of a result. A result that is not in the cache is built.
 
-    It is written under another name and then renamed, so that it is whole, also when two runs make it at once. Of several
-    processes on a node the first makes it while the others wait.
+    It is built under a temporary name and then renamed, so a folder is never incomplete, even when two runs
+    build the same result. On each node the first process builds it while the others wait.
 
     Args:
-        kind: the first part of the folder's name.
-        ingredients: all that the result depends on, as JSON.
-        build: writes the result into the folder it is given.
+        kind: first part of the folder's name.
+        ingredients: everything that the result depends on; must be JSON.
+        build: function that writes the result into a folder.
+
+    Raises:
+        UserError: when the cache folder cannot be written to.
     """
-    parts = [*ingredients, _code()]
-    target = cache_folder() / f"{kind}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"
+    parts = json.dumps([*ingredients, _code()], sort_keys=True)
+    target = cache_folder() / f"{kind}-{hashlib.sha256(parts.encode()).hexdigest()[:32]}"
     with first_of_a_node():
         if not target.exists():
             _make(target, build)
@@ -48,22 +52,23 @@ def cached(kind: str, ingredients: list, build: Callable[[Path], None]) -> Path:
 
 def _make(target: Path, build) -> None:
     try:
-        aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}")  # mkdtemp's would be its owner's alone
+        # not mkdtemp: other users could not read it
+        aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"HF_DATASETS_CACHE: '{target.parent}' cannot be written to ({error.strerror}); set this environment "
-                        "variable to another folder") from None
+        raise UserError(f"HF_DATASETS_CACHE: '{target.parent}' cannot be written to ({error.strerror}); set "
+                        "this environment variable to another folder") from None
     try:
         build(aside)
         os.rename(aside, target)
     except OSError:
-        if not target.exists():  # else another run was faster
+        if not target.exists():  # if it exists, another run was faster
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _code() -> str:
-    """A hash of the modules that decide what a row becomes: what older code made is no longer found."""
+    """A hash of the modules in _CODE, so that results of older code are not used."""
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in _CODE)).hexdigest()

@@ -1,4 +1,4 @@
-"""What the data of a run was found to be: lines for the log, figures for data.json, rows for rejected_rows.jsonl."""
+"""What a run's data is like: lines for the log, figures for data.json, rows for rejected_rows.jsonl."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,98 +11,115 @@ from utils.data.tokens import CUT, CUT_INSIDE
 
 
 class DataReport:
-    """Filled while the data is read, before there is a run folder, and then saved by the run."""
+    """Collects what is found while the data is read. There is no run folder yet; the run saves it later."""
 
     def __init__(self):
-        self.notes: list[str] = []  # for people
-        self.figures: dict[str, dict] = {}  # by configuration key
-        self._left_out: list[tuple[str, Callable]] = []
+        self.notes: list[str] = []  # lines for the log
+        self.figures: dict[str, dict] = {}  # by data key
+        self._left_out: list[tuple[str, Callable]] = []  # (data key, function that yields its findings)
 
     def say(self, line: str) -> None:
         self.notes.append(line)
 
     def read(self, field: str, rows) -> None:
-        """Note what each set of a data key held, and what of it was dropped (detail 6)."""
+        """Record what each set of a data key held, and which of its rows were dropped (detail 6)."""
         self.figures[field] = {"sources": [{"name": stored.label, **stored.meta} for stored in rows.sets]}
         for stored in rows.sets:
-            counts = {reason: found["rows"] for reason, found in stored.meta["dropped"].items()}
+            counts = {reason: dropped["rows"] for reason, dropped in stored.meta["dropped"].items()}
             if counts:
                 why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
                 self.say(f"{stored.label}: dropped {sum(counts.values())} rows ({why})")
 
     def leave_out(self, field: str, count: int, findings: Callable[[], Iterator[dict]]) -> None:
-        """Note rows that `on_bad_rows: skip` leaves out."""
+        """Record rows that `on_bad_rows: skip` leaves out."""
         first = next(findings())
-        self.say(f"{field}: left out {count} bad rows (on_bad_rows: skip), see rejected_rows.jsonl; the first is "
-                 f"{first['place']}: {first['reason']}")
+        self.say(f"{field}: left out {count} bad rows (on_bad_rows: skip), see rejected_rows.jsonl; the "
+                 f"first is {first['place']}: {first['reason']}")
         self._left_out.append((field, findings))
 
     def rejected(self) -> Iterator[dict]:
-        """Lines of rejected_rows.jsonl: where a row stood, what is wrong with it, and the row."""
+        """Lines of rejected_rows.jsonl: data key, place, what is wrong, and the row."""
         for field, findings in self._left_out:
-            yield from ({"key": field, **found} for found in findings())
+            yield from ({"key": field, **finding} for finding in findings())
 
     def tokens(self, field: str, table: Dataset) -> None:
-        """Note how long the rows of a data key are that are used, and how many of their prompts were cut."""
+        """Record the lengths of a data key's rows that are used, and how many of their prompts were cut."""
         lengths = token_lengths(table)
-        cut = np.concatenate([batch["cut"].to_numpy(zero_copy_only=False) for batch in _batches(table.select_columns("cut"))])
+        cut = np.concatenate([batch["cut"].to_numpy(zero_copy_only=False)
+                              for batch in _batches(table.select_columns("cut"))])  # (rows,)
         self.figures.setdefault(field, {}).update({
             "rows": len(cut), "prompts_cut": int(np.isin(cut, (CUT, CUT_INSIDE)).sum()),
-            "prompts_cut_inside": int((cut == CUT_INSIDE).sum()),  # at no end of a sentence or turn
+            "prompts_cut_inside": int((cut == CUT_INSIDE).sum()),  # inside a sentence or turn
             **{f"{name}_tokens": _spread(sizes) for name, sizes in lengths.items()},
         })
 
     def groups(self, field: str, rows) -> None:
-        """Note and say how much prompt groups share in a data key's rankings, each taken once whatever its weight."""
+        """Record and log how much prompt groups save on a data key's rankings.
+
+        Weights of a mixture do not count.
+        """
         rows = rows.once()
-        found = group_statistics(rows.dataset(), len(set(rows.prompts())))
-        self.figures.setdefault(field, {})["groups"] = found
-        self.say(f"{field}: {found['posts']} posts in {found['groups']} prompt groups, "
-                 f"{found['completions_per_post']:.2f} completions and {found['pairs_per_post']:.2f} pairs a post, "
-                 f"{found['contradictions']} pairs labelled both ways; {found['tokens_grouped']} tokens in place of "
-                 f"{found['tokens_ungrouped']}, a factor of {found['factor']:.2f}")
+        groups = group_statistics(rows.dataset(), len(set(rows.prompts())))
+        self.figures.setdefault(field, {})["groups"] = groups
+        self.say(f"{field}: {groups['posts']} posts in {groups['groups']} prompt groups, "
+                 f"{groups['completions_per_post']:.2f} completions and {groups['pairs_per_post']:.2f} pairs "
+                 f"a post, {groups['contradictions']} pairs labelled both ways; {groups['tokens_grouped']} "
+                 f"tokens in place of {groups['tokens_ungrouped']}, a factor of {groups['factor']:.2f}")
 
 
 def token_lengths(table: Dataset) -> dict[str, np.ndarray]:
-    """Tokens of every `prompt` after cutting, and of every `completion` with its EOS, in a table of `utils/data/tokens.py`."""
+    """Lengths in a table of `utils/data/tokens.py`: prompts after cutting, completions with their EOS.
+
+    Without completions there is no entry `completion`.
+    """
     prompts, completions = [], []
     for batch in _batches(table):
         prompts.append(_sizes(batch["prompt"]))
-        completions.append(_sizes(batch["completions"].flatten() if "completions" in batch else batch["completion"]))
+        several = "completions" in batch
+        completions.append(_sizes(batch["completions"].flatten() if several else batch["completion"]))
     lengths = {"prompt": np.concatenate(prompts), "completion": np.concatenate(completions)}
-    return {name: sizes[sizes > 0] for name, sizes in lengths.items() if sizes.any()}  # prompts may stand alone
+    return {name: sizes[sizes > 0] for name, sizes in lengths.items() if sizes.any()}
 
 
 def group_statistics(table: Dataset, posts: int) -> dict[str, float]:
     """How much prompt groups save on a set of rankings.
 
-    Returns:
-        `tokens_grouped`: those of each group's prompt once and of each of its completions once. `tokens_ungrouped`: what
-        a model computes that takes a pair as two rows, each with the prompt. `factor`: the second over the first.
-        `contradictions`: pairs of completions that were labelled both ways (both are kept).
-
     Args:
         table: rows of `utils/data/tokens.py`.
-        posts: the number of different prompts; a large group is split into several.
+        posts: number of distinct prompts. (It can be less than the number of groups, because large groups are
+            split.)
+
+    Returns:
+        `tokens_grouped`: tokens when each prompt and each completion of a group is computed once.
+            `tokens_ungrouped`: tokens
+        when each pair is two rows with the prompt in both. `factor`: ungrouped / grouped. `contradictions`:
+            pairs of
+        completions that were labelled both ways (both labels are kept). `completions_per_post`,
+            `pairs_per_post`.
     """
     sums = np.zeros(5, dtype=np.int64)
-    for batch in _batches(table):
+    for batch in _batches(table):  # G groups with C completions and P pairs in all
+        # (G,)
         prompts, counts, pair_counts = (_sizes(batch[name]) for name in ("prompt", "completions", "pairs"))
-        sizes = _sizes(batch["completions"].flatten())
-        owner = np.repeat(np.arange(len(counts)), pair_counts)
+        sizes = _sizes(batch["completions"].flatten())  # (C,)
+        owner = np.repeat(np.arange(len(counts)), pair_counts)  # (P,) the group of each pair
+        # (P,)
         better, worse = batch["pairs"].flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, 2).T
-        first = np.cumsum(counts) - counts
-        ungrouped = 2 * prompts[owner] + sizes[first[owner] + better] + sizes[first[owner] + worse]
+        first = np.cumsum(counts) - counts  # (G,) the group's first completion in `sizes`
+        ungrouped = 2 * prompts[owner] + sizes[first[owner] + better] + sizes[first[owner] + worse]  # (P,)
         pairs = set(zip(owner.tolist(), better.tolist(), worse.tolist(), strict=True))
         both = sum((group, b, a) in pairs for group, a, b in pairs) // 2
         sums += [counts.sum(), len(owner), both, prompts.sum() + sizes.sum(), ungrouped.sum()]
     completions, pairs, both, grouped, ungrouped = sums.tolist()
-    return {"posts": posts, "groups": len(table), "completions_per_post": completions / posts, "pairs_per_post": pairs / posts,
-            "contradictions": both, "tokens_grouped": grouped, "tokens_ungrouped": ungrouped, "factor": ungrouped / grouped}
+    return {
+        "posts": posts, "groups": len(table),
+        "completions_per_post": completions / posts, "pairs_per_post": pairs / posts, "contradictions": both,
+        "tokens_grouped": grouped, "tokens_ungrouped": ungrouped, "factor": ungrouped / grouped,
+    }
 
 
 def _batches(table: Dataset) -> Iterator[dict[str, pa.Array]]:
-    """Columns of a thousand rows at a time."""
+    """The columns of the table, a thousand rows at a time."""
     for batch in table.with_format("arrow").iter(1000):
         yield {name: batch[name].combine_chunks() for name in batch.column_names}
 

@@ -1,9 +1,9 @@
-"""Rows on the disk in one form, whatever their layout was: each text once, and rows that point at texts.
+"""Rows on the disk in one form: each distinct text is stored once, and rows refer to texts by number.
 
-Files of a stored set, all Arrow streams that are mapped into memory, or JSON:
-    texts.arrow       text
-    rows.arrow        a row is a prompt with its completions and the compared pairs; an example has one completion or none
-    rejected.jsonl    rows that are none: `number`, `reason`, `row`
+Files of a stored set. The Arrow files are streams that are mapped into memory.
+    texts.arrow       the texts
+    rows.arrow        a row is a prompt, its completions and compared pairs; an example has 0 or 1 completion
+    rejected.jsonl    rejected rows: `number`, `reason`, `row`
     meta.json         counts
 """
 
@@ -24,23 +24,26 @@ ROW_COLUMNS = {
     "notes": pa.list_(pa.struct([(column, pa.string()) for column in NOTES])),
 }
 _ROWS = pa.schema([
-    ("prompt", pa.int64()),  # number of a text
-    ("completions", pa.list_(pa.int64())),
+    ("prompt", pa.int64()),  # number of its text
+    ("completions", pa.list_(pa.int64())),  # numbers of their texts
     *ROW_COLUMNS.items(),
     ("facts", pa.string()),  # as JSON
-    ("number", pa.int64()),  # of the (first) row it was made of
-    ("digest", pa.binary(16)),  # of the prompt
+    ("number", pa.int64()),  # of the first source row that it was made from
+    ("digest", pa.binary(16)),  # of the prompt's text
 ])
-_BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
+_BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22  # kept in memory before they are written
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that stand for a text."""
+    """A hash of a text, 16 bytes. Texts with equal digests are taken to be equal."""
     return blake2b(text.encode(), digest_size=16).digest()
 
 
 class SetWriter:
-    """Writes a stored set; a context manager. In memory are hashes and numbers, and a few MB of what is not written yet."""
+    """Writes a stored set; a context manager.
+
+    It keeps digests and numbers in memory, and at most a few MB of texts and rows that are not written yet.
+    """
 
     def __init__(self, folder: Path):
         self._folder, self.rejected_count, self.row_count = folder, 0, 0
@@ -62,28 +65,31 @@ class SetWriter:
             file.close()
 
     def text(self, text: str) -> int:
-        """The number of a text, which is written when it is new."""
-        mark = digest(text)
-        number = self._numbers.get(mark)
+        """The number of a text. A new text is written."""
+        text_digest = digest(text)
+        number = self._numbers.get(text_digest)
         if number is None:
-            number = self._numbers[mark] = len(self._digests)
-            self._digests.append(mark)
+            number = self._numbers[text_digest] = len(self._digests)
+            self._digests.append(text_digest)
             self._texts.append(text)
             self._characters += len(text)
             if self._characters > _BATCH_CHARACTERS:
                 self._flush_texts()
         return number
 
-    def row(self, number: int, prompt: int, completions: list[int], pairs=(), label_scores=None, notes=None, facts=None) -> None:
-        """Write a row; texts by their numbers."""
-        self._rows.append((prompt, completions, pairs, label_scores, notes, facts, number, self._digests[prompt]))
+    def row(self, number: int, prompt: int, completions: list[int], pairs=(), label_scores=None, notes=None,
+            facts=None) -> None:
+        """Write a row. `prompt` and `completions` are numbers of texts."""
+        prompt_digest = self._digests[prompt]
+        self._rows.append((prompt, completions, pairs, label_scores, notes, facts, number, prompt_digest))
         self.row_count += 1
         if len(self._rows) == _BATCH_ROWS:
             self._flush_rows()
 
     def reject(self, number: int, reason: str, row) -> None:
-        """Write down a row that is none."""
+        """Write a rejected row."""
         line = json.dumps({"number": number, "reason": reason, "row": row}, ensure_ascii=False, default=str)
+        # lone surrogates become "?"
         self._rejected_file.write(line.encode("utf-8", "replace").decode() + "\n")
         self.rejected_count += 1
 
@@ -93,27 +99,34 @@ class SetWriter:
 
     def _flush_rows(self):
         columns = zip(*self._rows, strict=True) if self._rows else [[]] * len(_ROWS)
-        self._row_file.write_batch(pa.record_batch([pa.array(column, field.type) for column, field
-                                                    in zip(columns, _ROWS, strict=True)], schema=_ROWS))
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _ROWS, strict=True)]
+        self._row_file.write_batch(pa.record_batch(arrays, schema=_ROWS))
         self._rows = []
 
 
 class Pairs:
-    """The compared pairs of one prompt, as numbers: better, worse, note."""
+    """The compared pairs of one prompt in 24 bytes each, because a large set has millions of them."""
 
     def __init__(self, number: int):
-        self.number, self.values = number, array("q")
+        self.number = number  # of the prompt's first row
+        self.values = array("q")  # better, worse, note; better, worse, note; ...: numbers of texts and notes
 
     def __len__(self):
         return len(self.values) // 3
 
     def triples(self) -> list[tuple[int, int, int]]:
-        found = iter(self.values)
-        return list(zip(found, found, found, strict=True))
+        """(better, worse, note) of each pair."""
+        values = iter(self.values)
+        return list(zip(values, values, values, strict=True))
 
 
 class StoredSet:
-    """A set that is on the disk. `label` is what its rows are named by in messages: it may have moved since it was read."""
+    """A stored set.
+
+    Args:
+        label: names the set in messages. It is not stored, because the same content can be read from another
+            path.
+    """
 
     def __init__(self, folder: Path, label: str):
         self.folder, self.label = folder, label
@@ -125,26 +138,31 @@ class StoredSet:
         return self._texts[number].as_py()
 
     def place(self, index: int) -> str:
-        """Where the row (the first one of its prompt) stands: `file:line`."""
+        """The place of a row's first source row: `file:line`."""
         return f"{self.label}:{self.table.column('number')[index].as_py()}"
 
     def row(self, index: int) -> Example | Ranking:
-        """The row as the scripts know it; its kind is that of the set."""
-        row = {name: self.table.column(name)[index].as_py() for name in self.table.column_names if name != "digest"}
+        """A row with its texts; a Ranking in a set of rankings or ratings."""
+        names = [name for name in self.table.column_names if name != "digest"]
+        row = {name: self.table.column(name)[index].as_py() for name in names}
         prompt, completions = self.text(row["prompt"]), [self.text(number) for number in row["completions"]]
-        if self.meta["kind"] in ("rankings", "ratings"):
-            notes = row["notes"] and [{name: value for name, value in note.items() if value is not None} for note in row["notes"]]
-            return Ranking(prompt, completions, [tuple(pair) for pair in row["pairs"]], row["label_scores"], notes)
-        return Example(prompt, completions[0] if completions else None, row["facts"] and json.loads(row["facts"]))
+        if self.meta["kind"] not in ("rankings", "ratings"):
+            facts = row["facts"] and json.loads(row["facts"])
+            return Example(prompt, completions[0] if completions else None, facts)
+        pairs, notes = [tuple(pair) for pair in row["pairs"]], row["notes"]
+        if notes:  # Arrow fills in None for every note that is missing
+            notes = [{name: value for name, value in note.items() if value is not None} for note in notes]
+        return Ranking(prompt, completions, pairs, row["label_scores"], notes)
 
     def rejected(self) -> Iterator[dict]:
-        """Rows that are none: `place`, `reason`, `row`."""
+        """The rejected rows: `place` (`file:line`), `reason`, `row`."""
         with (self.folder / "rejected.jsonl").open(encoding="utf-8") as file:
             for line in file:
-                found = json.loads(line)
-                yield {"place": f"{self.label}:{found['number']}", "reason": found["reason"], "row": found["row"]}
+                finding = json.loads(line)
+                place = f"{self.label}:{finding['number']}"
+                yield {"place": place, "reason": finding["reason"], "row": finding["row"]}
 
 
 def read_arrow(path: Path) -> pa.Table:
-    """A table whose columns stay on the disk until they are looked at."""
+    """A table whose columns stay on the disk until they are used."""
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()

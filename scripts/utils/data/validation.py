@@ -1,17 +1,20 @@
-"""One pass over a data set: every row is checked, and what it says is stored in one form (`utils/data/store.py`).
+"""One pass over a data set: each row is checked and its content stored in one form (`utils/data/store.py`).
 
-A row that its layout does not allow (a column missing or mistyped, an empty prompt or completion, ranks that do not match,
-no JSON, no UTF-8) is *rejected*: a finding for the user, see `on_bad_rows`. A comparison that is well-formed but compares
-nothing is *dropped* and counted, as detail 6 says: equal answers, an empty answer, two dialogues that share no prompt, a
-ranking of ties alone. The public sets hold a few of them, and nobody should have to mend a public set to train on it.
+A row that its layout does not allow is *rejected*: a column is missing or has the wrong type, a prompt or
+completion is empty, ranks do not match, or the line is not JSON or not UTF-8. The user has to do something
+about it, see `on_bad_rows`. A well-formed comparison that compares nothing is *dropped* and counted (detail
+6): equal answers, an empty answer, two dialogues that share no prompt, a ranking with ties only. The public
+sets have a few such rows, and nobody should have to repair a public set to train on it.
 
-All pairwise rows of one prompt become one group, in which each distinct completion stands once. A ranking is a group of its own.
+All pairwise rows of one prompt become one group, in which each distinct completion occurs once. A ranking is
+a group of its own.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
@@ -35,20 +38,21 @@ from utils.data.layouts import (
 from utils.data.sources import Opened, Source, open_source
 from utils.data.store import Pairs, SetWriter, StoredSet
 
-SHOWN = 20  # findings that are listed, and places of dropped rows that are kept
+SHOWN = 20  # findings that a message lists, and numbers of dropped rows that are kept for each reason
 
 
 def read_set(source: Source, field: str, kind: str, **limits) -> StoredSet:
-    """A data set as stored rows, from the cache when its content has been read before.
+    """Read a data set, or take it from the cache if the same content has been read before.
 
     Args:
-        field: the configuration key that names it.
-        kind: "examples" (a prompt with its completion), "prompts" (the completion may be missing), "rankings", or "ratings"
-            (answers with a number each).
-        limits: for rankings, those of `_Rankings`.
+        field: data key that names the set.
+        kind: "examples" (a prompt with its completion), "prompts" (the completion may be missing),
+            "rankings", or "ratings" (completions with a number each).
+        limits: arguments of `_Rankings`, for rankings only.
 
     Raises:
-        UserError: when it is not there or cannot be read on. Rejected rows raise nothing here, see `refuse_findings`.
+        UserError: when the set does not exist or cannot be read to its end. Rejected rows raise nothing here,
+            see `refuse_findings`.
     """
     opened = open_source(source, field)
     folder = cached("rows", [opened.content, kind, limits], partial(_build, opened, kind, limits))
@@ -56,44 +60,48 @@ def read_set(source: Source, field: str, kind: str, **limits) -> StoredSet:
 
 
 def refuse_findings(findings: Iterator[dict], count: int) -> None:
-    """Raise UserError with the first findings and the number of the others, when there are any.
+    """Raise UserError with the first findings and the number of the others. Does nothing without findings.
 
     Args:
-        findings: each with `place` (`file:line`) and `reason`.
-        count: how many there are.
+        findings: each has `place` (`file:line`) and `reason`.
+        count: how many findings there are.
     """
     if not count:
         return
-    lines = [f"{found['place']}: {found['reason']}" for found, _ in zip(findings, range(SHOWN), strict=False)]
+    lines = [f"{finding['place']}: {finding['reason']}" for finding in islice(findings, SHOWN)]
     if count == 1:
         raise UserError(f"{lines[0]} (or leave bad rows out: on_bad_rows: skip)")
     if count > len(lines):
         lines.append(f"and {count - len(lines)} more")
-    raise UserError(f"{count} rows cannot be used; mend them, or leave them out with on_bad_rows: skip\n" + "\n".join(lines))
+    raise UserError(f"{count} rows cannot be used; mend them, or leave them out with on_bad_rows: "
+                    "skip\n" + "\n".join(lines))
 
 
 def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:
+    """Read all rows and write the stored set into a folder."""
     layouts, read = Counter(), 0
+    classes = {"rankings": _Rankings, "ratings": _Ratings, "prompts": _Prompts, "examples": _Examples}
     with SetWriter(folder) as writer:
-        taker = {"rankings": _Rankings, "ratings": _Ratings, "prompts": _Prompts, "examples": _Examples}[kind](writer, **limits)
+        collector = classes[kind](writer, **limits)
         for number, row in _progress(opened):
             read += 1
             if isinstance(row, BadRow):
                 writer.reject(number, row.reason, row.raw)
                 continue
             try:
-                layouts[taker.take(row, number)] += 1
+                layouts[collector.take(row, number)] += 1
             except UserError as error:
                 writer.reject(number, str(error).removeprefix(f"{number}: "), row)
-        taker.finish()
-    dropped = {reason: {"rows": len(numbers), "first": numbers[:SHOWN]} for reason, numbers in taker.dropped.items()}
-    meta = {"kind": kind, "layouts": dict(layouts), "read": read, "rejected": writer.rejected_count, "dropped": dropped,
-            "rows": writer.row_count}
+        collector.finish()
+    dropped = {reason: {"rows": len(numbers), "first": numbers[:SHOWN]}
+               for reason, numbers in collector.dropped.items()}
+    meta = {"kind": kind, "layouts": dict(layouts), "read": read, "rejected": writer.rejected_count,
+            "dropped": dropped, "rows": writer.row_count}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _progress(opened: Opened):
-    """The rows with a bar, in a terminal only."""
+    """The rows, with a progress bar if the output is a terminal."""
     with tqdm(desc=f"reading {opened.label}", unit=" rows", disable=None, leave=False) as bar:
         for count, numbered in enumerate(opened.rows, start=1):
             yield numbered
@@ -102,7 +110,12 @@ def _progress(opened: Opened):
 
 
 class _Examples:
-    """Stores examples."""
+    """Stores examples.
+
+    `dropped` has the numbers of dropped rows by reason. `take` stores a row and returns the name of its
+    layout; it raises UserError for a row to reject. `finish` stores what is stored at the end only. The
+    classes below have the same interface.
+    """
 
     need_completion = True
 
@@ -122,7 +135,10 @@ class _Examples:
 
 
 class _Prompts(_Examples):
-    """Stores examples that may be without completion; of comparisons and ratings, whose prompts recur, each prompt once."""
+    """Stores prompts, with a completion where there is one.
+
+    Prompts of comparisons and ratings occur in several rows. Each is stored once, without completion.
+    """
 
     need_completion = False
 
@@ -146,12 +162,16 @@ class _Prompts(_Examples):
 
 
 class _Ratings:
-    """Stores the rated answers of each prompt as one row, an answer's mean rating as its label score."""
+    """Stores the rated completions of each prompt as one row.
+
+    A completion's label score is its mean rating.
+    """
 
     def __init__(self, writer: SetWriter):
         self.writer, self.dropped = writer, {}
-        self._rated: dict[int, dict[int, list[float]]] = {}
-        self._numbers: dict[int, int] = {}
+        # prompt -> completion -> ratings; texts by number
+        self._ratings: dict[int, dict[int, list[float]]] = {}
+        self._numbers: dict[int, int] = {}  # prompt -> number of its first row
 
     def take(self, row: dict, number: int) -> str:
         prompt, completion, rating = rating_of(row, str(number))
@@ -160,28 +180,32 @@ class _Ratings:
             return RATINGS
         text = self.writer.text(prompt)
         self._numbers.setdefault(text, number)
-        self._rated.setdefault(text, {}).setdefault(self.writer.text(completion), []).append(rating)
+        self._ratings.setdefault(text, {}).setdefault(self.writer.text(completion), []).append(rating)
         return RATINGS
 
     def finish(self):
-        for prompt, rated in self._rated.items():
-            self.writer.row(self._numbers[prompt], prompt, list(rated), label_scores=[fmean(values) for values in rated.values()])
+        for prompt, ratings in self._ratings.items():
+            means = [fmean(values) for values in ratings.values()]
+            self.writer.row(self._numbers[prompt], prompt, list(ratings), label_scores=means)
 
 
 class _Rankings:
-    """Stores rankings as they come, and pairwise rows, gathered by prompt, at the end.
+    """Stores rankings as they come. Pairwise rows are gathered by prompt and stored at the end.
 
     Args:
-        max_completions: larger groups are split so that each pair stands in one of the parts.
-        min_score_ratio: rows with a smaller `score_ratio` are dropped (SHP: votes of the better over those of the worse).
-        max_pairs_per_prompt: of pairwise rows, the first so many of a prompt are taken.
+        max_completions: larger groups are split, so that each pair is in one of the parts.
+        min_score_ratio: rows with a smaller `score_ratio` are dropped (SHP: votes of the better / votes of
+            the worse).
+        max_pairs_per_prompt: pairwise rows of a prompt beyond this number are dropped.
     """
 
-    def __init__(self, writer: SetWriter, max_completions: int, min_score_ratio: float, max_pairs_per_prompt: int | None):
+    def __init__(self, writer: SetWriter, max_completions: int, min_score_ratio: float,
+                 max_pairs_per_prompt: int | None):
         self.writer, self.dropped = writer, {}
-        self.max_completions, self.min_score_ratio, self.max_pairs = max_completions, min_score_ratio, max_pairs_per_prompt
-        self._groups: dict[int, Pairs] = {}  # by the prompt's number
-        self._notes: dict[tuple, int] = {(): 0}  # numbered as they come
+        self.max_completions, self.min_score_ratio = max_completions, min_score_ratio
+        self.max_pairs = max_pairs_per_prompt
+        self._groups: dict[int, Pairs] = {}  # by the number of the prompt's text
+        self._notes: dict[tuple, int] = {(): 0}  # distinct notes, numbered in the order they occur
 
     def take(self, row: dict, number: int) -> str:
         layout = comparison_layout(row)
@@ -191,7 +215,7 @@ class _Rankings:
         return layout
 
     def _take_pair(self, row, number) -> str | None:
-        """Keep a pair; or say why it is dropped."""
+        """Keep a pair, or return the reason why it is dropped."""
         prompt, chosen, rejected, note = comparison_of(row, str(number))
         if score_ratio(row, str(number)) < self.min_score_ratio:
             return "a score_ratio that is too small"
@@ -207,41 +231,51 @@ class _Rankings:
             group = self._groups[text] = Pairs(number)
         if self.max_pairs is not None and len(group) >= self.max_pairs:
             return "more pairs of one prompt than max_pairs_per_prompt"
-        noted = self._notes.setdefault(tuple(note.items()), len(self._notes))
-        group.values.extend((self.writer.text(chosen), self.writer.text(rejected), noted))
+        note_number = self._notes.setdefault(tuple(note.items()), len(self._notes))
+        group.values.extend((self.writer.text(chosen), self.writer.text(rejected), note_number))
         return None
 
     def _take_ranking(self, row, number) -> str | None:
+        """Store a ranking, or return the reason why it is dropped."""
         ranking = ranking_of(row, str(number))
         if not ranking.pairs:
             return "ties alone"
-        prompt, texts = self.writer.text(ranking.prompt), [self.writer.text(text) for text in ranking.completions]
+        prompt = self.writer.text(ranking.prompt)
+        texts = [self.writer.text(text) for text in ranking.completions]
         if len(texts) <= self.max_completions:
             self.writer.row(number, prompt, texts, ranking.pairs, ranking.label_scores)
             return None
-        known = dict(zip(texts, ranking.label_scores, strict=True)) if ranking.label_scores else None
-        for part, pairs, _ in split_group([(texts[i], texts[j], 0) for i, j in ranking.pairs], self.max_completions):
-            self.writer.row(number, prompt, part, pairs, known and [known[text] for text in part])
+        scores = dict(zip(texts, ranking.label_scores, strict=True)) if ranking.label_scores else None
+        triples = [(texts[i], texts[j], 0) for i, j in ranking.pairs]
+        for part, pairs, _ in split_group(triples, self.max_completions):
+            self.writer.row(number, prompt, part, pairs, scores and [scores[text] for text in part])
         return None
 
     def finish(self):
         notes = [dict(note) for note in self._notes]
         for prompt, group in self._groups.items():
-            for texts, pairs, noted in split_group(group.triples(), self.max_completions):
-                self.writer.row(group.number, prompt, texts, pairs, notes=[notes[i] for i in noted] if any(noted) else None)
+            for texts, pairs, note_numbers in split_group(group.triples(), self.max_completions):
+                pair_notes = [notes[i] for i in note_numbers] if any(note_numbers) else None
+                self.writer.row(group.number, prompt, texts, pairs, notes=pair_notes)
 
 
-def split_group(triples: list[tuple[int, int, int]], max_completions: int) -> list[tuple[list[int], list, list[int]]]:
-    """Groups of at most so many completions in which each pair stands once: completions, pairs of their indices, notes.
+def split_group(
+    triples: list[tuple[int, int, int]], max_completions: int
+) -> list[tuple[list[int], list, list[int]]]:
+    """Split a group into groups of at most `max_completions`, each pair in one of them.
 
     A pair goes into the first group that has room for it.
 
     Args:
-        triples: better, worse and note of each pair, as numbers.
+        triples: (better, worse, note) of each pair; texts and notes by number.
+
+    Returns:
+        For each group its completions, its pairs as indices into the completions, and the notes of its pairs.
     """
-    groups: list[tuple[dict, list, list]] = []
+    groups: list[tuple[dict, list, list]] = []  # (completion -> index, pairs, notes)
     for better, worse, note in triples:
-        group = next((g for g in groups if len(g[0]) + (better not in g[0]) + (worse not in g[0]) <= max_completions), None)
+        group = next((g for g in groups if
+                      len(g[0]) + (better not in g[0]) + (worse not in g[0]) <= max_completions), None)
         if group is None:
             group = ({}, [], [])
             groups.append(group)
