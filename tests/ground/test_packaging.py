@@ -1,6 +1,11 @@
-"""One list of pins: pyproject.toml, requirements*.txt and uv.lock agree, and the Dockerfile and the Makefile use them."""
+"""Pins agree in pyproject.toml, requirements*.txt and uv.lock; the Makefile installs them, in any folder."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -62,3 +67,108 @@ def test_what_is_copied_into_the_image_exists_and_the_ignored_is_not_needed():
     assert "assets" not in ignored and "data" not in ignored  # `make demo` reads them
     default = re.search(r"^ARG TORCH=(\w+)$", docker, re.MULTILINE).group(1)
     assert default == "cpu"
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "tests/README.md"])
+def test_the_files_that_a_document_names_exist(name):
+    """Without its links: test_readme.py follows these."""
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"`((?:scripts|tests|configs)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
+    folder = ""
+    for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE):  # a file without a folder is in the one before it
+        for path in re.findall(r"`([\w/.]+)`", row):
+            if "/" in path:
+                folder = path.rpartition("/")[0]
+            assert (ROOT / "tests" / folder / path.rpartition("/")[2]).exists(), path
+
+
+# ------------------------------------------------------------------------------------------------------ the Makefile
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None or sys.platform != "linux", reason="needs make, on Linux")
+PYTHON = """#!/bin/sh
+# stands in for .venv/bin/python: writes down what make asks of it
+case "$1" in
+  -c) test -n "$INDEX_ANSWERS" && echo "asked $3" >> calls ;;
+  *) echo "$*" >> calls ;;
+esac
+"""
+TORCH = next(pin for pin in PROJECT["project"]["dependencies"] if pin.startswith("torch=="))
+INDEX = "https://download.pytorch.org/whl"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A project in a folder whose name has spaces, with an environment that installs nothing."""
+    folder = tmp_path / "my own project"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    for path, text in ((folder / ".venv/bin/python", PYTHON), (folder / "gpu/nvidia-smi", "#!/bin/sh\n"),
+                       (folder / "none/nvidia-smi", "#!/bin/sh\nexit 9\n")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    return folder
+
+
+def made(folder, *words, gpu="none", answers="1"):
+    """Run make; its result, and the calls of Python that it made."""
+    (folder / "calls").unlink(missing_ok=True)
+    environment = {**os.environ, "PATH": f"{folder / gpu}:{os.environ['PATH']}", "INDEX_ANSWERS": answers}
+    for name in ("MAKEFLAGS", "MAKELEVEL", "TORCH", "ARGS"):  # of the make that runs these tests
+        environment.pop(name, None)
+    done = subprocess.run(["make", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+    return done, [call for call in calls if not call.startswith("-m pip install -r")]
+
+
+@needs_make
+@pytest.mark.parametrize(("words", "gpu", "answers", "expected"), [
+    ([], "none", "1", [f"asked {INDEX}/cpu/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cpu"]),
+    ([], "none", "", [f"-m pip install {TORCH}"]),
+    ([], "gpu", "1", [f"-m pip install {TORCH}"]),
+    (["TORCH=cpu"], "gpu", "1", [f"asked {INDEX}/cpu/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cpu"]),
+    (["TORCH=cu130"], "none", "1", [f"asked {INDEX}/cu130/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cu130"]),
+    (["TORCH=pypi"], "none", "1", [f"-m pip install {TORCH}"]),
+])
+def test_the_build_of_torch_fits_the_machine_or_is_the_one_that_is_asked_for(words, gpu, answers, expected, folder):
+    done, calls = made(folder, ".venv/ready", *words, gpu=gpu, answers=answers)
+    assert (done.returncode, calls) == (0, expected), done.stderr
+    said = "PyTorch's index of CPU builds does not answer: torch comes from the package index"
+    assert (said in done.stdout.splitlines()) == (answers == "")
+    assert made(folder, ".venv/ready", *words, gpu=gpu, answers=answers)[1] == []  # once
+
+
+@needs_make
+def test_another_build_replaces_the_one_that_is_there(folder):
+    made(folder, ".venv/ready")
+    assert made(folder, ".venv/ready", "TORCH=cu130")[1][1:] == [
+        "-m pip uninstall -q -y torch", f"-m pip install {TORCH} --index-url {INDEX}/cu130"]
+    assert made(folder, ".venv/ready")[1] == made(folder, ".venv/ready", "TORCH=cu130")[1] == []
+
+
+@needs_make
+def test_a_build_that_does_not_exist_is_refused_and_nothing_is_installed(folder):
+    done, calls = made(folder, ".venv/ready", "TORCH=cu999", answers="")
+    assert done.returncode == 2 and calls == []
+    assert f"error: TORCH: no build 'cu999' at {INDEX}/cu999/torch/" in done.stderr.splitlines()
+    assert not (folder / ".venv" / "ready").exists()
+
+
+@needs_make
+@pytest.mark.parametrize(("target", "part"), [("test", "not slow"), ("test-slow", "slow")])
+def test_the_two_parts_of_the_tests_are_all_tests_wherever_the_project_lies(target, part, folder):
+    done, _ = made(folder, "-n", target)
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if "pytest" in line and "install" not in line]
+    words = shlex.split(line)
+    assert words[0] == f"TORCH_EXTENSIONS_DIR={folder}/.venv/torch_extensions"
+    assert words[words.index("-m", words.index("pytest")) + 1] == part
+
+
+@needs_make
+def test_the_makefiles_head_names_every_target(folder):
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.+)$", text, re.MULTILINE).group(1).split()
+    assert re.findall(r"^# make ([\w-]+)", text, re.MULTILINE) == phony
