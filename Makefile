@@ -1,17 +1,27 @@
 # make demo   the three stages on the embedded data, into $(OUT)
 # make seeds  the demo with five seeds, into outputs/seed0 to seed4, and what they have in common
 # make over_optimisation   three longer PPO runs from the demo's models, and the gold score against the KL
-# make test   the tests
+# make test   the tests that a change should pass: all details, at most 8 minutes on two cores
+# make test-slow   the others: every engine, killed runs, two nodes, every layout
 # make mutations   breaks one detail of the training code at a time: do the tests notice?
 # make lint   ruff
 # make data   write data/tldr_mini again (the same bytes)
 # make base   write the pretraining corpus and train the mini base model from random weights
+# make lock   write requirements*.txt and uv.lock from pyproject.toml (needs uv)
+#
+# The first of these makes the environment, in .venv. PyTorch comes in builds of very different size:
+#   TORCH=cpu     for CPUs, 200 MB: the default on Linux where nvidia-smi finds no GPU
+#   TORCH=pypi    what the package index has: on Linux for CUDA, several GB; the default everywhere else
+#   TORCH=cu130   any other build that PyTorch offers under this name, as in `make demo TORCH=cu130`
+# Another TORCH in a later call replaces the build.
 PYTHON ?= python3
 OUT ?= outputs/tldr_mini
 ARGS ?=            # for all three stages of the demo, such as ARGS="--seed 1"
+TORCH ?=
+UV ?= uv
 PY = .venv/bin/python
 
-.PHONY: demo seeds over_optimisation test mutations lint data base
+.PHONY: demo seeds over_optimisation test test-slow mutations lint data base lock
 
 # stage NAME FOLDER OPTIONS: a finished stage is not run again, an interrupted one goes on.
 STAGE = stage() { name=$$1; out=$$2; shift 2; \
@@ -40,8 +50,13 @@ over_optimisation: demo
 	  --runs $(KL_COEFS:%=outputs/over/kl%) --rows 200 --output outputs/over.png
 
 # what DeepSpeed compiles stays here: elsewhere it may have been compiled for another processor
+PYTEST = TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
 test: .venv/ready-dev
-	TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: .venv/ready-dev
+	$(PYTEST) -m slow $(ARGS)
 
 mutations: .venv/ready-dev
 	$(PY) tests/mutations.py $(ARGS)
@@ -58,11 +73,36 @@ base: .venv/ready
 	$(PY) scripts/train_sft.py --config configs/tldr_mini/base_lists.yaml
 	$(PY) scripts/train_sft.py --config configs/tldr_mini/base.yaml
 
+lock:
+	$(PYTHON) tests/helpers/write_requirements.py
+	$(UV) lock
+
 # The environment is made once, and brought up to date when a requirements file changes.
 $(PY):
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-.venv/ready: requirements.txt | $(PY)
+# .venv/torch holds the name of the build that is installed.
+TORCH_INDEX = https://download.pytorch.org/whl
+ANSWERS = $(PY) -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)'
+ifneq ($(strip $(TORCH)),)
+ifneq ($(strip $(TORCH)),$(shell cat .venv/torch 2>/dev/null))
+.PHONY: .venv/torch
+endif
+endif
+
+.venv/torch: requirements.txt | $(PY)
+	@build="$(strip $(TORCH))"; \
+	if [ -z "$$build" ]; then \
+	  if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then build=cpu; else build=pypi; fi; fi; \
+	set -- $$(grep '^torch==' requirements.txt); \
+	if [ "$$build" = pypi ]; then :; \
+	elif $(ANSWERS) "$(TORCH_INDEX)/$$build/torch/" 2>/dev/null; then set -- "$$@" --index-url "$(TORCH_INDEX)/$$build"; \
+	elif [ "$$build" = cpu ]; then echo "PyTorch's index of CPU builds does not answer: torch comes from the package index"; \
+	else echo "error: TORCH: no build '$$build' at $(TORCH_INDEX)/$$build/torch/" >&2; exit 2; fi; \
+	if [ -s $@ ] && [ "$$(cat $@)" != "$$build" ]; then $(PY) -m pip uninstall -q -y torch || exit; fi; \
+	echo "pip install $$*"; $(PY) -m pip install "$$@" && echo "$$build" > $@
+
+.venv/ready: requirements.txt .venv/torch
 	$(PY) -m pip install -r requirements.txt
 	touch $@
 

@@ -1,0 +1,174 @@
+"""Pins agree in pyproject.toml, requirements*.txt and uv.lock; the Makefile installs them, in any folder."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from write_requirements import requirements
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
+LISTS = {"requires-dist": PROJECT["project"]["dependencies"], **PROJECT["dependency-groups"]}
+
+
+def normal(name: str) -> str:
+    """A package's name as an index writes it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-bench.txt"])
+def test_the_requirements_are_those_of_the_project(name):
+    assert (ROOT / name).read_text() == requirements()[name], "pyproject.toml has changed: run `make lock`"
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_pin_is_exact_and_the_lock_has_it(name):
+    """uv.lock keeps what it was asked for, and the packages that it chose."""
+    [own] = [package for package in LOCK["package"] if package["name"] == normal(PROJECT["project"]["name"])]
+    asked = own["metadata"]["requires-dist"] if name == "requires-dist" else own["metadata"]["requires-dev"][name]
+    locked = {(package["name"], package["version"]) for package in LOCK["package"]}
+    for pin in LISTS[name]:
+        package, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", pin).groups()
+        assert {"name": normal(package), "specifier": f"=={version}"} in asked, f"{pin}: run `make lock`"
+        assert (normal(package), version) in locked, f"{pin}: run `make lock`"
+    assert len(asked) == len(LISTS[name])
+    assert LOCK["requires-python"] == PROJECT["project"]["requires-python"]
+
+
+def test_the_lock_names_no_index_but_the_public_one():
+    """Whoever locks on a machine with an index of its own would write that address for everybody."""
+    sources = {package["source"].get("registry") for package in LOCK["package"]} - {None}
+    assert sources == {"https://pypi.org/simple"}
+
+
+def test_a_change_of_a_pin_reaches_the_files(tmp_path):
+    text = (ROOT / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(text.replace("transformers==5.23.0", "transformers==5.23.1"))
+    changed = requirements(tmp_path)
+    assert "transformers==5.23.1\n" in changed["requirements.txt"] and "5.23.1" in changed["requirements-bench.txt"]
+    assert changed["requirements-dev.txt"].splitlines()[1] == "-r requirements.txt"
+
+
+def test_what_is_copied_into_the_image_exists_and_the_ignored_is_not_needed():
+    docker = (ROOT / "Dockerfile").read_text()
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    for words in re.findall(r"^COPY (.+)$", docker, re.MULTILINE):
+        for source in words.split()[:-1]:
+            assert (ROOT / source).exists(), source
+            assert source.rstrip("/") not in ignored
+    assert "assets" not in ignored and "data" not in ignored  # `make demo` reads them
+    default = re.search(r"^ARG TORCH=(\w+)$", docker, re.MULTILINE).group(1)
+    assert default == "cpu"
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "tests/README.md"])
+def test_the_files_that_a_document_names_exist(name):
+    """Without its links: test_readme.py follows these."""
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"`((?:scripts|tests|configs)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
+    folder = ""
+    for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE):  # a file without a folder is in the one before it
+        for path in re.findall(r"`([\w/.]+)`", row):
+            if "/" in path:
+                folder = path.rpartition("/")[0]
+            assert (ROOT / "tests" / folder / path.rpartition("/")[2]).exists(), path
+
+
+# ------------------------------------------------------------------------------------------------------ the Makefile
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None or sys.platform != "linux", reason="needs make, on Linux")
+PYTHON = """#!/bin/sh
+# stands in for .venv/bin/python: writes down what make asks of it
+case "$1" in
+  -c) test -n "$INDEX_ANSWERS" && echo "asked $3" >> calls ;;
+  *) echo "$*" >> calls ;;
+esac
+"""
+TORCH = next(pin for pin in PROJECT["project"]["dependencies"] if pin.startswith("torch=="))
+INDEX = "https://download.pytorch.org/whl"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A project in a folder whose name has spaces, with an environment that installs nothing."""
+    folder = tmp_path / "my own project"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    for path, text in ((folder / ".venv/bin/python", PYTHON), (folder / "gpu/nvidia-smi", "#!/bin/sh\n"),
+                       (folder / "none/nvidia-smi", "#!/bin/sh\nexit 9\n")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    return folder
+
+
+def made(folder, *words, gpu="none", answers="1"):
+    """Run make; its result, and the calls of Python that it made."""
+    (folder / "calls").unlink(missing_ok=True)
+    environment = {**os.environ, "PATH": f"{folder / gpu}:{os.environ['PATH']}", "INDEX_ANSWERS": answers}
+    for name in ("MAKEFLAGS", "MAKELEVEL", "TORCH", "ARGS"):  # of the make that runs these tests
+        environment.pop(name, None)
+    done = subprocess.run(["make", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+    return done, [call for call in calls if not call.startswith("-m pip install -r")]
+
+
+@needs_make
+@pytest.mark.parametrize(("words", "gpu", "answers", "expected"), [
+    ([], "none", "1", [f"asked {INDEX}/cpu/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cpu"]),
+    ([], "none", "", [f"-m pip install {TORCH}"]),
+    ([], "gpu", "1", [f"-m pip install {TORCH}"]),
+    (["TORCH=cpu"], "gpu", "1", [f"asked {INDEX}/cpu/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cpu"]),
+    (["TORCH=cu130"], "none", "1", [f"asked {INDEX}/cu130/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cu130"]),
+    (["TORCH=pypi"], "none", "1", [f"-m pip install {TORCH}"]),
+])
+def test_the_build_of_torch_fits_the_machine_or_is_the_one_that_is_asked_for(words, gpu, answers, expected, folder):
+    done, calls = made(folder, ".venv/ready", *words, gpu=gpu, answers=answers)
+    assert (done.returncode, calls) == (0, expected), done.stderr
+    said = "PyTorch's index of CPU builds does not answer: torch comes from the package index"
+    assert (said in done.stdout.splitlines()) == (answers == "")
+    assert made(folder, ".venv/ready", *words, gpu=gpu, answers=answers)[1] == []  # once
+
+
+@needs_make
+def test_another_build_replaces_the_one_that_is_there(folder):
+    made(folder, ".venv/ready")
+    assert made(folder, ".venv/ready", "TORCH=cu130")[1][1:] == [
+        "-m pip uninstall -q -y torch", f"-m pip install {TORCH} --index-url {INDEX}/cu130"]
+    assert made(folder, ".venv/ready")[1] == made(folder, ".venv/ready", "TORCH=cu130")[1] == []
+
+
+@needs_make
+def test_a_build_that_does_not_exist_is_refused_and_nothing_is_installed(folder):
+    done, calls = made(folder, ".venv/ready", "TORCH=cu999", answers="")
+    assert done.returncode == 2 and calls == []
+    assert f"error: TORCH: no build 'cu999' at {INDEX}/cu999/torch/" in done.stderr.splitlines()
+    assert not (folder / ".venv" / "ready").exists()
+
+
+@needs_make
+@pytest.mark.parametrize(("target", "part"), [("test", "not slow"), ("test-slow", "slow")])
+def test_the_two_parts_of_the_tests_are_all_tests_wherever_the_project_lies(target, part, folder):
+    done, _ = made(folder, "-n", target)
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if "pytest" in line and "install" not in line]
+    words = shlex.split(line)
+    assert words[0] == f"TORCH_EXTENSIONS_DIR={folder}/.venv/torch_extensions"
+    assert words[words.index("-m", words.index("pytest")) + 1] == part
+
+
+@needs_make
+def test_the_makefiles_head_names_every_target(folder):
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.+)$", text, re.MULTILINE).group(1).split()
+    assert re.findall(r"^# make ([\w-]+)", text, re.MULTILINE) == phony

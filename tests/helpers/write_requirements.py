@@ -1,0 +1,36 @@
+"""Writes requirements.txt, requirements-dev.txt and requirements-bench.txt from pyproject.toml; part of `make lock`.
+
+pip reads the lists of pyproject.toml only from version 25.1 on, and not in every environment; these files work everywhere.
+"""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITTEN = "# written from pyproject.toml by `make lock`\n"
+BENCH = """# The last trl that has a PPO trainer, and the newest libraries that it works with. It cannot share an environment with
+# requirements.txt, which has a later trl. tests/stages/test_peers.py compares our PPO functions with it:
+#   python3 -m venv .venv-bench
+#   .venv-bench/bin/python -m pip install -r requirements-bench.txt
+#   .venv-bench/bin/python -m pytest tests/stages/test_peers.py
+"""
+
+
+def requirements(root: Path = ROOT) -> dict[str, str]:
+    """The text of each file, by its name."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    groups = project["dependency-groups"]
+
+    def lines(pins):
+        return "".join(f"{pin}\n" for pin in pins)
+
+    return {
+        "requirements.txt": WRITTEN + lines(project["project"]["dependencies"]),
+        "requirements-dev.txt": WRITTEN + lines(["-r requirements.txt", *groups["dev"]]),
+        "requirements-bench.txt": WRITTEN + BENCH + lines(groups["bench"]),
+    }
+
+
+if __name__ == "__main__":
+    for name, text in requirements().items():
+        (ROOT / name).write_text(text, encoding="utf-8")
