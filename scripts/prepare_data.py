@@ -31,7 +31,7 @@ from utils.config import UserError, key
 from utils.data.files import BadRow
 from utils.data.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
 from utils.data.report import DataReport, token_lengths
-from utils.data.rows import Rows, load_data
+from utils.data.rows import NamedSet, Rows, load_data
 from utils.data.sources import Source, data_key, open_source, sources_of
 from utils.data.validation import SHOWN
 from utils.judge.plots import plot_lengths
@@ -165,11 +165,18 @@ def _write_lines(path: Path, rows) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
+def loaded(config, kind: str, tokenizer, report: DataReport) -> Rows:
+    """The set as training reads it."""
+    limits = {"max_completions": config.max_completions, "min_score_ratio": config.min_score_ratio,
+              "max_pairs_per_prompt": config.max_pairs_per_prompt}
+    return load_data(config, {"data": NamedSet(config.data, kind)}, tokenizer, report, limits)["data"]
+
+
 def whole_groups(config, kind: str, rows: Rows) -> Rows:
     """The rows, with groups that `max_completions` has split put together again."""
     if kind != "rankings" or len(rows) == len(set(rows.prompts())):
         return rows
-    return load_data(replace(config, max_completions=2**31 - 1), {"data": kind}, None, DataReport())["data"]
+    return loaded(replace(config, max_completions=2**31 - 1), kind, None, DataReport())
 
 
 # ----------------------------------------------------------------------------------------------------- output
@@ -273,7 +280,7 @@ def main(config: PrepareConfig) -> None:
         refuse_used(Path(config.output_dir).expanduser())
     tokenizer = Parent("model", config.model).tokenizer
     kind, report = kind_of(sources_of(config.data)[0]), DataReport()
-    rows = load_data(config, {"data": kind}, tokenizer, report)["data"]
+    rows = loaded(config, kind, tokenizer, report)
     lengths = token_lengths(rows.dataset())
     report.tokens("data", rows.dataset())
     if kind == "rankings":

@@ -10,7 +10,9 @@ from utils.config import UserError
 from utils.models import attention
 from utils.models.attention import CAUSAL_BLOCKS, causal_blocks
 from utils.models.generation import sample
-from utils.models.loading import load_policy, response_logprobs
+from utils.models.loading import load_policy
+from utils.models.outputs import response_logprobs
+from utils.models.parents import Parent
 from utils.models.prompt_groups import pack
 
 GROUPS = pack(*random_groups([9, 2, 17], [[3, 1, 5], [2], [4, 4]]), PAD)
@@ -50,12 +52,12 @@ def test_nothing_above_the_diagonal_is_computed(monkeypatch):
 
 
 def test_models_are_loaded_with_it():
-    assert load_policy("assets/opt-mini").config._attn_implementation == CAUSAL_BLOCKS
+    assert load_policy(Parent("model", "assets/opt-mini")).config._attn_implementation == CAUSAL_BLOCKS
 
 
-def saved(config, folder) -> str:
+def saved(config, folder) -> Parent:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return str(folder)
+    return Parent("model", str(folder))
 
 
 def test_a_model_whose_attention_cannot_be_chosen_keeps_sdpa(tmp_path):

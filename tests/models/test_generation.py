@@ -8,7 +8,7 @@ import torch
 from families import EOS, FAMILIES, PAD, VOCAB, policy, random_groups
 from utils.models import generation
 from utils.models.generation import _draw, _truncated, sample
-from utils.models.loading import response_logprobs
+from utils.models.outputs import response_logprobs
 from utils.models.prompt_groups import pack
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from families import FAMILIES, PAD, policy, random_groups, scalar_model
-from utils.models.loading import response_logprobs, scores, with_our_heads
-from utils.models.lora import add_adapter, merge_adapter, twin
+from utils.models.loading import with_our_heads
+from utils.models.lora import add_adapter, merge_adapter, share_weights
+from utils.models.outputs import response_logprobs, scores
 from utils.models.prompt_groups import pack
 
 CONFIG = SimpleNamespace(lora_rank=2, lora_alpha=3)
@@ -64,14 +65,14 @@ def test_the_scale_is_alpha_over_rank():
 
 @every_family
 @torch.no_grad()
-def test_a_twin_shares_the_weights_and_sees_no_adapter(family):
+def test_a_second_model_shares_the_weights_and_sees_no_adapter(family):
     model = policy(family)
-    second = twin(model)
+    second = share_weights(model)
     add_adapter(model, CONFIG)
     assert not torch.equal(response_logprobs(moved(model), GROUPS, 1.0), response_logprobs(second, GROUPS, 1.0))
     assert torch.equal(response_logprobs(second, GROUPS, 1.0), response_logprobs(policy(family), GROUPS, 1.0))
     ours = {weight.data_ptr() for weight in model.parameters()}
     assert all(weight.data_ptr() in ours for weight in second.parameters())
     scalar = scalar_model(family)
-    head = twin(scalar).score.weight
+    head = share_weights(scalar).score.weight
     assert torch.equal(head, scalar.score.weight) and head.data_ptr() != scalar.score.weight.data_ptr()

@@ -9,26 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from families import CONFIGS, EOS, FAMILIES, PAD, VOCAB, policy, random_groups, scalar_model
 from utils.config import UserError
-from utils.models.loading import (
-    PolicyAndValue,
-    ScalarHead,
-    centre_scores,
+from utils.models.loading import ScalarHead, centre_scores, load_policy, load_scalar_model, without_dropout
+from utils.models.outputs import (
+    GroupModel,
     hidden_states,
-    load_policy,
-    load_scalar_model,
-    load_tokenizer,
     logprobs_and_entropy,
-    model_path,
-    new_value_head,
     response_logprobs,
     response_values,
     scores,
-    without_dropout,
 )
+from utils.models.parents import Parent
+from utils.models.policy_value import PolicyAndValue, new_value_head
 from utils.models.prompt_groups import pack, response_states
 
 TEMPERATURE = 0.7
@@ -139,7 +134,7 @@ def test_policy_and_value_side_by_side():
     model, value_model = policy("opt"), scalar_model("opt", seed=1)
     groups = pack(*random_groups(*SIZES), PAD)
     both = PolicyAndValue(model, value_model)
-    logprobs, entropy, values, _ = both(groups, TEMPERATURE)
+    logprobs, entropy, values = both(groups, TEMPERATURE)
     assert torch.equal(logprobs, response_logprobs(model, groups, TEMPERATURE))
     assert entropy.shape == logprobs.shape and torch.equal(values, response_values(value_model, groups))
     assert torch.equal(values, both.values(groups))
@@ -166,11 +161,22 @@ def test_a_value_head_on_the_policys_trunk(family):
 
 @torch.no_grad()
 def test_supervised_examples_go_through_the_same_forward():
-    model, groups, examples = policy("opt"), pack(*random_groups(*SIZES), PAD), pack(*random_groups([5, 2], [[3], [6]], 3), PAD)
-    logprobs, _, values, supervised = PolicyAndValue(model, None)(groups, TEMPERATURE, examples)
-    assert values is None
-    close(supervised, response_logprobs(model, examples, 1.0))  # they were not sampled: no temperature
+    model, groups = policy("opt"), pack(*random_groups(*SIZES), PAD)
+    both = PolicyAndValue(model, None)
+    close(both(groups, 1.0, supervised=True), response_logprobs(model, groups, 1.0))
+    logprobs, _, values = both(groups, TEMPERATURE)
+    assert values is None and both.values(groups) is None
     close(logprobs, response_logprobs(model, groups, TEMPERATURE))
+
+
+@torch.no_grad()
+def test_a_wrapped_model_says_what_the_function_says_through_its_own_forward():
+    """Engines hook the forward of the module that they are given."""
+    model, groups, hooked = scalar_model("opt"), pack(*random_groups(*SIZES), PAD), []
+    wrapped = GroupModel(model, scores)
+    wrapped.register_forward_hook(lambda module, args, output: hooked.append(output))
+    assert torch.equal(wrapped(groups), scores(model, groups)) and len(hooked) == 1
+    assert wrapped.model is model
 
 
 @every_family
@@ -185,7 +191,7 @@ def test_centred_scores_have_mean_zero_and_survive_saving(family, tmp_path):
     close(after, before - mean)
     close(response_values(model, groups)[groups.response_mask], (values - mean)[groups.response_mask])
     model.save_pretrained(tmp_path)
-    close(scores(load_scalar_model(str(tmp_path), "reward_model"), groups), after)
+    close(scores(load_scalar_model(Parent("reward_model", str(tmp_path))), groups), after)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "gpt-neox"])
@@ -239,17 +245,13 @@ def test_a_head_in_16_bits_says_float32():
 def test_new_head_is_small_and_of_the_projected_width(family, width, tmp_path):
     config = CONFIGS[family]()
     config.hidden_size, config.word_embed_proj_dim = 512, width
-    load_policy(_saved_config(config, tmp_path / "config"), initial_weights="random").save_pretrained(tmp_path / "policy")
-    heads = [load_scalar_model(str(tmp_path / "policy"), "model", new_head_seed=seed).score for seed in (0, 0, 1, 2, 3)]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    parent = Parent("model", str(tmp_path))
+    heads = [load_scalar_model(parent, new_head_seed=seed).score for seed in (0, 0, 1, 2, 3)]
     assert heads[0].weight.shape == (1, width) and heads[0].bias is None
     assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)
     spread = torch.cat([head.weight for head in heads[1:]]).std().item() * (width + 1) ** 0.5
     assert 0.93 < spread < 1.07  # 1024 draws or more: two standard errors are .045
-
-
-def _saved_config(config, folder):
-    config.save_pretrained(folder)
-    return str(folder)
 
 
 @every_family
@@ -259,12 +261,13 @@ def test_dropout_is_off_after_loading(family, tmp_path):
     AutoModelForSequenceClassification.from_config(scalar).save_pretrained(tmp_path / "scalar")
     policy(family).save_pretrained(tmp_path / "policy")
     groups = pack(*random_groups(*SIZES), PAD)
-    untouched = load_policy(str(tmp_path / "policy")).train()
+    language_model = Parent("model", str(tmp_path / "policy"))
+    untouched = load_policy(language_model).train()
     first, second = (response_logprobs(untouched, groups, 1.0) for _ in range(2))
     assert not torch.equal(first, second), "the test's model has no dropout to switch off"
     loaded = {
-        "reward or value": load_scalar_model(str(tmp_path / "scalar"), "reward_model"),
-        "new head": load_scalar_model(str(tmp_path / "policy"), "model", new_head_seed=0),
+        "reward or value": load_scalar_model(Parent("reward_model", str(tmp_path / "scalar"))),
+        "new head": load_scalar_model(language_model, new_head_seed=0),
     }
     for name, model in loaded.items():
         model.train()
@@ -276,25 +279,9 @@ def test_dropout_is_off_after_loading(family, tmp_path):
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path):
-    policy("opt").save_pretrained(tmp_path / "policy")
+    policy("opt").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="reward_model: .*is no reward model"):
-        load_scalar_model(str(tmp_path / "policy"), "reward_model")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="model: .*no config.json"):
-        load_policy(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="reward_model: no model folder"):
-        model_path("outputs/nothing/final", "reward_model")
-    assert model_path("facebook/opt-125m", "model") == "facebook/opt-125m"
-
-
-def test_tokenizer_must_have_a_pad_of_its_own(tmp_path):
-    tokenizer = load_tokenizer("assets/opt-mini")
-    assert tokenizer.pad_token_id == PAD and tokenizer.eos_token_id == EOS
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
-    with pytest.raises(UserError, match="no PAD token of its own"):
-        load_tokenizer(str(tmp_path))
+        load_scalar_model(Parent("reward_model", str(tmp_path)))
 
 
 def rewritten(folder, change):
@@ -320,34 +307,31 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("made", "load"), [(scalar_model, load_scalar_model), (policy, load_policy)], ids=["scalar", "policy"])
+@pytest.mark.parametrize(("made", "load"), [(scalar_model, load_scalar_model), (policy, load_policy)],
+                         ids=["scalar", "policy"])
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_model_folder_is_one_line(how, made, load, tmp_path):
     made("opt").save_pretrained(tmp_path)
-    load(str(tmp_path), "some_key")
+    load(Parent("some_key", str(tmp_path)))
     BROKEN[how](tmp_path)
     with pytest.raises(UserError, match="^some_key: '.*' cannot be loaded: .") as caught:
-        load(str(tmp_path), "some_key")
+        load(Parent("some_key", str(tmp_path)))
     assert "\n" not in str(caught.value)
 
 
 def test_only_a_new_head_may_be_missing(tmp_path):
     """transformers fills in random numbers for whatever a checkpoint lacks."""
     policy("opt").save_pretrained(tmp_path)
-    load_scalar_model(str(tmp_path), "model", new_head_seed=0)
+    parent = Parent("model", str(tmp_path))
+    load_scalar_model(parent, new_head_seed=0)
     rewritten(tmp_path, lambda weights: weights.pop(first_matrix(weights)))
     with pytest.raises(UserError, match="^model: .*1 weights are missing .*fc1.weight"):
-        load_scalar_model(str(tmp_path), "model", new_head_seed=0)
+        load_scalar_model(parent, new_head_seed=0)
 
 
 def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path):
     scalar_model("opt").save_pretrained(tmp_path)
-    load_scalar_model(str(tmp_path), "reward_model", vocab_size=VOCAB)
+    parent = Parent("reward_model", str(tmp_path))
+    load_scalar_model(parent, vocab_size=VOCAB)
     with pytest.raises(UserError, match=f"^reward_model: .* has {VOCAB} tokens, the policy 40"):
-        load_scalar_model(str(tmp_path), "reward_model", vocab_size=40)
-
-
-def test_a_folder_without_a_tokenizer_is_said(tmp_path):
-    policy("opt").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="^model: .* holds a model but no tokenizer files"):
-        load_tokenizer(str(tmp_path))
+        load_scalar_model(parent, vocab_size=40)

@@ -1,5 +1,7 @@
 """Prompt groups: the layout by its definition, the mask by brute force in Python loops."""
 
+import math
+
 import pytest
 import torch
 
@@ -112,17 +114,25 @@ def test_one_completion_is_an_ordinary_causal_row():
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("max_tokens", [1, 30, 64, 1000])
-def test_micro_batches_stay_within_their_tokens_and_lose_nothing(seed, max_tokens):
+@pytest.mark.parametrize("max_groups", [1, 5, 23])
+@pytest.mark.parametrize("max_tokens", [1, 64, 1000, None])
+def test_micro_batches_stay_within_their_limits_and_lose_nothing(seed, max_groups, max_tokens):
     sizes = torch.randint(1, 60, (23,), generator=torch.Generator().manual_seed(seed)).tolist()
-    batches = micro_batches(sizes, max_tokens)
+    batches = micro_batches(sizes, max_groups, max_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(23))
+    most = math.inf if max_tokens is None else max_tokens
     longest = [max(sizes[i] for i in batch) for batch in batches]
-    assert all(len(batch) == 1 or len(batch) * longest[n] <= max_tokens for n, batch in enumerate(batches))
-    assert longest == sorted(longest, reverse=True)
+    assert all(len(batch) <= max_groups for batch in batches)
+    assert all(len(batch) == 1 or len(batch) * longest[n] <= most for n, batch in enumerate(batches))
+    # of like size together: no group of a later batch is larger than one of an earlier
+    assert [sizes[i] for batch in batches for i in batch] == sorted(sizes, reverse=True)
     for n, batch in enumerate(batches[:-1]):  # none was closed while the next one still fitted in
-        assert (len(batch) + 1) * longest[n] > max_tokens
-    assert micro_batches(sizes, None) == [list(range(23))]
+        assert len(batch) == max_groups or (len(batch) + 1) * longest[n] > most
+
+
+def test_no_groups_make_no_micro_batches():
+    """A rank may have no row of the last step of a pass."""
+    assert micro_batches([], 4, 100) == []
 
 
 def test_states_are_read_at_their_row_and_column(batch):
