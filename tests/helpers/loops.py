@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, get_scheduler
 
 import train_ppo
 from families import EOS, PAD, VOCAB, policy, random_groups, scalar_model
@@ -84,9 +84,9 @@ def ppo_loop(config) -> tuple[Loop, train_ppo.Models]:
 
 
 def rolled_out(loop: Loop, models, update: int = 1, prompts=PROMPTS):
-    """(episodes, rollout, None) of an update, by `train_ppo.train` as far as its `optimise`; nothing is trained."""
+    """(episodes, rollout) of an update, by `train_ppo.train` as far as its `optimise`; nothing is trained."""
     loop.step = update - 1
-    with mock.patch.object(train_ppo, "optimise", lambda loop, models, *made: _reached(*made)):
+    with mock.patch.object(train_ppo, "optimise", lambda loop, models, *made: _reached(*made[:2])):
         try:
             train_ppo.train(loop, models, posts_of(prompts), None, None)
         except _Reached as reached:
@@ -95,9 +95,9 @@ def rolled_out(loop: Loop, models, update: int = 1, prompts=PROMPTS):
 
 def gradients_of_steps(loop: Loop) -> list[dict[str, torch.Tensor]]:
     """A list that every optimizer step adds its gradients to, by the weights' names, as the optimizer gets them."""
-    steps = []
+    steps, named = [], dict(loop.module.named_parameters())
     loop.optimizer.optimizer.register_step_pre_hook(lambda *_: steps.append(
-        {name: weight.grad.clone() for name, weight in loop.module.named_parameters() if weight.grad is not None}))
+        {name: weight.grad.clone() for name, weight in named.items() if weight.grad is not None}))
     return steps
 
 
@@ -105,8 +105,7 @@ def updated(config, supervised: Tokenised | None = None):
     """Figures of one PPO update, the weights after it, the gradients of its steps, and the loop."""
     loop, models = ppo_loop(config)
     steps = gradients_of_steps(loop)
-    episodes, rollout, _ = rolled_out(loop, models)
-    figures = train_ppo.optimise(loop, models, episodes, rollout, supervised)
+    figures = train_ppo.optimise(loop, models, *rolled_out(loop, models), supervised)
     return figures, weights_of(loop), steps, loop
 
 
@@ -117,3 +116,4 @@ def weights_of(loop: Loop) -> list[torch.Tensor]:
 def step_by_sgd(loop: Loop, rate: float) -> None:
     """Plain SGD at a constant rate in place of AdamW, which hides how large a gradient is."""
     loop.optimizer = loop.accelerator.prepare(torch.optim.SGD(loop.module.parameters(), lr=rate))
+    loop.scheduler = get_scheduler("constant", loop.optimizer)
