@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import train_ppo
-from families import EOS, PAD, policy, scalar_model
-from loops import PROMPTS, ppo_loop, posts_of, rolled_out, save_parents, step_by_sgd, updated, weights_of
+from families import PAD, policy, scalar_model
+from loops import PROMPTS, posts_of, ppo_loop, rolled_out, save_parents, step_by_sgd, updated, weights_of
 from utils.config import UserError
 from utils.data.batches import PromptBatches
 from utils.episodes import Episodes, Pass, minibatches, passes_of
