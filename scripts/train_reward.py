@@ -235,7 +235,7 @@ def main(config: RewardStageConfig) -> None:
 
 def ending(loop: Loop, test, figures: dict, found: list[list[float]], speed: float) -> Ending:
     """Samples with their scores, and the final figures; what they depend on is logged (detail 20)."""
-    known, curves = labeller_figures(test)
+    known, curves = labeller_figures(test, found)
     curves = {"reward model's confidence": reliability_by_confidence(found, test["pairs"])} | curves
     for name, curve in curves.items():
         shown = ", ".join(f"{sure:.2f}: {right:.3f} ({n} pairs)" for sure, right, n in curve)

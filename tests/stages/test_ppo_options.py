@@ -11,57 +11,50 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from test_ppo_update import PROMPTS, TOKENIZER, made, rollout, updated
+from torch import nn
 
 import train_ppo
 from families import FAMILIES, PAD, policy, random_groups, scalar_model
+from loops import PROMPTS, gradients_of_steps, posts_of, ppo_loop, rolled_out, save_parents, updated
 from utils.config import UserError
 from utils.data.report import DataReport
-from utils.data.rows import Tokenised, load_data
-from utils.models.loading import load_tokenizer, response_logprobs, response_values, scores
-from utils.models.prompt_groups import pack
-from utils.ppo import Rollout
-from utils.rollout import Carried, collect_rollout, score_scale
-from utils.runs.divergence import Divergence
+from utils.data.rows import Source, Tokenised, load_data
+from utils.models.outputs import response_logprobs, response_values, scores
+from utils.models.parents import Parent
+from utils.models.prompt_groups import pack, unpack
 
 K = 3
 
 
 @pytest.fixture(scope="module")
-def parents(tmp_path_factory):
-    """A folder of tiny saved models for each family."""
-    folder = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
-        policy(family).save_pretrained(folder / family / "sft")
-        scalar_model(family, seed=1).save_pretrained(folder / family / "reward")
-    return folder
+def families(tmp_path_factory):
+    """For each family PPO's keys for tiny saved models, and for a folder of runs."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    return {family: {"output_dir": str(folder), **save_parents(folder, family)} for family, folder in folders.items()}
 
 
 @pytest.fixture
-def config(parents):
-    return config_of(parents, "opt")
+def config(families):
+    return config_of(families["opt"])
 
 
-def config_of(parents, family):
+def config_of(keys):
     return train_ppo.PPOStageConfig(
-        model=str(parents / family / "sft"), reward_model=str(parents / family / "reward"), max_prompt_tokens=16,
-        max_new_tokens=6, prompts_per_update=7, responses_per_prompt=K, total_episodes=42, per_device_batch_size=2,
-        ppo_epochs=1, learning_rate=1e-2, max_grad_norm=0.0,
+        **keys, max_prompt_tokens=16, max_new_tokens=6, max_completion_tokens=8, prompts_per_update=7,
+        responses_per_prompt=K, total_episodes=42, per_device_batch_size=2, ppo_epochs=1, learning_rate=1e-2,
+        max_grad_norm=0.0,
     )
 
 
-def episodes_of(batches):
+def episodes_of(rollout):
     """Each episode of a rollout as plain lists, prompts together: logprobs, ref_logprobs, values, score, ..."""
     found = []
-    for batch in batches:
-        data = batch.rollout
-        for n, mask in enumerate(data.response_mask):
-            episode = {"score": data.scores[n].item()}
-            for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
-                tensor = getattr(data, name)
-                episode[name] = None if tensor is None else tensor[n][mask].tolist()
-            found.append(episode)
+    for n, mask in enumerate(rollout.response_mask):
+        episode = {"score": rollout.scores[n].item()}
+        for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+            tensor = getattr(rollout, name)
+            episode[name] = None if tensor is None else tensor[n][mask].tolist()
+        found.append(episode)
     return found
 
 
@@ -80,8 +73,8 @@ def gae_of(rewards, values, gamma, lam):
 ESTIMATES = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}
 
 
-def expected_rewards(episode, config, scale=1.0):
-    score = episode["score"] / scale
+def expected_rewards(episode, config):
+    score = episode["score"]
     if config.score_clip is not None:
         score = max(-config.score_clip, min(config.score_clip, score))
     pairs = zip(episode["logprobs"], episode["ref_logprobs"], strict=True)
@@ -93,37 +86,31 @@ def expected_rewards(episode, config, scale=1.0):
 # ---------------------------------------------------------------------------------------------- rewards, advantages
 
 
-@pytest.fixture
-def moved(config):
-    """Models whose policy is not the reference any more, so that the KL is not 0; with what belongs to them."""
-    models, optimizer, scheduler, accelerator = made(config)
+def moved_episodes(config):
+    """Episodes of a policy that is not the reference any more, so that the KL is not 0."""
+    loop, models = ppo_loop(config)
     with torch.no_grad():
         for weight in models.policy.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-    return models, accelerator
+    return episodes_of(rolled_out(loop, models)[1])
 
 
-REWARDS = [{}, {"kl_estimator": "k2"}, {"kl_estimator": "k3"}, {"score_clip": 0.1}, {"scale_scores": True},
-           {"scale_scores": True, "score_clip": 0.5, "missing_eos_score": -3.0}, {"missing_eos_score": -3.0}]
+REWARDS = [{}, {"kl_estimator": "k2"}, {"kl_estimator": "k3"}, {"score_clip": 0.1}, {"missing_eos_score": -3.0},
+           {"score_clip": 0.5, "missing_eos_score": -3.0}]
 
 
 @pytest.mark.parametrize("options", REWARDS, ids=str)
-def test_rewards_are_the_score_at_the_end_and_the_kl_penalty_everywhere(options, config, moved):
+def test_rewards_are_the_score_at_the_end_and_the_kl_penalty_everywhere(options, config):
     config = replace(config, kl_coef=0.3, **options)
-    episodes = episodes_of(rollout(*moved_rollout(moved, config)))
-    scale = statistics.pstdev(e["score"] for e in episodes) if config.scale_scores else 1.0
+    episodes = moved_episodes(config)
     assert any(abs(p - q) > 0.01 for e in episodes for p, q in zip(e["logprobs"], e["ref_logprobs"], strict=True))
+    assert max(abs(e["score"]) for e in episodes) > 0.5, "what is clipped is the reward, the score is logged as it is"
     for episode in episodes:
-        same(episode["rewards"], expected_rewards(episode, config, scale))
+        same(episode["rewards"], expected_rewards(episode, config))
 
 
-def moved_rollout(moved, config):
-    models, accelerator = moved
-    return models, config, accelerator
-
-
-def test_rewards_are_whitened_over_the_update_without_their_mean(config, moved):
-    plain, white = (episodes_of(rollout(*moved_rollout(moved, replace(config, whiten_rewards=asked)))) for asked in (False, True))
+def test_rewards_are_whitened_over_the_update_without_their_mean(config):
+    plain, white = (moved_episodes(replace(config, whiten_rewards=asked)) for asked in (False, True))
     flat = [x for e in plain for x in e["rewards"]]
     mean, deviation = statistics.fmean(flat), statistics.pstdev(flat)
     for before, after in zip(plain, white, strict=True):
@@ -131,9 +118,9 @@ def test_rewards_are_whitened_over_the_update_without_their_mean(config, moved):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_gae_whitened_over_the_whole_update(size, config, moved):
+def test_gae_whitened_over_the_whole_update(size, config):
     config = replace(config, per_device_batch_size=size, lam=0.7, gamma=0.9)
-    episodes = episodes_of(rollout(*moved_rollout(moved, config)))
+    episodes = moved_episodes(config)
     raw = [gae_of(e["rewards"], e["values"], config.gamma, config.lam) for e in episodes]
     flat = [x for advantages in raw for x in advantages]
     mean, deviation = statistics.fmean(flat), statistics.pstdev(flat)
@@ -144,10 +131,11 @@ def test_gae_whitened_over_the_whole_update(size, config, moved):
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_responses_are_compared_with_those_of_their_own_prompt(advantage, config):
-    config = replace(config, advantage=advantage)
-    models, _, _, accelerator = made(config)
-    assert models.inside.value_model is None
-    episodes = episodes_of(rollout(models, config, accelerator))
+    loop, models = ppo_loop(replace(config, advantage=advantage))
+    assert models.trained.value_model is None
+    sampled, rollout = rolled_out(loop, models)
+    episodes = episodes_of(rollout)
+    assert not rollout.advantages[~rollout.response_mask].any()
     for first in range(0, len(episodes), K):
         group = episodes[first : first + K]
         totals = [sum(e["rewards"]) for e in group]
@@ -155,34 +143,9 @@ def test_responses_are_compared_with_those_of_their_own_prompt(advantage, config
             others = (sum(totals) - total) / (K - 1)
             expected = total - others if advantage == "rloo" else (
                 (total - statistics.fmean(totals)) / (statistics.stdev(totals) + 1e-4))
-            same(episode["advantages"], [expected] * len(episode["rewards"]), floor=1e-3)  # some deviations are next to 0
+            # some deviations are next to 0
+            same(episode["advantages"], [expected] * len(episode["rewards"]), floor=1e-3)
             assert episode["values"] is None and episode["returns"] is None
-
-
-def test_scores_are_scaled_by_all_that_came_before(config, moved):
-    models, accelerator = moved
-    config, carried, scores = replace(config, scale_scores=True), Carried(config.kl_coef), []
-    for update in range(3):
-        batches = collect_rollout(models, TOKENIZER, PROMPTS, config, update, accelerator, carried)
-        episodes = episodes_of(batches)
-        scores += [e["score"] for e in episodes]
-        for episode in episodes:
-            same(episode["rewards"], expected_rewards(episode, config, statistics.pstdev(scores)))
-    assert carried.score_moments[0] == 3 * 7 * K
-
-
-def test_scores_that_do_not_differ_are_not_scaled(config, monkeypatch):
-    monkeypatch.setattr("utils.rollout.scores", lambda model, groups: torch.full((len(groups.ends),), 5.0))
-    config = replace(config, scale_scores=True, missing_eos_score=5.0)
-    models, _, _, accelerator = made(config)
-    assert {round(sum(e["rewards"]), 3) for e in episodes_of(rollout(models, config, accelerator))} == {5.0}
-
-
-@pytest.mark.parametrize("score", [-0.3, -0.1, 1e-3, 7.7])
-def test_the_rounding_of_equal_scores_is_no_spread(score):
-    """E[x^2] - E[x]^2 of many equal numbers leaves 1e-17 or so, and its root would blow the scores up."""
-    rollouts, carried = [Rollout(None, None, None, None, torch.full((400,), score))], Carried(0.1)
-    assert {score_scale(rollouts, Accelerator(cpu=True), carried) for _ in range(40)} == {1.0}
 
 
 # ------------------------------------------------------------------------------------------------------- the update
@@ -194,9 +157,9 @@ KINDS = {"separate value model": {}, "shared trunk": {"value_model": "shared"}, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_the_first_inner_step_nothing_has_moved(family, kind, parents):
+def test_in_the_first_inner_step_nothing_has_moved(family, kind, families):
     """Detail 27: sampling, packing by length, shuffling and the update's forward pass agree on every log-prob."""
-    figures, weights, *_ = updated(replace(config_of(parents, family), **KINDS[kind]))
+    figures, *_ = updated(replace(config_of(families[family]), **KINDS[kind]))
     assert figures["policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert figures["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
     assert figures["policy/approx_kl"] == pytest.approx(0, abs=1e-7)
@@ -208,42 +171,38 @@ def test_in_the_first_inner_step_nothing_has_moved(family, kind, parents):
 def test_with_lora_the_reference_is_the_policy_without_its_adapter(config):
     """One update moves policy and value model; what is frozen shares their weights, and stays."""
     config = replace(config, lora_rank=2)
-    models, optimizer, scheduler, accelerator = made(config)
-    batches = rollout(models, config, accelerator)
-    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, Divergence(None, None, accelerator),
-                         train_ppo.random.Random(0))
-    after = rollout(models, config, accelerator, update=0)
+    loop, models = ppo_loop(config)
+    train_ppo.optimise(loop, models, *rolled_out(loop, models), None)
+    episodes, after = rolled_out(loop, models)
     sft, reward_model = policy("opt"), scalar_model("opt", seed=1)  # as they were saved
-    for batch in after:
-        with torch.no_grad():
-            ref_logprobs = response_logprobs(sft, batch.groups, config.temperature)
-            values = response_values(reward_model, batch.groups)
-            score = torch.where(batch.ended, scores(reward_model, batch.groups), config.missing_eos_score)
-        torch.testing.assert_close(batch.rollout.ref_logprobs, ref_logprobs, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(batch.rollout.scores, score, rtol=1e-4, atol=1e-5)
-        assert (batch.rollout.values - values).abs().max() > 1e-3, "the value model has moved"
-        assert (batch.rollout.logprobs - ref_logprobs).abs().max() > 1e-3, "the policy has moved"
+    groups = pack(episodes.queries, [episodes.responses[n : n + K] for n in range(0, 7 * K, K)], PAD)
+    with torch.no_grad():
+        ref_logprobs = response_logprobs(sft, groups, config.temperature)
+        values = response_values(reward_model, groups)
+        score = torch.where(episodes.ended, scores(reward_model, groups), config.missing_eos_score)
+    torch.testing.assert_close(after.ref_logprobs, ref_logprobs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after.scores, score, rtol=1e-4, atol=1e-5)
+    assert (after.values - values).abs().max() > 1e-3, "the value model has moved"
+    assert (after.logprobs - ref_logprobs).abs().max() > 1e-3, "the policy has moved"
 
 
 def test_a_shared_trunk_learns_from_the_value_loss(config):
     config = replace(config, value_model="shared")
-    models, *_, accelerator = made(config)
-    separate = made(replace(config, value_model="separate"))[0]
-    assert count(models.trained) < 0.6 * count(separate.trained)
-    batches = rollout(models, config, accelerator)
-    assert not batches[0].rollout.values.any(), "a new head says 0"
-    tokens = sum(b.rollout.response_mask.sum() for b in batches)
-    head = models.inside.value_model
-    head.weight.data.normal_()  # a head of 0 passes no gradient on
+    _, separate = ppo_loop(replace(config, value_model="separate"))
+    gradients = {}
     for vf_coef in (0.0, 1.0):
-        models.trained.zero_grad()
-        loss, _ = train_ppo.batch_loss(models.trained, batches[0], tokens, replace(config, vf_coef=vf_coef))
-        loss.backward()
-        trunk = torch.cat([p.grad.flatten() for p in models.policy.base_model.parameters() if p.grad is not None])
-        if vf_coef == 0.0:
-            alone = trunk.clone()
-            assert not head.weight.grad.any()
-    assert (trunk - alone).abs().max() > 1e-6 and head.weight.grad.any()
+        loop, models = ppo_loop(replace(config, vf_coef=vf_coef))
+        assert count(models.trained) < 0.6 * count(separate.trained)
+        episodes, rollout = rolled_out(loop, models)
+        assert not rollout.values.any(), "a new head says 0"
+        # a head of 0 passes no gradient on
+        nn.init.normal_(models.trained.value_model.weight, generator=torch.Generator().manual_seed(0))
+        steps = gradients_of_steps(loop)
+        train_ppo.optimise(loop, models, episodes, rollout, None)
+        [gradients[vf_coef]] = steps
+    trunk = [name for name in gradients[0.0] if name.startswith("policy.")]
+    assert not gradients[0.0]["value_model.weight"].any() and gradients[1.0]["value_model.weight"].any()
+    assert max((gradients[1.0][name] - gradients[0.0][name]).abs().max() for name in trunk) > 1e-6
 
 
 def count(module):
@@ -251,99 +210,108 @@ def count(module):
 
 
 def test_passes_stop_when_the_policy_has_moved_too_far(config):
-    config = replace(config, ppo_epochs=4, total_episodes=42)
-    all_passes, _, steps, scheduler = updated(config)
-    assert all_passes["policy/epochs"] == steps == 4 and all_passes["policy/approx_kl"] > 1e-4
+    config = replace(config, ppo_epochs=4, num_minibatches=2)
+    all_passes, _, steps, whole = updated(config)
+    assert all_passes["policy/epochs"] == 4 and len(steps) == 8 and all_passes["policy/approx_kl"] > 1e-4
     free, _, steps, _ = updated(replace(config, target_kl=1e3))
-    assert free["policy/epochs"] == steps == 4
-    cut, _, steps, cut_scheduler = updated(replace(config, target_kl=1e-6))
-    assert cut["policy/epochs"] == steps == 2, "in the first pass nothing has moved yet; after the second it has"
-    assert cut_scheduler.get_last_lr() == scheduler.get_last_lr(), "the learning rate follows the updates"
+    assert free["policy/epochs"] == 4 and len(steps) == 8
+    cut, _, steps, cut_loop = updated(replace(config, num_minibatches=1, target_kl=1e-6))
+    assert cut["policy/epochs"] == len(steps) == 2, "in the first pass nothing has moved; after the second it has"
+    cut, _, steps, cut_loop = updated(replace(config, target_kl=1e-6))
+    assert cut["policy/epochs"] == 1 and len(steps) == 2, "here it moves between the two steps of the first pass"
+    assert cut_loop.learning_rate == whole.learning_rate > 0, "the learning rate follows the updates"
 
 
-SUPERVISED = random_groups([5, 2, 9], [[4], [6], [3]], seed=9)
-
-
-def test_ptx_adds_the_supervised_loss_and_its_gradient(config):
-    config = replace(config, per_device_batch_size=7, vf_coef=0.0)
-    models, *_, accelerator = made(config)
-    [batch] = rollout(models, config, accelerator)
-    tokens, examples = batch.rollout.response_mask.sum(), pack(*SUPERVISED, PAD)
-    gradients = {}
-    for ptx_coef in (0.0, 2.5):
-        models.trained.zero_grad()
-        loss, figures = train_ppo.batch_loss(models.trained, batch, tokens, replace(config, ptx_coef=ptx_coef), examples,
-                                             examples.response_mask.sum())
-        loss.backward()
-        gradients[ptx_coef] = {name: p.grad.clone() for name, p in models.policy.named_parameters()}
-    models.policy.zero_grad()
-    stock = torch.cat([stock_nll(models.policy, p, c) for p, [c] in zip(*SUPERVISED, strict=True)])
-    same((figures["loss/ptx"] / figures["ptx_tokens"]).item(), stock.mean().item())
-    stock.mean().backward()
-    for name, weight in models.policy.named_parameters():
-        found = gradients[2.5][name] - gradients[0.0][name]
-        torch.testing.assert_close(found, 2.5 * weight.grad, rtol=1e-3, atol=1e-4)
+SUPERVISED = Tokenised([], random_groups([5, 2, 9], [[4]] * 3, seed=9)[0], [[4, 2], [5, 6, 7, 8, 2], [9, 3, 2]])
 
 
 def stock_nll(model, prompt, completion):
     logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none")
+    return nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none")
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+@pytest.mark.parametrize("size", [1, 7])
+def test_ptx_adds_the_supervised_loss_and_its_gradient(size, kind, config):
+    """In every step as many examples as prompts, one mean over their tokens whatever the rows of a pass."""
+    config = replace(config, per_device_batch_size=size, ptx_coef=2.5, actor_training_data="x", value_model=kind)
+    _, _, [without], _ = updated(config)
+    loop, models = ppo_loop(config)
+    stock_model = policy("opt")
+    seen, backward = [], loop.backward
+    loop.backward = lambda loss, groups: (seen.append(groups), backward(loss, groups))
+    steps = gradients_of_steps(loop)
+    figures = train_ppo.optimise(loop, models, *rolled_out(loop, models), SUPERVISED)
+    [gradients] = steps
+    examples = [(prompt, completion) for groups in seen for prompt, [completion, *others] in unpack(groups)
+                if not others]
+    assert len(examples) == 7 and len({str(example) for example in examples}) > 1
+    stock = torch.cat([stock_nll(stock_model, *example) for example in examples])
+    same(figures["loss/ptx"], stock.mean().item())
+    stock.mean().backward()
+    for name, weight in stock_model.named_parameters():
+        found = gradients[f"policy.{name}"] - without[f"policy.{name}"]
+        torch.testing.assert_close(found, 2.5 * weight.grad, rtol=1e-3, atol=1e-4)
+    for name in gradients:
+        if name.startswith("value_model."):
+            torch.testing.assert_close(gradients[name], without[name])
 
 
 def test_ptx_examples_differ_between_updates_and_processes_and_come_again(config):
-    prompts, completions = random_groups([3] * 50, [[2]] * 50, seed=4)
-    examples = Tokenised([], prompts, [c for [c] in completions])
+    """And between the optimizer steps of an update; two processes share out what one process would draw."""
+    prompts, _ = random_groups([3] * 50, [[2]] * 50, seed=4)
+    examples = Tokenised([], prompts, [[5, 2]] * 50)
+    config = replace(config, ptx_coef=1.0, actor_training_data="x", per_device_batch_size=7)
 
-    def drawn(update, rank, seed=0):
-        accelerator = type("Rank", (), {"process_index": rank, "device": "cpu"})
-        batches = train_ppo.supervised_batches(examples, PAD, update, replace(config, seed=seed), accelerator)
-        return [next(batches).input_ids.tolist() for _ in range(3)]
+    def drawn(step, seed=0, rank=0, ranks=1):
+        loop, _ = ppo_loop(replace(config, seed=seed))
+        loop.skip_optimizer_steps(step)
+        loop.share = lambda rows: rows[rank::ranks]
+        seen = []
+        loop.backward = lambda loss, groups: seen.extend(str(prompt) for prompt, _ in unpack(groups))
+        train_ppo.add_supervised_gradients(loop, examples, 7)
+        return sorted(seen)
 
-    assert drawn(0, 0) == drawn(0, 0)
-    assert len({str(drawn(*place)) for place in [(0, 0), (1, 0), (0, 1), (0, 0, 1)]}) == 4
+    assert drawn(0) == drawn(0) and len(drawn(0)) == 7
+    assert len({str(found) for found in (drawn(0), drawn(1), drawn(0, seed=1))}) == 3
+    halves = [drawn(0, rank=rank, ranks=2) for rank in (0, 1)]
+    assert list(map(len, halves)) == [4, 3] and sorted(sum(halves, [])) == drawn(0)
 
 
 def test_the_average_is_taken_after_every_step_and_starts_at_the_sft_model(config):
     config = replace(config, ema_decay=0.75, ppo_epochs=3)
-    models, optimizer, scheduler, accelerator = made(config)
+    loop, models = ppo_loop(config)
     name, weight = next(iter(models.policy.named_parameters()))
-    expected, step = weight.detach().clone(), optimizer.step
-
-    def watched():
-        nonlocal expected
-        step()
-        expected = 0.75 * expected + 0.25 * weight.detach()
-
-    optimizer.step = watched
-    batches = rollout(models, config, accelerator)
     start = weight.detach().clone()
-    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, Divergence(None, None, accelerator),
-                         train_ppo.random.Random(0))
+    places = [start]
+    loop.optimizer.optimizer.register_step_post_hook(lambda *_: places.append(weight.detach().clone()))
+    train_ppo.optimise(loop, models, *rolled_out(loop, models), None)
+    expected = start
+    for place in places[1:]:
+        expected = 0.75 * expected + 0.25 * place
     average = dict(models.outcome.named_parameters())[name]
+    assert len(places) == 4 and models.outcome is models.average.module
     torch.testing.assert_close(average.detach(), expected)
     assert (average - weight).abs().max() > 1e-4 and (average - start).abs().max() > 1e-4
-    assert made(replace(config, ema_decay=0.0))[0].outcome is not models.outcome
 
 
 def test_without_an_average_the_policy_itself_is_judged(config):
-    models, *_ = made(config)
+    _, models = ppo_loop(config)
     assert models.average is None and models.outcome is models.policy
 
 
 def test_the_kl_coefficient_adapts_from_update_to_update(config, monkeypatch):
     monkeypatch.setattr(train_ppo, "evaluate", lambda *_: None)
-    config = replace(config, kl_target=1.0, kl_horizon=100, total_episodes=63)
-    models, optimizer, scheduler, accelerator = made(config)
-    said = []
-    run = type("Run", (), {"stop_signal": None, "metrics": lambda self, step, figures: said.append(figures)})()
-    train_ppo.train(models, TOKENIZER, PROMPTS, None, None, None, config, run, None, optimizer, scheduler, accelerator)
-    kl_coef = config.kl_coef
-    for figures in said:
+    loop, models = ppo_loop(replace(config, kl_target=1.0, kl_horizon=100, total_episodes=63))
+    train_ppo.train(loop, models, posts_of(PROMPTS), None, None)
+    kl_coef, logged = config.kl_coef, loop.run.read_metrics()
+    for figures in logged:
         assert figures["objective/kl_coef"] == pytest.approx(kl_coef)
-        assert figures["objective/rlhf_reward"] == pytest.approx(figures["objective/score"] - kl_coef * figures["objective/kl"],
-                                                                 abs=1e-4)
+        penalised = figures["objective/score"] - kl_coef * figures["objective/kl"]
+        assert figures["objective/rlhf_reward"] == pytest.approx(penalised, abs=1e-4)
         kl_coef *= 1 + max(-0.2, min(0.2, figures["objective/kl"] / 1.0 - 1)) * 21 / 100
-    assert said[1]["objective/kl_coef"] != said[2]["objective/kl_coef"]
+    assert logged[1]["objective/kl_coef"] != logged[2]["objective/kl_coef"] and len(logged) == 3
+    assert loop.carried == {"kl_coef": pytest.approx(kl_coef)}, "what a resumed run goes on with"
 
 
 def test_held_out_posts_never_get_into_ptx(config, tmp_path):
@@ -352,13 +320,15 @@ def test_held_out_posts_never_get_into_ptx(config, tmp_path):
     path = tmp_path / "examples.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = replace(config, ptx_coef=0.1, actor_training_data=str(path), max_completion_tokens=64, max_prompt_tokens=64)
-    tokenizer = load_tokenizer("assets/opt-mini")
+    tokenizer = Parent("model", "assets/opt-mini").tokenizer
     report = DataReport()
-    rows_found = load_data(config, {"actor_training_data": "examples"}, tokenizer, report)["actor_training_data"]
+    named = {"actor_training_data": Source(str(path), "examples")}
+    rows_found = load_data(config, named, tokenizer, report)["actor_training_data"]
     kept = train_ppo.supervised_examples(config, rows_found, [rows_found[2:3], rows_found[3:4]], report)
     assert [example.prompt for example in kept.examples] == [rows[n]["prompt"] for n in (0, 1, 4, 5)]
     assert len(kept.prompts) == len(kept.completions) == 4
-    assert report.notes == ["actor_training_data: left out 2 of 6 examples, whose prompts are held out for validation or test"]
+    assert report.notes == ["actor_training_data: left out 2 of 6 examples, whose prompts are held out for validation "
+                            "or test"]
     with pytest.raises(UserError, match="^actor_training_data: every prompt in .* is held out"):
         train_ppo.supervised_examples(config, rows_found, [rows_found], report)
 

@@ -1,92 +1,70 @@
 """The PPO loop's own functions on tiny models: what an update starts from, what it is made of, what precision it sees."""
 
 import math
-import random
-import re
 import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from torch import nn
 
 import train_ppo
-from families import EOS, PAD, policy, random_groups, scalar_model
-from utils.models.loading import response_logprobs, response_values, scores
+from families import PAD, policy, scalar_model
+from loops import PROMPTS, posts_of, ppo_loop, rolled_out, save_parents, step_by_sgd, updated, weights_of
+from utils.config import UserError
+from utils.data.batches import PromptBatches
+from utils.episodes import Episodes, Pass, minibatches, passes_of
+from utils.judge.gold import GoldJudge
+from utils.models.outputs import response_logprobs, response_values, scores
+from utils.models.prompt_groups import pack
 from utils.ppo import Rollout
-from utils.rollout import Carried, MicroBatch, rollout_metrics
-from utils.runs.divergence import Divergence
-
-TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
-PROMPTS = random_groups([5, 1, 8, 3, 6, 4, 7], [[1]] * 7)[0]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A small run; its parents are tiny OPTs with dropout, saved in float32."""
-    folder = tmp_path_factory.mktemp("parents")
-    policy("opt").save_pretrained(folder / "sft")
-    scalar_model("opt", seed=1).save_pretrained(folder / "reward")
+    folder = tmp_path_factory.mktemp("ppo")
     return train_ppo.PPOStageConfig(
-        model=str(folder / "sft"), reward_model=str(folder / "reward"), max_prompt_tokens=16, max_new_tokens=6,
-        prompts_per_update=7, responses_per_prompt=3, total_episodes=42, per_device_batch_size=1, ppo_epochs=1,
-        learning_rate=1e-2, max_grad_norm=0.0,
+        **save_parents(folder), output_dir=str(folder), max_prompt_tokens=16, max_new_tokens=6, prompts_per_update=7,
+        responses_per_prompt=3, total_episodes=42, per_device_batch_size=1, ppo_epochs=1, learning_rate=1e-2,
+        max_grad_norm=0.0,
     )
 
 
-def made(config):
-    """Models, optimizer, scheduler and accelerator as `main` makes them."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision of the test before
-    accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
-    return *train_ppo.prepare(train_ppo.load_models(config), config, accelerator), accelerator
-
-
-def rollout(models, config, accelerator, update=0):
-    with accelerator.autocast():
-        return train_ppo.collect_rollout(models, TOKENIZER, PROMPTS, config, update, accelerator, Carried(config.kl_coef))
-
-
-def updated(config):
-    """Figures of one update, the weights after it and the number of optimizer steps."""
-    models, optimizer, scheduler, accelerator = made(config)
-    steps = []
-    step = optimizer.step
-    optimizer.step = lambda: (steps.append(1), step())
-    batches = rollout(models, config, accelerator)
-    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator,
-                                   Divergence(None, None, accelerator), random.Random(0))
-    return figures, [p.detach().clone() for p in models.trained.parameters()], len(steps), scheduler
+def columns(rollout, mask):
+    """The real tokens of each episode."""
+    return [row[keep].tolist() for row, keep in zip(rollout, mask, strict=True)]
 
 
 @torch.no_grad()
 def test_a_rollout_starts_from_the_parents_as_they_were_saved(config):
     """Reference log-probs at the sampling temperature, scores, and values that are the reward model's own."""
-    models, _, _, accelerator = made(config)
     sft, reward_model = policy("opt"), scalar_model("opt", seed=1)
-    batches = rollout(models, config, accelerator)
-    assert config.temperature == 0.7 and not all(b.ended.all() for b in batches)
-    for batch in batches:
-        expected = torch.where(batch.ended, scores(reward_model, batch.groups), config.missing_eos_score)
-        torch.testing.assert_close(batch.rollout.scores, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(batch.rollout.ref_logprobs, response_logprobs(sft, batch.groups, 0.7), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(batch.rollout.values, response_values(reward_model, batch.groups), rtol=1e-4, atol=1e-5)
+    episodes, rollout = rolled_out(*ppo_loop(config))
+    assert config.temperature == 0.7 and not episodes.ended.all() and len(episodes.passes) == 7
+    groups = pack(episodes.queries, [episodes.responses[n : n + 3] for n in range(0, 21, 3)], PAD)
+    assert torch.equal(groups.response_mask, rollout.response_mask)
+    assert episodes.queries != PROMPTS and sorted(episodes.queries) == sorted(PROMPTS), "in the order of the first pass"
+    for ours, theirs in (
+        (rollout.scores, torch.where(episodes.ended, scores(reward_model, groups), config.missing_eos_score)),
+        (rollout.logprobs, response_logprobs(sft, groups, 0.7)),
+        (rollout.ref_logprobs, response_logprobs(sft, groups, 0.7)),
+        (rollout.values, response_values(reward_model, groups)),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_every_update_draws_its_own_responses(config):
-    models, _, _, accelerator = made(config)
-    first, again, second = ([b.groups.responses.tolist() for b in rollout(models, config, accelerator, update=update)]
-                            for update in (0, 0, 1))
-    assert first == again != second
+    loop, models = ppo_loop(replace(config, prompts_per_update=1, total_episodes=9))
+    one = PROMPTS[:1]
+    first, again, second, third = (rolled_out(loop, models, update, one)[0].responses for update in (1, 1, 2, 3))
+    assert first == again and len({str(drawn) for drawn in (first, second, third)}) == 3
 
 
-def test_prompts_come_once_a_pass_in_another_order_in_each_pass_and_for_each_seed(config):
-    config = replace(config, prompts_per_update=4)
-    one = SimpleNamespace(num_processes=1, process_index=0)
-
+def test_prompts_come_once_a_pass_in_another_order_in_each_pass_and_for_each_seed():
     def drawn(seed):
-        return [p for update in range(5) for p in train_ppo.prompts_of(update, list(range(10)), replace(config, seed=seed), one)]
+        return sum((PromptBatches(10, 4, seed)[update] for update in range(5)), [])
 
     passes = [drawn(seed)[first : first + 10] for seed in (0, 1) for first in (0, 10)]
     assert all(sorted(order) == list(range(10)) for order in passes)
@@ -95,10 +73,12 @@ def test_prompts_come_once_a_pass_in_another_order_in_each_pass_and_for_each_see
 
 
 def test_the_optimizer_is_the_configured_one(config):
-    config = replace(config, adam_eps=3e-4, adam_beta2=0.9, weight_decay=0.01)
-    _, optimizer, *_ = made(config)
-    for group in optimizer.param_groups:
-        assert (group["eps"], group["betas"], group["weight_decay"]) == (3e-4, (0.9, 0.9), 0.01)
+    """Over policy and value model; what its numbers do is in test_loop.py."""
+    loop, models = ppo_loop(replace(config, adam_eps=3e-4, adam_beta2=0.9, weight_decay=0.01))
+    for group in loop.optimizer.param_groups:
+        assert (group["eps"], group["betas"]) == (3e-4, (0.9, 0.9))
+    decay = {id(weight): group["weight_decay"] for group in loop.optimizer.param_groups for weight in group["params"]}
+    assert decay == {id(w): 0.01 if w.dim() > 1 else 0.0 for w in models.trained.parameters()}
 
 
 LENGTHS = [3, 1, 2]
@@ -114,40 +94,64 @@ def numbers(seed, scale):
 MASK = torch.tensor([[t < n for t in range(3)] for n in LENGTHS])
 
 
+class Said(nn.Module):
+    """In place of policy and value model: says what it is given for each micro-batch, one after the other."""
+
+    def __init__(self, *answers):
+        super().__init__()
+        self.answers = iter(answers)
+
+    def forward(self, groups, temperature):
+        return next(self.answers)
+
+
 def test_the_loss_of_a_micro_batch_by_definition(config):
-    """Each clip from its own key, vf_coef, all divided by the tokens of the whole step; sums over real tokens for metrics."""
-    config = replace(config, cliprange=0.1, cliprange_value=0.4, vf_coef=0.3)
+    """Two micro-batches of other widths: each clip from its own key, vf_coef, all divided by the tokens of the whole
+    step; metrics are means over real tokens."""
+    config = replace(config, prompts_per_update=3, responses_per_prompt=1, cliprange=0.1, cliprange_value=0.4,
+                     vf_coef=0.3)
     (new, n), (old, o), (advantages, a), (new_values, v), (values, w), (returns, r) = (
         numbers(seed, scale) for seed, scale in enumerate((0.3, 0.3, 1.0, 1.0, 1.0, 1.0)))
-    policy_sum = value_sum = clips = value_clips = 0
+    policy_losses, value_losses, clips, value_clips, ratios = [], [], 0, 0, []
     for i, length in enumerate(LENGTHS):
         for t in range(length):
             ratio = math.exp(n[i][t] - o[i][t])
             held = min(max(ratio, 0.9), 1.1)
-            policy_sum += max(-a[i][t] * ratio, -a[i][t] * held)
+            policy_losses.append(max(-a[i][t] * ratio, -a[i][t] * held))
             clips += -a[i][t] * held > -a[i][t] * ratio
             near = min(max(v[i][t], w[i][t] - 0.4), w[i][t] + 0.4)
-            value_sum += 0.5 * max((v[i][t] - r[i][t]) ** 2, (near - r[i][t]) ** 2)
+            value_losses.append(0.5 * max((v[i][t] - r[i][t]) ** 2, (near - r[i][t]) ** 2))
             value_clips += (near - r[i][t]) ** 2 > (v[i][t] - r[i][t]) ** 2
+            ratios.append(ratio)
     assert 0 < clips < 6 and 0 < value_clips < 6
-    batch = MicroBatch(None, Rollout(MASK, old, None, values, None, None, advantages, returns), None)
+    loop, models = ppo_loop(config)
     entropy = torch.where(MASK, 2.0, 0.0)
-    loss, sums = train_ppo.batch_loss(lambda *_: (new, entropy, new_values, None), batch, torch.tensor(20), config)
-    assert loss.item() == pytest.approx((policy_sum + 0.3 * value_sum) / 20, rel=1e-5)
-    expected = {"loss/policy": policy_sum, "loss/value": value_sum, "policy/clipfrac": clips, "value/clipfrac": value_clips,
-                "objective/entropy": 12.0, "tokens": 6}
-    assert {name: sums[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
+    parts = [torch.tensor([0]), torch.tensor([2, 1])]
+    loop.model = Said(*((new[rows, :width], entropy[rows, :width], new_values[rows, :width])
+                        for rows, width in zip(parts, (3, 2), strict=True)))
+    losses = []
+    loop.backward = lambda loss, groups: losses.append(loss.item())
+    episodes = Episodes([[3]] * 3, [[4] * length for length in LENGTHS], MASK, old, MASK[:, 0], [
+        Pass(pack([[3]] * len(rows), [[[4] * LENGTHS[row]] for row in rows], PAD), rows) for rows in parts])
+    rollout = Rollout(MASK, old, old, values, MASK[:, 0].float(), values, advantages, returns)
+    figures = train_ppo.optimise(loop, models, episodes, rollout, None)
+    each = [p + 0.3 * q for p, q in zip(policy_losses, value_losses, strict=True)]
+    assert losses == pytest.approx([sum(each[:3]) / 6, sum(each[3:]) / 6], rel=1e-5)
+    expected = {"loss/policy": sum(policy_losses), "loss/value": sum(value_losses), "policy/clipfrac": clips,
+                "value/clipfrac": value_clips, "objective/entropy": 12.0, "policy/ratio": sum(ratios),
+                "policy/approx_kl": sum(x - 1 - math.log(x) for x in ratios)}
+    assert {name: figures[name] for name in expected} == pytest.approx(
+        {name: total / 6 for name, total in expected.items()}, rel=1e-4)
+    assert figures["policy/ratio_max"] == pytest.approx(max(ratios))
 
 
-def test_figures_of_a_rollout_by_definition():
-    """Two micro-batches of other widths; sums over a response, means over responses, explained variance over tokens."""
+def test_figures_of_a_rollout_by_definition(config):
+    """Sums over a response, means over responses, explained variance over tokens."""
     (old, o), (ref, q), (rewards, x), (values, w), (returns, r) = (numbers(seed, 1.0) for seed in range(10, 15))
-    parts = []
-    for rows, width in ((slice(0, 1), 3), (slice(1, 3), 2)):
-        data = Rollout(*(t[rows, :width] for t in (MASK, old, ref, values)), torch.tensor([4.0, -1.0, 0.5])[rows],
-                       *(t[rows, :width] for t in (rewards, torch.full((3, 3), 9.0), returns)))
-        parts.append(MicroBatch(None, data, torch.tensor([True, False, True])[rows]))
-    found = rollout_metrics(parts, Accelerator(cpu=True))
+    loop, _ = ppo_loop(replace(config, prompts_per_update=3, responses_per_prompt=1, kl_coef=0.4))
+    loop.step = 4  # the fifth update
+    rollout = Rollout(MASK, old, ref, values, torch.tensor([4.0, -1.0, 0.5]), rewards, torch.full((3, 3), 9.0), returns)
+    found = train_ppo.rollout_metrics(loop, rollout, torch.tensor([True, False, True]))
     gaps = [p - s for i in range(3) for p, s in zip(o[i], q[i], strict=True)]
     flat = [y for row in r for y in row]
     residual = [y - z for i in range(3) for y, z in zip(r[i], w[i], strict=True)]
@@ -158,6 +162,8 @@ def test_figures_of_a_rollout_by_definition():
         "objective/rlhf_reward": sum(map(sum, x)) / 3,
         "objective/length": 2.0,
         "objective/ended": 2 / 3,
+        "objective/kl_coef": 0.4,
+        "objective/episodes": 15,
         "value/explained_variance": 1 - statistics.pvariance(residual) / statistics.pvariance(flat),
     }, rel=1e-5)
 
@@ -171,119 +177,178 @@ def test_before_the_first_step_the_policy_is_the_one_that_sampled(config):
     assert figures["policy/clipfrac"] == 0
 
 
-def test_micro_batches_change_nothing(config):
-    """Detail 12: responses differ in length, so a mean of micro-batch means would be another gradient."""
+# ------------------------------------------------------------------------------------------------ one optimizer step
+
+
+def largest_difference(weights, others):
+    return max((a - b).abs().max().item() for a, b in zip(weights, others, strict=True))
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 3])
+def test_micro_batches_change_nothing(num_minibatches, config):
+    """Detail 12: responses differ in length, so a mean of micro-batch means would be another gradient.
+
+    Nor may the rows of a pass say which prompts are in which optimizer step. To 3e-6 of the weights, which are around
+    0.2 and move by .01 and more.
+    """
+    config = replace(config, num_minibatches=num_minibatches, ppo_epochs=2, adam_eps=1e-3)
+    start = weights_of(ppo_loop(config)[0])
     whole, weights, *_ = updated(replace(config, per_device_batch_size=7))
-    split, split_weights, *_ = updated(replace(config, per_device_batch_size=2))
-    assert whole == pytest.approx(split, rel=1e-4, abs=1e-6)
-    assert whole["policy/grad_norm"] > 0
-    for ours, theirs in zip(weights, split_weights, strict=True):
-        # AdamW's first step is the gradient's sign, so what is next to 0 may differ
-        assert ((ours - theirs).abs() < 1e-3).float().mean() > 0.99
+    assert whole["policy/grad_norm"] > 0 and largest_difference(weights, start) > 0.01
+    for size in (1, 2):
+        split, split_weights, *_ = updated(replace(config, per_device_batch_size=size))
+        assert whole == pytest.approx(split, rel=1e-4, abs=1e-6)
+        assert largest_difference(weights, split_weights) < 3e-6
+
+
+@pytest.mark.parametrize(("count", "asked"), [(7, 1), (7, 3), (8, 4), (7, 9)])
+def test_minibatches_share_out_the_prompts_of_the_whole_update(count, asked, config):
+    """Each prompt once a pass, all its responses with it, in another order in each pass, update and run."""
+    config = replace(config, prompts_per_update=count, num_minibatches=asked, seed=0)
+
+    def drawn(epoch, update=1, seed=0):
+        return minibatches(SimpleNamespace(config=replace(config, seed=seed), step=update - 1), epoch)
+
+    parts = drawn(1)
+    assert len(parts) == min(count, asked) and sorted(sum(parts, [])) == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert drawn(1) == parts and (asked == 1 or len({str(x) for x in (parts, drawn(2), drawn(1, 2), drawn(1, 1, 1))}) == 4)
+
+
+@pytest.mark.parametrize("ranks", [1, 7])
+def test_each_rank_computes_its_own_prompts_of_a_minibatch(ranks, config):
+    """What the ranks compute together is the minibatch, whatever their number: here each has one prompt, or one all."""
+    config = replace(config, num_minibatches=2, per_device_batch_size=2)
+    loop, models = ppo_loop(config)
+    episodes, rollout = rolled_out(loop, models)
+    for prompts in minibatches(loop, 1):
+        computed = []
+        for rank in range(ranks):
+            size = 7 // ranks
+            mine = slice(rank * size, (rank + 1) * size)
+            accelerator = SimpleNamespace(num_processes=ranks, process_index=rank, device="cpu")
+            stand_in = SimpleNamespace(config=config, accelerator=accelerator, device="cpu", tokenizer=loop.tokenizer)
+            own = episodes._replace(queries=episodes.queries[mine],
+                                    responses=episodes.responses[3 * mine.start : 3 * mine.stop])
+            for groups, members in passes_of(stand_in, own, prompts):
+                computed += (3 * mine.start + members).tolist()
+                for response, keep, member in zip(groups.responses, groups.response_mask, members, strict=True):
+                    assert response[keep].tolist() == own.responses[member]
+        assert sorted(computed) == sorted(3 * prompt + k for prompt in prompts for k in range(3))
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_first_gradient_is_that_of_the_mean_over_real_tokens(size, config):
     """Where nothing has moved yet the objective's gradient is that of -advantage x log-prob: one mean over the update."""
     config = replace(config, per_device_batch_size=size, vf_coef=0.0)
-    models, optimizer, scheduler, accelerator = made(config)
-    batches = rollout(models, config, accelerator)
-    masks = [batch.rollout.response_mask for batch in batches]
-    assert sum(mask.sum() for mask in masks) < sum(mask.numel() for mask in masks), "the test wants padding"
-    total = sum(-(b.rollout.advantages * response_logprobs(models.policy, b.groups, config.temperature))[mask].sum()
-                for b, mask in zip(batches, masks, strict=True))
-    (total / sum(mask.sum() for mask in masks)).backward()
+    loop, models = ppo_loop(config)
+    episodes, rollout = rolled_out(loop, models)
+    mask = rollout.response_mask
+    assert not mask.all(), "the test wants padding"
+    groups = pack(episodes.queries, [episodes.responses[n : n + 3] for n in range(0, 21, 3)], PAD)
+    logprobs = response_logprobs(models.policy, groups, config.temperature)
+    (-(rollout.advantages * logprobs)[mask].mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in models.policy.parameters()]).norm().item()
     models.trained.zero_grad()
-    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator,
-                                   Divergence(None, None, accelerator), random.Random(0))
+    figures = train_ppo.optimise(loop, models, episodes, rollout, None)
     assert figures["policy/grad_norm"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("asked", "made_steps"), [(1, 1), (3, 3), (4, 4), (7, 7), (9, 7)])
 def test_a_pass_makes_as_many_steps_as_minibatches_and_the_scheduler_knows(asked, made_steps, config):
-    _, _, steps, scheduler = updated(replace(config, num_minibatches=asked, ppo_epochs=2, total_episodes=21))
-    assert steps == 2 * made_steps
-    assert scheduler.get_last_lr()[0] == 0, "one update is the whole run: the rate ends at 0"
+    _, _, steps, loop = updated(replace(config, num_minibatches=asked, ppo_epochs=2, total_episodes=21))
+    assert len(steps) == 2 * made_steps
+    assert loop.learning_rate == 0, "one update is the whole run: the rate ends at 0"
 
 
 def test_a_gradient_norm_of_0_is_no_clipping(config):
-    _, moved, *_ = updated(replace(config, max_grad_norm=0.0))
+    _, moved, _, loop = updated(replace(config, max_grad_norm=0.0))
     _, free, *_ = updated(replace(config, max_grad_norm=1e9))
-    assert all(torch.equal(a, b) for a, b in zip(moved, free, strict=True))
-    start = [p.detach() for p in made(config)[0].trained.parameters()]
-    assert any(not torch.equal(a, b) for a, b in zip(moved, start, strict=True))
+    assert all(map(torch.equal, moved, free))
+    assert largest_difference(moved, weights_of(ppo_loop(config)[0])) > 0
 
 
 def test_a_step_takes_this_steps_gradient_clipped_to_the_norm(config):
     """AdamW hides the gradient's size, so SGD steps in its place: each step is as long as rate x max_grad_norm."""
-    config = replace(config, max_grad_norm=0.01, num_minibatches=2)
-    models, _, scheduler, accelerator = made(config)
-    weights = list(models.trained.parameters())
-    optimizer = torch.optim.SGD(weights, lr=1.0)
-    places, step = [torch.cat([p.detach().flatten().clone() for p in weights])], optimizer.step
-
-    def watched():
-        step()
-        places.append(torch.cat([p.detach().flatten().clone() for p in weights]))
-
-    optimizer.step = watched
-    batches = rollout(models, config, accelerator)
-    figures = train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator,
-                                   Divergence(None, None, accelerator), random.Random(0))
+    loop, models = ppo_loop(replace(config, max_grad_norm=0.01, num_minibatches=2))
+    step_by_sgd(loop, 1.0)
+    places = [torch.cat([weight.flatten() for weight in weights_of(loop)])]
+    loop.optimizer.optimizer.register_step_post_hook(
+        lambda *_: places.append(torch.cat([weight.flatten() for weight in weights_of(loop)])))
+    figures = train_ppo.optimise(loop, models, *rolled_out(loop, models), None)
     assert figures["policy/grad_norm"] > 0.01, "as it was before clipping"
     lengths = [(after - before).norm().item() for before, after in zip(places, places[1:], strict=False)]
     assert lengths == pytest.approx([0.01, 0.01], rel=1e-2)
-    assert all(p.grad is None or not p.grad.any() for p in weights), "nothing is left over for the next step"
+    assert all(p.grad is None or not p.grad.any() for p in loop.module.parameters()), "nothing is left for the next step"
 
 
-@pytest.mark.parametrize(("kl", "score", "stops"), [(4.9, 1.0, None), (5.1, 1.0, "the KL .* above kl_limit"),
-                                                    (math.nan, 1.0, "objective/kl"), (0.0, math.inf, "objective/score")])
+# ---------------------------------------------------------------------------------------------------- the whole run
+
+
+@pytest.mark.parametrize(("kl", "score", "stops"), [
+    (4.9, 1.0, None), (5.1, 1.0, "the KL .* above kl_limit"), (math.nan, 1.0, "the KL or the score is not finite"),
+    (0.0, math.inf, "the KL or the score is not finite")])
 def test_an_update_that_has_gone_too_far_is_not_trained_on(kl, score, stops, config):
-    reason = train_ppo.collapse({"objective/kl": kl, "objective/score": score}, replace(config, kl_limit=5.0))
-    assert (reason is None) if stops is None else re.match(stops, reason or "")
+    loop, _ = ppo_loop(replace(config, kl_limit=5.0))
+    figures = {"objective/kl": kl, "objective/score": score}
+    if stops is None:
+        train_ppo.refuse_collapse(loop, figures, 3)
+    else:
+        with pytest.raises(UserError, match=f"^{stops}.*; the last checkpoint is intact$"):
+            train_ppo.refuse_collapse(loop, figures, 3)
+    logged = [row for row in loop.run.read_metrics() if row["step"] == 3]
+    assert len(logged) == (stops is not None), "what stopped it is in the metrics"
+
+
+def test_a_run_stops_at_such_an_update_before_it_trains_on_it(config, monkeypatch):
+    loop, models = ppo_loop(replace(config, kl_limit=0.0))
+    monkeypatch.setattr(train_ppo, "rollout_metrics", lambda *_: {"objective/kl": 0.1, "objective/score": 0.0})
+    start = weights_of(loop)
+    with pytest.raises(UserError, match="above kl_limit"):
+        train_ppo.train(loop, models, posts_of(PROMPTS), None, None)
+    assert all(map(torch.equal, start, weights_of(loop)))
 
 
 def test_evaluations_judge_the_average_where_there_is_one(config, monkeypatch):
     judged = []
-    monkeypatch.setattr(train_ppo, "evaluate", lambda outcome, *_: judged.append(outcome))
-    config = replace(config, ema_decay=0.5, eval_steps=1)
-    models, optimizer, scheduler, accelerator = made(config)
-    run = SimpleNamespace(metrics=lambda *_: None, stop_signal=None)
-    train_ppo.train(models, TOKENIZER, PROMPTS, None, None, None, config, run, None, optimizer, scheduler, accelerator)
-    assert len(judged) == config.updates + 1 and all(outcome is models.average.module for outcome in judged)
+    monkeypatch.setattr(train_ppo, "evaluate", lambda loop, models, *_: judged.append(models.outcome))
+    loop, models = ppo_loop(replace(config, ema_decay=0.5, eval_steps=1))
+    judged.clear()
+    train_ppo.train(loop, models, posts_of(PROMPTS), None, None)
+    assert len(judged) == loop.config.updates and all(outcome is models.average.module for outcome in judged)
+    kept = train_ppo.outcome_weights(models)
+    assert kept.keys() == dict(models.policy.named_parameters()).keys() - {"lm_head.weight"}, "tied weights once"
+    assert all(weight is models.average.module.get_parameter(name) for name, weight in kept.items())
 
 
-def test_gold_figures_are_those_of_ppo_over_sft():
+def test_gold_figures_are_those_of_ppo_over_sft(monkeypatch):
     gold = {("before", "sampled"): [0.0, 0.5, 0.5, 1.0], ("after", "sampled"): [1.0, 0.5, 0.75, 0.75],
             ("before", "greedy"): [0.5] * 4, ("after", "greedy"): [1.0, 1.0, 1.0, 0.5]}
-    found = train_ppo.gold_figures(gold, seed=0)
+    written = {key: SimpleNamespace(gold=gold[key], tokens=[[5] * n for n in (3, 5, 4, 6)]) for key in gold}
+    judge = GoldJudge("data/tldr_mini/gold.json", [])
+    monkeypatch.setattr(judge, "scores", lambda _, summaries: summaries.gold)
+    found = judge.compare([], written, seed=0)
     assert (found["gold_before"], found["gold_after"]) == (0.5, 0.75)
     assert found["gold_win_rate"] == (2 + 0.5) / 4 and found["gold_win_rate_greedy"] == 3.5 / 4
 
 
 def test_gradient_checkpointing_recomputes_in_the_update(config, monkeypatch):
-    config = replace(config, gradient_checkpointing=True)
-    models, optimizer, scheduler, accelerator = made(config)
+    loop, models = ppo_loop(replace(config, gradient_checkpointing=True))
     calls = []
-    for model in (models.policy, models.inside.value_model):
+    for model in (models.policy, models.trained.value_model):
         for layer in model.base_model.decoder.layers:
             inner = layer._gradient_checkpointing_func
-            monkeypatch.setattr(layer, "_gradient_checkpointing_func",
-                                lambda *a, inner=inner, **k: (calls.append(torch.is_grad_enabled()), inner(*a, **k))[1])
-    batches = rollout(models, config, accelerator)
-    train_ppo.ppo_update(models, batches, optimizer, scheduler, config, accelerator, Divergence(None, None, accelerator),
-                         random.Random(0))
-    assert sum(calls) == len(batches) * 2 * 2, "two models of two layers in each micro-batch"
+            monkeypatch.setattr(layer, "_gradient_checkpointing_func", lambda *a, inner=inner, **k: (
+                calls.append(torch.is_grad_enabled()), inner(*a, **k))[1])
+    episodes, rollout = rolled_out(loop, models)
+    train_ppo.optimise(loop, models, episodes, rollout, None)
+    assert sum(calls) == len(episodes.passes) * 2 * 2, "two models of two layers in each micro-batch"
 
 
 def test_bf16_sampling_sees_the_weights_after_a_step(config, monkeypatch):
     """torch's autocast keeps cast weights until its block ends: a block around the whole loop would hide every step."""
     monkeypatch.setattr(train_ppo, "evaluate", lambda *_: None)
-    config = replace(config, mixed_precision="bf16", learning_rate=0.1)
-    models, optimizer, scheduler, accelerator = made(config)
-    said = []
-    run = SimpleNamespace(metrics=lambda step, figures: said.append(figures), stop_signal=None)
-    train_ppo.train(models, TOKENIZER, PROMPTS, None, None, None, config, run, None, optimizer, scheduler, accelerator)
-    before, after = (abs(figures["objective/kl"]) for figures in said)
+    loop, models = ppo_loop(replace(config, mixed_precision="bf16", learning_rate=0.1))
+    train_ppo.train(loop, models, posts_of(PROMPTS), None, None)
+    before, after = (abs(row["objective/kl"]) for row in loop.run.read_metrics())
     assert before < 0.01 and after > 0.5, "the second update's samples come from the policy after a step"

@@ -1,50 +1,121 @@
-"""The reward stage's own functions: its loss with margin and centring, and who is how sure of an order."""
+"""The reward stage's own functions: its loss with margin and centring, its figures, confidence against accuracy."""
 
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_models import each_row, stock_scores
+from datasets import Dataset
+from torch.nn.functional import softplus
 
 import train_reward
-from families import PAD, random_groups, scalar_model
+from families import random_groups, scalar_model
+from loops import epoch_loop, step_by_sgd
 from utils.config import UserError
 from utils.data.report import DataReport
 from utils.data.rows import load_examples, load_rankings
+from utils.judge.gold import labeller_figures
 from utils.judge.metrics import rank_correlation
-from utils.models.loading import load_tokenizer
-from utils.models.prompt_groups import pack
+from utils.judge.rankings import accuracy_by_note, longest_accuracy, reliability_by_confidence
+from utils.models.loading import without_dropout
+from utils.models.parents import Parent
 
-PROMPTS, COMPLETIONS = random_groups([4, 6], [[3, 1, 5], [2, 4]])
-PAIRS = [(0, 1), (2, 0), (2, 1), (4, 3)]  # (better, worse) of the five completions
+PROMPTS, COMPLETIONS = random_groups([4, 6, 2, 5], [[3, 1, 5], [2, 4], [4, 2], [1, 3, 2]])
+PAIRS = [[(0, 1), (2, 0), (2, 1)], [(1, 0)], [(0, 1)], [(2, 0)]]  # (better, worse) of each prompt's completions
+ROWS = [{"prompt": p, "completions": c, "pairs": pairs, "length": len(p) + sum(map(len, c))}
+        for p, c, pairs in zip(PROMPTS, COMPLETIONS, PAIRS, strict=True)]
+OPTIONS = [(0.0, 0.0), (0.7, 0.0), (0.0, 0.01), (0.7, 0.3)]
 
 
-@pytest.mark.parametrize(("margin", "centring_coef"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.01), (0.7, 0.3)])
+def reward_loop(folder, model=None, **keys):
+    """A loop of the reward stage on `ROWS`, all four of them in a step; nothing is clipped."""
+    keys = {"max_grad_norm": 0.0, "logging_steps": 1, **keys}
+    config = train_reward.RewardStageConfig(output_dir=str(folder), **keys)
+    return epoch_loop(config, without_dropout(scalar_model("opt") if model is None else model), len(ROWS))
+
+
+def stock_score(model, prompt, completion):
+    """The score of one plain row, by the stock model."""
+    return model(input_ids=torch.tensor([prompt + completion])).logits[0, 0]
+
+
+@pytest.mark.parametrize(("margin", "centring_coef"), OPTIONS)
 def test_the_loss_by_its_definition(margin, centring_coef):
-    """In float64 from the stock model's scores of plain rows, a pair at a time."""
+    """In float64, a pair at a time."""
+    better, worse = [0.3, -1.2, 40.0, -40.0], [0.1, 1.5, -40.0, 40.0]
+    losses = train_reward.pairwise_loss(torch.tensor(better), torch.tensor(worse), margin, centring_coef)
+    expected = [math.log1p(math.exp(-(b - w - margin))) + centring_coef * (b + w) ** 2
+                for b, w in zip(better, worse, strict=True)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "max_tokens"), [(4, 1, None), (1, 4, None), (2, 2, 25)])
+@pytest.mark.parametrize(("margin", "centring_coef"), OPTIONS)
+def test_a_step_follows_the_mean_over_all_its_pairs(batch_size, accumulation, max_tokens, margin, centring_coef,
+                                                    tmp_path, monkeypatch):
+    """Detail 12: posts of 3, 1, 1 and 1 pairs. The oracle scores plain rows with the stock model."""
+    monkeypatch.setattr(train_reward, "evaluate", lambda *_: None)
+    loop = reward_loop(tmp_path, per_device_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+                       micro_batch_tokens=max_tokens, margin=margin, centring_coef=centring_coef)
+    step_by_sgd(loop, 0.1)
+    train_reward.train(loop, Dataset.from_list(ROWS), None)
+    oracle = scalar_model("opt")
+    pairs = [[stock_score(oracle, row["prompt"], row["completions"][i]) for i in pair]
+             for row in ROWS for pair in row["pairs"]]
+    loss = sum(softplus(w + margin - b) + centring_coef * (b + w) ** 2 for b, w in pairs) / len(pairs)
+    loss.backward()
+    assert loop.step == 1 and len(pairs) == 6
+    for ours, theirs in zip(loop.module.model.parameters(), oracle.parameters(), strict=True):
+        expected = theirs if theirs.grad is None else theirs - 0.1 * theirs.grad
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    [logged] = [row["reward/loss"] for row in loop.run.read_metrics() if "reward/loss" in row]
+    assert logged == pytest.approx(loss.item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def test_figures_of_the_reward_model_by_hand(tmp_path, monkeypatch):
+    """Three pairs of one post are right by 2, right by 1 and wrong by 1; the pair of the other is a tie."""
+    rows = {"prompt": [[5], [6]], "completions": [[[1, 1], [1], [1, 1, 1]], [[1, 1], [1]]],
+            "pairs": [[(0, 1), (0, 2), (1, 2)], [(1, 0)]], "label_scores": [None, None]}
+    monkeypatch.setattr(train_reward, "score_groups", lambda *_: [[3.0, 1.0, 2.0], [0.5, 0.5]])
+    figures, _ = train_reward.accuracy_of(reward_loop(tmp_path), rows, "")
+    assert (figures["accuracy"], figures["pairs"]) == (2.5 / 4, 4)
+    # the two posts are drawn again: the first twice, say, or the second
+    assert (figures["accuracy_low"], figures["accuracy_high"]) == pytest.approx((0.5, 2 / 3))
+    # .88 and .73; the second is right once of two, the tie half of .5
+    sure = {gap: sigmoid(gap) for gap in (2, 1)}
+    assert figures["ece"] == pytest.approx(((1 - sure[2]) + 2 * (sure[1] - 0.5) + 0.0) / 4)
+    # the longer one wins in (0, 1) only
+    assert longest_accuracy(rows) == 1 / 4 and labeller_figures(rows, SCORES) == ({}, {})
+
+
+def test_scores_that_are_not_finite_have_no_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_reward, "score_groups", lambda *_: [[3.0, math.nan]])
+    with pytest.raises(UserError, match="^test: a score is not finite"):
+        train_reward.accuracy_of(reward_loop(tmp_path), {"prompt": [[5]], "completions": [[[1], [1]]],
+                                                         "pairs": [[(0, 1)]]}, "test")
+
+
+@torch.no_grad()
+def test_centring_puts_reference_summaries_at_0_on_average(tmp_path):
     model = scalar_model("opt")
-    better, worse = torch.tensor(PAIRS).T
-    found = train_reward.pairwise_loss_sum(model, pack(PROMPTS, COMPLETIONS, PAD), better, worse, margin, centring_coef)
-    score = stock_scores(model, [p + c for p, c in each_row(PROMPTS, COMPLETIONS)]).double().tolist()
-    expected = sum(-math.log(1 / (1 + math.exp(-(score[b] - score[w] - margin)))) + centring_coef * (score[b] + score[w]) ** 2
-                   for b, w in PAIRS)
-    assert found.item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_trainer_takes_margin_and_centring_from_the_configuration(monkeypatch):
-    taken = {}
-    monkeypatch.setattr(train_reward, "GroupLossMixin", object)
-    monkeypatch.setattr("utils.trainer.GroupLossMixin.__init__", lambda self, *_, loss_sum, **__: taken.update(loss_sum.keywords))
-    config = train_reward.RewardStageConfig(margin=0.5, centring_coef=0.25)
-    train_reward.RewardStageTrainer(config=config, validation=None)
-    assert taken == {"margin": 0.5, "centring_coef": 0.25}
+    references = SimpleNamespace(prompts=PROMPTS, completions=[group[0] for group in COMPLETIONS])
+    rows = list(zip(PROMPTS, references.completions, strict=True))
+    before = [stock_score(model, *row).item() for row in rows]
+    loop = reward_loop(tmp_path, model)
+    train_reward.centre(loop, references)
+    after = [stock_score(model, *row).item() for row in rows]
+    assert after == pytest.approx([score - np.mean(before) for score in before], abs=1e-4)
+    assert f"shifted the scores by {-np.mean(before):+.3f}" in (loop.run.folder / "train.log").read_text()
 
 
 SCORES = [[2.0, 0.0, 0.0], [0.0, 3.0]]
-ROWS = {"pairs": [[(0, 1), (1, 2)], [(0, 1)]], "label_scores": [[0.0, 0.0, 0.5], [2.0, 0.0]]}
+RANKINGS = {"pairs": [[(0, 1), (1, 2)], [(0, 1)]], "label_scores": [[0.0, 0.0, 0.5], [2.0, 0.0]]}
 
 
 def sigmoid(x):
@@ -53,21 +124,22 @@ def sigmoid(x):
 
 def test_confidence_against_accuracy_by_hand():
     """Gaps 2 (right), 0 (a tie, one half), -3 (wrong); the labeller's 0, .5 and 2: his second and third bin."""
-    curves = train_reward.reliabilities(SCORES, ROWS)
-    assert curves["reward model's confidence"] == [(0.5, 0.5, 1), (pytest.approx(sigmoid(2)), 1.0, 1),
-                                                   (pytest.approx(sigmoid(3)), 0.0, 1)]
-    assert curves["labeller's confidence"] == [(0.5, 1.0, 1), (pytest.approx(sigmoid(0.5)), 0.5, 1),
-                                               (pytest.approx(sigmoid(2)), 0.0, 1)]
+    assert reliability_by_confidence(SCORES, RANKINGS["pairs"]) == [
+        (0.5, 0.5, 1), (pytest.approx(sigmoid(2)), 1.0, 1), (pytest.approx(sigmoid(3)), 0.0, 1)]
+    figures, curves = labeller_figures(RANKINGS, SCORES)
+    assert curves == {"labeller's confidence": [(0.5, 1.0, 1), (pytest.approx(sigmoid(0.5)), 0.5, 1),
+                                                (pytest.approx(sigmoid(2)), 0.0, 1)]}
+    assert figures == {"label_ceiling": pytest.approx((0.5 + sigmoid(0.5) + sigmoid(2)) / 3)}
 
 
 def test_accuracy_by_what_the_set_says_of_each_pair():
-    rows = {**ROWS, "notes": [[{"batch": "1", "worker": None}, {"batch": "2", "worker": "x"}], None]}
-    assert train_reward.accuracy_by_note(SCORES, rows) == {"batch": [("1", 1.0, 1), ("2", 0.5, 1)], "worker": [("x", 0.5, 1)]}
-    assert train_reward.accuracy_by_note(SCORES, {**ROWS, "notes": [None, None]}) == {}
+    rows = {**RANKINGS, "notes": [[{"batch": "1", "worker": None}, {"batch": "2", "worker": "x"}], None]}
+    assert accuracy_by_note(SCORES, rows) == {"batch": [("1", 1.0, 1), ("2", 0.5, 1)], "worker": [("x", 0.5, 1)]}
+    assert accuracy_by_note(SCORES, {**RANKINGS, "notes": [None, None]}) == {}
 
 
 def test_an_unknown_labeller_has_no_curve():
-    assert list(train_reward.reliabilities(SCORES, {**ROWS, "label_scores": [None, [2.0, 0.0]]})) == ["reward model's confidence"]
+    assert labeller_figures({**RANKINGS, "label_scores": [None, [2.0, 0.0]]}, SCORES) == ({}, {})
 
 
 def naive_rank(values):
@@ -100,7 +172,7 @@ def load_ratings(tmp_path, rows, **more):
     config = train_reward.RewardStageConfig(reward_training_data=str(tmp_path / "train.jsonl"),
                                             rating_data=str(tmp_path / "ratings.jsonl"), **more)
     report = DataReport()
-    return train_reward.load_splits(config, load_tokenizer("assets/opt-mini"), report)[-1], report, config
+    return train_reward.load_splits(config, Parent("model", "assets/opt-mini").tokenizer, report)[-1], report, config
 
 
 def test_ratings_of_a_post_are_one_group_and_those_of_one_answer_their_mean(tmp_path):
@@ -112,12 +184,16 @@ def test_ratings_of_a_post_are_one_group_and_those_of_one_answer_their_mean(tmp_
     assert any(note.startswith("rating_data: dropped 1 of 3 groups") for note in report.notes)
 
 
-def test_scores_are_held_against_the_ratings(tmp_path, monkeypatch):
-    table, _, config = load_ratings(tmp_path, [rating(post, text, n) for n, (post, text) in enumerate(
+@pytest.mark.parametrize(("found", "agreement"), [([[0.1, 0.3], [0.2, 0.9]], "1.000"),
+                                                  ([[0.9, 0.2], [0.3, 0.1]], "-1.000")])
+def test_scores_are_held_against_the_ratings(found, agreement, tmp_path, monkeypatch):
+    table, *_ = load_ratings(tmp_path, [rating(post, text, n) for n, (post, text) in enumerate(
         [("p", "a"), ("q", "b"), ("p", "c"), ("q", "d")])])
-    for found, expected in (([[0.1, 0.3], [0.2, 0.9]], 1.0), ([[0.9, 0.2], [0.3, 0.1]], -1.0)):
-        monkeypatch.setattr(train_reward, "score_groups", lambda *args, found=found: found)
-        assert train_reward.rating_agreement(None, None, table, config) == (pytest.approx(expected), 4)
+    monkeypatch.setattr(train_reward, "score_groups", lambda *_: found)
+    loop = reward_loop(tmp_path)
+    train_reward.log_rating_agreement(loop, table)
+    logged = (loop.run.folder / "train.log").read_text()
+    assert f"rank correlation of scores and overall ratings: {agreement} (4 answers)" in logged
 
 
 BROKEN_RATINGS = {

@@ -13,8 +13,8 @@ from statistics import fmean
 
 from utils.config import UserError, find_input
 from utils.judge.evaluation import Summaries
-from utils.judge.metrics import label_ceiling, length_controlled_win_rate, win_rate
-from utils.judge.rankings import reliability_by_confidence
+from utils.judge.metrics import label_ceiling, length_controlled_win_rate, reliability, win_rate
+from utils.judge.rankings import confidence, gaps_of
 
 
 class GoldJudge:
@@ -66,16 +66,21 @@ def table_rows(summary: dict):
     yield "gold win rate over SFT, greedy", "", f"{summary['gold_win_rate_greedy']:.3f}", ""
 
 
-def labeller_figures(rows) -> tuple[dict[str, float], dict[str, list]]:
+def labeller_figures(rows, scores: list[list[float]]) -> tuple[dict[str, float], dict[str, list]]:
     """What is known of rankings whose labeller is known: (figures for summary.json, reliability curves); else ({}, {}).
 
-    `label_ceiling` is the accuracy that the labels' noise allows. The labeller's own curve shows how far from the
-    diagonal noise alone can be.
+    `label_ceiling` is the accuracy that the labels' noise allows. The curve has the reward model's accuracy by the
+    labeller's confidence (detail 20): on the diagonal the model reaches what that noise allows.
+
+    Args:
+        scores: the reward model's, of each completion.
     """
     if not all(group is not None for group in rows["label_scores"]):
         return {}, {}
-    curve = reliability_by_confidence(rows["label_scores"], rows["pairs"])
-    return {"label_ceiling": label_ceiling(rows["label_scores"], rows["pairs"])}, {"labeller's confidence": curve}
+    sure = confidence(gaps_of(rows["label_scores"], rows["pairs"])[0])
+    _, right = gaps_of(scores, rows["pairs"])
+    ceiling = label_ceiling(rows["label_scores"], rows["pairs"])
+    return {"label_ceiling": ceiling}, {"labeller's confidence": reliability(sure, right)}
 
 
 def load_rules(path: str) -> dict:
