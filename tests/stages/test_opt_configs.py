@@ -70,7 +70,8 @@ def plan_of(size, stage):
     setup = Setup(
         f"facebook/opt-{size}", None, getattr(config, "value_model", "separate"), config.lora_rank,
         nodes * per_node, per_node, gpu * GIB, node * GIB, config.per_device_batch_size,
-        config.eval_batch_size, config.max_prompt_tokens, completion, k, config.mixed_precision, config.gradient_checkpointing,
+        config.eval_batch_size, config.max_prompt_tokens, completion, k, config.mixed_precision,
+        config.gradient_checkpointing,
     )
     name = (config.deepspeed or "none").removeprefix("configs/deepspeed/").removesuffix(".json")
     [zero] = choices_of([name])
