@@ -55,7 +55,7 @@ class PrepareConfig:
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
                                source="IG: K = 4 to 9", low=2)
-    min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors use 2.",
+    min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; 2 is advised for SHP.",
                                  source="SHP", low=0.0)
     max_pairs_per_prompt: int | None = key(None, "Pairwise rows of a prompt beyond this number are dropped; "
                                            "SHP's authors advise 5.",
