@@ -22,7 +22,7 @@ from utils.paths import find_local, is_hub_name
 
 _HELD_OUT = ["validation", "valid", "valid1"]
 _TEST = ["test", "valid2"]
-# key -> the split of a hub data set that it takes, the first that there is; all other keys take train
+# data key -> splits that it takes, best first; all other keys take train
 _SPLITS = {
     "actor_validation_data": _HELD_OUT, "actor_test_data": _TEST,
     "reward_validation_data": _HELD_OUT, "reward_test_data": _TEST,
@@ -32,13 +32,13 @@ _SPLITS = {
 
 
 class Source(NamedTuple):
-    """One data set by its name."""
+    """One data set that a data key names."""
 
     name: str  # a file, a folder, or owner/name on the hub
-    config: str | None = None  # of the hub: the set's configuration
-    split: str | None = None  # of the hub and of folders; None: the one that the key takes
-    revision: str | None = None  # of the hub: branch, tag or commit
-    data_dir: str | None = None  # of the hub: a folder in the repository
+    config: str | None = None  # hub only: the set's configuration
+    split: str | None = None  # hub and folders only; None: the split that the data key takes
+    revision: str | None = None  # hub only: branch, tag or commit
+    data_dir: str | None = None  # hub only: a folder in the repository
     weight: float = 1.0
 
 
@@ -49,12 +49,12 @@ def data_key(default: str | None, help: str):
 
 
 def parse_sources(value):
-    """The value of a data key, checked: text, a mapping, or a list of these.
+    """Check the value of a data key: a name, a mapping, or a list of these.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: its text says what is wrong with the value.
     """
-    if isinstance(value, str) and value.startswith(("[", "{")):  # on the command line
+    if isinstance(value, str) and value.startswith(("[", "{")):  # JSON from the command line
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -86,46 +86,47 @@ def _check_entry(entry) -> None:
 
 
 def sources_of(value) -> list[Source]:
-    """The data sets that the (checked) value of a data key names."""
+    """The data sets that the value of a data key names. `parse_sources` has checked it."""
     return [Source(entry) if isinstance(entry, str) else Source(**entry)
             for entry in (value if isinstance(value, list) else [value])]
 
 
 class Opened(NamedTuple):
-    """A data set that is there."""
+    """A data set that exists and can be read."""
 
-    label: str  # for messages: a row's place is `label:number`
-    content: list[str]  # what identifies its content and how it is read
-    rows: Iterator[tuple[int, dict | BadRow]]  # each with its number, from 1
+    label: str  # for messages, in which a row's place is `label:number`
+    content: list[str]  # identifies the rows and how they are read; part of the cache key
+    rows: Iterator[tuple[int, dict | BadRow]]  # (number, row); numbers start at 1
 
 
 def open_source(source: Source, field: str) -> Opened:
-    """A data set, ready to be read row by row.
+    """Open a data set, to be read row by row.
 
     Args:
-        field: the configuration key it came from, such as `actor_training_data`: it chooses the split, and
-            messages name it.
+        field: data key that names it, such as `actor_training_data`. It chooses the split, and messages name
+            it.
 
     Raises:
-        UserError: when it is not there, cannot be read, or has no split for the key's role.
+        UserError: when the data set does not exist, cannot be read, or has no split that the key takes.
     """
     name = source.name
     if is_hub_name(name) and not name.endswith(FILE_ENDINGS) and find_local(name) is None:
         return _open_hub(source, field)
     path = find_input(name, field)
-    remote = [option for option in ("config", "revision", "data_dir") if getattr(source, option) is not None]
-    if path.is_file() and source.split is not None:
-        remote.append("split")
-    if remote:
-        raise UserError(f"{field}: '{name}' is on this disk and has no {' or '.join(remote)}; leave that out")
+    hub_only = ["config", "revision", "data_dir", *(["split"] if path.is_file() else [])]
+    unusable = [option for option in hub_only if getattr(source, option) is not None]
+    if unusable:
+        raise UserError(f"{field}: '{name}' is on this disk and has no {' or '.join(unusable)}; leave that "
+                        "out")
     if path.is_dir():
         return _open_saved(path, source.split, field)
-    ending = next(filter(path.name.endswith, FILE_ENDINGS), "")  # decides how the bytes are read
+    # the ending is part of the content, because the same bytes under another ending are other rows
+    ending = next(filter(path.name.endswith, FILE_ENDINGS), "")
     return Opened(str(path), [_digest([path]), ending], read_file(path, field))
 
 
 def _digest(paths: list[Path]) -> str:
-    """A hash of the bytes of files."""
+    """SHA-256 of the bytes of files."""
     hashes = []
     for path in paths:
         with path.open("rb") as file:
@@ -134,6 +135,7 @@ def _digest(paths: list[Path]) -> str:
 
 
 def _open_saved(path: Path, split: str | None, field: str) -> Opened:
+    """Open a folder that `datasets` has saved."""
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -151,17 +153,18 @@ def _open_saved(path: Path, split: str | None, field: str) -> Opened:
 
 
 def _open_hub(source: Source, field: str) -> Opened:
+    """Open a data set of the hub."""
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
-    more = {"revision": source.revision, "data_dir": source.data_dir}
-    more = {option: value for option, value in more.items() if value}
+    given = {"revision": source.revision, "data_dir": source.data_dir}
+    options = {option: value for option, value in given.items() if value}
     config = [source.config] if source.config else []
     try:
-        names = [] if source.split else get_dataset_split_names(source.name, *config, **more)
+        names = [] if source.split else get_dataset_split_names(source.name, *config, **options)
         split = source.split or _split_of(names, None, field, source.name)
-        rows = load_dataset(source.name, *config, split=split, **more)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # Runtime: loading scripts
+        rows = load_dataset(source.name, *config, split=split, **options)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a loading script
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{field}: '{source.name}' is neither a file nor a data set of the hub that can be "
                         f"reached ({reason}); without a network, name a local copy: a file, or a folder "
@@ -171,7 +174,7 @@ def _open_hub(source: Source, field: str) -> Opened:
 
 
 def _digest_of_rows(rows) -> str:
-    """A hash of the columns and cells of a data set."""
+    """SHA-256 of the columns and cells of a data set."""
     digest = hashlib.sha256()
     for columns in rows.iter(batch_size=1000):
         digest.update(json.dumps(columns, default=str).encode())
@@ -183,7 +186,7 @@ def _numbered(rows):
 
 
 def _split_of(splits: list[str], asked: str | None, field: str, name: str) -> str:
-    """The split that was asked for, or the one that a configuration key takes."""
+    """The split that was asked for, or the first of `splits` that a data key takes."""
     wanted = [asked] if asked else _SPLITS.get(field, ["train"])
     for split in wanted:
         if split in splits:
