@@ -164,7 +164,7 @@ def _open_hub(source: Source, field: str) -> Opened:
         names = [] if source.split else get_dataset_split_names(source.name, *config, **options)
         split = source.split or _split_of(names, None, field, source.name)
         rows = load_dataset(source.name, *config, split=split, **options)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a loading script
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # Runtime: a loading script
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{field}: '{source.name}' is neither a file nor a data set of the hub that can be "
                         f"reached ({reason}); without a network, name a local copy: a file, or a folder "
