@@ -1,15 +1,16 @@
 """The mathematics of PPO as pure functions of tensors: no model, no config, no logging, no communication.
 
-Shapes: N episodes, R response length, right-padded, so that the real tokens of a row come first. Every `*_mask`
-is boolean, True = real. Where a function takes a mask, padding never changes its result, not even a NaN there.
+Shapes: N episodes, R tokens in the longest response. Responses are right-padded: the real tokens of a row
+come first. Every `*_mask` is boolean, True = real. Where a function takes a mask, padding never changes its
+result, not even if it is NaN.
 
-A state carries the index of the token that is chosen in it: `values[:, t]` is the value of the state *before*
-response token t is emitted, and the score is paid for emitting the last real token, the EOS. One mask therefore
-serves tokens and states. (Detail 28 keeps two because N+ places the score one position later.)
+A state has the index of the token that is chosen in it. `values[:, t]` is the value of the state *before*
+response token t, and the score is paid for the last real token, the EOS. So one mask serves tokens and
+states. (N+ needs two, because it pays the score one position later; detail 28.)
 
-Sources: "N+" is arXiv 2403.17031 with its detail numbers as in our notes; "PPO" is arXiv 1707.06347; "GAE" is
-arXiv 1506.02438; "LMHP" is arXiv 1909.08593; "RLOO" is arXiv 2402.14740; "GRPO" is arXiv 2402.03300; k1, k2 and k3
-are the estimators of http://joschu.net/blog/kl-approx.html.
+"Detail" numbers are those of docs/details.md. "N+" is arXiv 2403.17031, "PPO" arXiv 1707.06347, "GAE" arXiv
+1506.02438, "LMHP" arXiv 1909.08593, "RLOO" arXiv 2402.14740, "GRPO" arXiv 2402.03300. k1, k2 and k3 are the
+estimators of http://joschu.net/blog/kl-approx.html.
 """
 
 from typing import NamedTuple
@@ -19,24 +20,31 @@ from torch import Tensor
 
 
 class Rollout(NamedTuple):
-    """What one PPO update is trained on, gathered under the behaviour policy. (N, R) where no shape is given."""
+    """The data of one PPO update, sampled from the behaviour policy."""
 
-    response_mask: Tensor  # bool; the EOS is its last real token
-    logprobs: Tensor  # behaviour policy, at the sampling temperature (detail 25)
-    ref_logprobs: Tensor
-    values: Tensor | None  # of the state before each token; None without a value model
-    scores: Tensor  # (N,) from the reward model, after the penalty for a missing EOS
-    # the last three are known when all responses of the update are
-    rewards: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None  # what the values are trained on; None without a value model
+    response_mask: Tensor  # (N, R) bool; the EOS is the last real token
+    logprobs: Tensor  # (N, R) of the behaviour policy at the sampling temperature (detail 25)
+    ref_logprobs: Tensor  # (N, R)
+    values: Tensor | None  # (N, R) of the state before each token; None: no value model
+    scores: Tensor  # (N,) of the reward model; a missing EOS is penalised already
+    # these three need all responses of the update, so they are filled in later
+    rewards: Tensor | None = None  # (N, R)
+    advantages: Tensor | None = None  # (N, R)
+    returns: Tensor | None = None  # (N, R) targets of the values; None: no value model
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
-    """KL(policy || reference) per token, of tokens that the policy sampled; any shape (detail 24).
+    """Estimates of KL(policy || reference) at tokens that the policy sampled (detail 24).
 
-    With d = logprobs - ref_logprobs: k1 = d, unbiased; k2 = d^2 / 2, biased, never negative; k3 = exp(-d) - 1 + d,
-    unbiased and never negative. Raises ValueError for another estimator.
+    With d = logprobs - ref_logprobs: k1 = d is unbiased. k2 = d^2 / 2 is biased and never negative. k3 =
+    exp(-d) - 1 + d is unbiased and never negative.
+
+    Args:
+        logprobs, ref_logprobs: of the same shape, which is also that of the result.
+        estimator: k1, k2 or k3.
+
+    Raises:
+        ValueError: for another estimator.
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
@@ -44,43 +52,64 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
     if estimator == "k2":
         return d.square() / 2
     if estimator == "k3":
-        return torch.expm1(-d) + d  # expm1: exp(-d) - 1 loses all its digits where the two policies nearly agree
+        # for small d, exp(-d) - 1 loses all its digits to rounding, expm1 does not
+        return torch.expm1(-d) + d
     raise ValueError(f"no KL estimator {estimator!r}; there are k1, k2 and k3")
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """The KL coefficient after an update of `episodes` responses whose KL was `kl` nats each (LMHP section 2.2; detail 23).
+    """The next KL coefficient, by proportional control (LMHP section 2.2; detail 23).
 
-    Proportional control: kl_coef * (1 + error * episodes / horizon), error = kl / target - 1 clipped to +-.2.
+    It is kl_coef * (1 + error * episodes / horizon) with error = kl / target - 1, clipped to +-.2.
+
+    Args:
+        kl: mean KL of a response in the last update [nats].
+        target: of `kl`.
+        episodes: responses of the last update.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
 
 
 def shape_scores(scores: Tensor, scale: float, clip: float | None) -> Tensor:
-    """Scores (N,) divided by `scale`, then clipped to +-`clip` (None: not clipped), as they enter the rewards."""
+    """Scores (N,) as they enter the rewards: divided by `scale`, then clipped to +-`clip` (None: no clip)."""
     scaled = scores / scale
     return scaled if clip is None else scaled.clamp(-clip, clip)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (N, R): -kl_coef * kl at every token, plus the score at the last real one (detail 23).
+    """Rewards: -kl_coef * kl at every real token, plus the score at the last one (detail 23).
 
-    Takes scores (N,), kl (N, R), response_mask (N, R). Padding is 0.
-    Raises ValueError when an episode has no real token: its score would have no place.
+    Args:
+        scores: (N,).
+        kl, response_mask: (N, R).
+
+    Returns:
+        (N, R). Padding is 0.
+
+    Raises:
+        ValueError: when an episode has no real token, because its score would be lost.
     """
     if not response_mask.any(dim=1).all():
         raise ValueError("an episode has no real token; even an empty response has its EOS")
     rewards = torch.where(response_mask, -kl_coef * kl, 0.0)
-    last = response_mask.sum(dim=1, keepdim=True) - 1  # (N, 1)
+    last = response_mask.sum(dim=1, keepdim=True) - 1  # (N, 1) position of the EOS
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
-def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and returns, all (N, R) (GAE eq. 16; detail 29).
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (GAE eq. 16; detail 29).
 
-    `values[:, t]` belongs to the state before token t, see the module docstring; the state after the last real
-    token is terminal and worth 0. Returns are advantages + values, before any whitening. Padding is 0.
+    The state after the last real token is terminal, its value is 0.
+
+    Args:
+        rewards, values, response_mask: (N, R). `values[:, t]` is the value of the state before token t.
+
+    Returns:
+        Advantages and returns, (N, R) each. Returns are advantages + values, before any whitening. Padding is
+            0.
     """
     rewards = torch.where(response_mask, rewards, 0.0)
     values = torch.where(response_mask, values, 0.0)
@@ -95,9 +124,16 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
 
 
 def rloo_advantages(episode_rewards: Tensor, k: int) -> Tensor:
-    """Reward of an episode minus the mean of its prompt's other K - 1 episodes, (N,) (RLOO eq. 8).
+    """Reward of an episode minus the mean reward of its prompt's other K - 1 episodes (RLOO eq. 8).
 
-    Takes (N,) rewards, the K episodes of a prompt one after the other. Raises ValueError for K = 1, which has no others.
+    Args:
+        episode_rewards: (N,), the K episodes of a prompt next to each other.
+
+    Returns:
+        (N,).
+
+    Raises:
+        ValueError: for K = 1.
     """
     rewards = _by_prompt(episode_rewards, k)
     others = (rewards.sum(1, keepdim=True) - rewards) / (k - 1)
@@ -105,9 +141,11 @@ def rloo_advantages(episode_rewards: Tensor, k: int) -> Tensor:
 
 
 def grpo_advantages(episode_rewards: Tensor, k: int) -> Tensor:
-    """(reward - mean) / (standard deviation + 1e-4) over the K episodes of a prompt, (N,) (GRPO section 4.1.2).
+    """(reward - mean) / (standard deviation + 1e-4) over the K episodes of a prompt (GRPO section 4.1.2).
 
-    Takes what `rloo_advantages` takes. The deviation is the sample's, as in trl; 1e-4 keeps equal rewards at 0.
+    It is the sample standard deviation (K - 1), as in trl. The 1e-4 makes equal rewards 0 instead of 0 / 0.
+
+    Args, returns and raises as `rloo_advantages`.
     """
     rewards = _by_prompt(episode_rewards, k)
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -115,22 +153,29 @@ def grpo_advantages(episode_rewards: Tensor, k: int) -> Tensor:
 
 
 def _by_prompt(episode_rewards, k):
+    """(N / K, K): a row for each prompt."""
     if k < 2:
         raise ValueError("a prompt with one response has no others to be compared with")
     return episode_rewards.view(-1, k)
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of `x` where `mask` is True: float64 (3,).
+    """Count, sum and sum of squares of `x` where `mask` is True.
 
-    They add up over micro-batches and ranks, so a caller may all-reduce them and pass the total to `mean_var`.
+    They can be added up over micro-batches and ranks. `mean_var` takes the total.
+
+    Returns:
+        (3,) float64.
     """
     x = torch.where(mask, x, 0.0).double()
     return torch.stack([mask.sum().double(), x.sum(), x.square().sum()])
 
 
 def mean_var(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance, both scalars, from the (3,) of `masked_moments` (NaN if the count is 0)."""
+    """Mean and population variance, scalars, from the (3,) of `masked_moments`.
+
+    Both are NaN if the count is 0.
+    """
     count, total, squares = moments
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=0)
@@ -139,13 +184,22 @@ def mean_var(moments: Tensor) -> tuple[Tensor, Tensor]:
 def whiten(
     x: Tensor, mask: Tensor, mean: Tensor | None = None, var: Tensor | None = None, shift_mean: bool = True
 ) -> Tensor:
-    """`x` (N, R) scaled to masked variance 1 and, with `shift_mean`, moved to masked mean 0 (detail 30).
+    """Scale `x` to masked variance 1 and shift it to masked mean 0 (detail 30).
 
-    `mean` and `var` default to those of `x`; with several ranks give those of all of them (`masked_moments`).
-    Variance is the population's, eps 1e-8. Padding is 0. Raises ValueError when only one of the two is given.
+    Args:
+        x, mask: (N, R).
+        mean, var: by default those of `x`. With several micro-batches or ranks give those of all
+            (`masked_moments`).
+        shift_mean: False keeps the mean.
+
+    Returns:
+        (N, R). Padding is 0.
+
+    Raises:
+        ValueError: when only one of `mean` and `var` is given.
     """
     if (mean is None) != (var is None):
-        raise ValueError("give both mean and var or neither")
+        raise ValueError("give both mean and var, or neither")
     if mean is None:
         mean, var = mean_var(masked_moments(x, mask))
     whitened = (x - mean) / (var + 1e-8) ** 0.5
@@ -155,11 +209,17 @@ def whiten(
 def policy_loss(
     new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, cliprange: float
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate loss per token and whether clipping set it (bool), all (N, R) (PPO eq. 7; detail 31).
+    """Clipped surrogate loss of each token (PPO eq. 7; detail 31).
 
-    Not reduced: the caller sums over real tokens and divides by those of the whole optimizer step (detail 12).
-    Padding is the caller's to drop, with torch.where; all arguments must be moderate numbers there, zeros for
-    instance, because a backward pass makes 0 * inf and 0 * NaN a NaN.
+    It is not reduced: the caller sums over the real tokens and divides by those of the whole optimizer step
+    (detail 12). It is not masked: the caller drops padding with torch.where. Padding must be finite in all
+    arguments, zeros for instance, because in the backward pass 0 * inf and 0 * NaN are NaN.
+
+    Args:
+        new_logprobs, logprobs, advantages: (N, R).
+
+    Returns:
+        Loss, and whether clipping changed it (bool); (N, R) each.
     """
     ratio = torch.exp(new_logprobs - logprobs)
     unclipped = -advantages * ratio
@@ -170,9 +230,15 @@ def policy_loss(
 def value_loss(
     new_values: Tensor, values: Tensor, returns: Tensor, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
-    """Clipped value loss per state, 0.5 * max of the two squares, and whether clipping set it (bool), all (N, R).
+    """Clipped value loss of each state: 0.5 * the larger of the two squared errors (LMHP; detail 31).
 
-    Source: detail 31, from LMHP (arXiv 1909.08593). Not reduced and not masked, as `policy_loss`.
+    It is neither reduced nor masked, like `policy_loss`.
+
+    Args:
+        new_values, values, returns: (N, R).
+
+    Returns:
+        Loss, and whether clipping changed it (bool); (N, R) each.
     """
     near = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     unclipped = (new_values - returns).square()
@@ -184,15 +250,22 @@ def value_loss(
 def policy_statistics(
     new_logprobs: Tensor, logprobs: Tensor, entropy: Tensor, clipped: Tensor, response_mask: Tensor
 ) -> dict[str, Tensor]:
-    """How far the policy has moved from the behaviour policy (details 27, 32); all arguments (N, R).
+    """How far the policy has moved from the behaviour policy (details 27 and 32).
 
-    Scalars. `ratio`, `approx_kl` (k3), `clipfrac`, `entropy` and `tokens` are SUMS over real tokens: add them over
-    micro-batches and ranks, then divide by `tokens`. `ratio_max` is a maximum, to be combined by maximum.
+    Args:
+        new_logprobs, logprobs, entropy, clipped, response_mask: (N, R).
+
+    Returns:
+        Scalars. `ratio`, `approx_kl` (k3), `clipfrac`, `entropy` and `tokens` are SUMS over real tokens: add
+            them up over
+        micro-batches and ranks, then divide by `tokens`. `ratio_max` is a maximum: take the maximum over
+            these.
     """
     ratio = torch.exp(new_logprobs - logprobs)
     per_token = {
         "ratio": ratio,
-        "approx_kl": kl_estimate(logprobs, new_logprobs, "k3"),  # (ratio - 1) - logratio: the samples are the behaviour policy's
+        # (ratio - 1) - log ratio: the behaviour policy sampled, so it is the first argument
+        "approx_kl": kl_estimate(logprobs, new_logprobs, "k3"),
         "clipfrac": clipped.float(),
         "entropy": entropy,
         "tokens": torch.ones_like(ratio),
@@ -202,16 +275,21 @@ def policy_statistics(
 
 
 def explained_variance(residual_moments: Tensor, return_moments: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns), a scalar (detail 32), from the `masked_moments` of the two.
+    """1 - Var(returns - values) / Var(returns), a scalar (detail 32).
 
-    1 is perfect up to a constant, 0 no better than a constant; NaN or -inf when the returns do not vary.
+    1: the values are perfect up to a constant. 0: they are no better than a constant. NaN or -inf: the
+    returns do not vary.
+
+    Args:
+        residual_moments, return_moments: `masked_moments` of returns - values, and of the returns.
     """
     return 1 - mean_var(residual_moments)[1] / mean_var(return_moments)[1]
 
 
 def missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
-    """Scores (N,) with the fixed score `penalty` in place of those whose response has no EOS (detail 26).
+    """Scores (N,) in which responses without EOS get the fixed score `penalty` (detail 26).
 
-    `ended` (N,) is boolean, True = the response contains an EOS.
+    Args:
+        ended: (N,) bool, True = the response has an EOS.
     """
     return torch.where(ended, scores, penalty)

@@ -1,8 +1,9 @@
-"""Attention that computes nothing above the diagonal: queries in blocks, each with the keys up to its own end.
+"""Causal attention in blocks of queries. Each block attends to the keys up to its own end only.
 
-torch's kernels compute the whole (T, T) table under a mask and throw half of it away. Attention is a tenth (OPT-125m) to a
-quarter (the mini model) of a step at 400 tokens, and the blocks take a fifth to a quarter less of it. FlexAttention, which also
-leaves out what completions do not see of each other, has no backward pass on CPUs (torch 2.13).
+torch's kernels compute the whole (T, T) table under a mask and throw half of it away. At 400 tokens attention
+is a tenth (OPT-125m) to a quarter (the mini model) of a step, and blocks take a fifth to a quarter less time
+for it. FlexAttention could also skip what completions do not see of each other, but has no backward pass on
+CPUs (torch 2.13).
 """
 
 from itertools import pairwise
@@ -12,14 +13,21 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-CAUSAL_BLOCKS = "causal_blocks"  # the `attn_implementation` of every model here
-_BLOCK = 128  # queries; smaller ones cost more in calls than they save
+CAUSAL_BLOCKS = "causal_blocks"  # the `attn_implementation` of every model in this repository
+_BLOCK = 128  # queries of a block. Smaller blocks cost more in calls than they save.
 
 
 def causal_blocks(module, query, key, value, attention_mask, **more):
-    """transformers' SDPA attention of T queries on T keys, (B, H, T, D) each, with a causal mask (B, 1, T, T); (B, T, H, D).
+    """transformers' SDPA attention, in blocks when T queries attend to T keys.
 
-    Anything else, such as a decoding step's few queries on many keys, is one call.
+    Other calls, such as a decoding step with few queries and many keys, are passed on in one piece.
+
+    Args:
+        query, key, value: (B, H, T, D).
+        attention_mask: (B, 1, T, T), True = attends; must be causal, which is not checked.
+
+    Returns:
+        (B, T, H, D), and None in place of the attention weights.
     """
     length = query.shape[2]
     count = length // _BLOCK

@@ -1,8 +1,10 @@
-"""Sampling: the prompt is computed once, and K samples branch from its cache.
+"""Sampling: a prompt is computed once, and K responses branch from its cache.
 
 A decoding step is one more slice of the prompt-group row: the K newest tokens of a row go through the model
-together, each seeing the prompt and its own branch. So the prompt's keys and values are stored once, not K
-times, and stock models do it with nothing but an attention mask.
+together, and each sees the prompt and its own branch. So the prompt's keys and values are stored once instead
+of K times. Stock models do this with an attention mask alone.
+
+Shapes: B prompts of a batch, Q tokens in the longest, N = B * K responses, V words.
 """
 
 import math
@@ -14,27 +16,28 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from utils.zero import gathered_weights
 
-_CHECKED_EVERY = 4  # steps between looks at who has ended: on a GPU each look waits for the device
-_BLOCK = 256  # words summed at once when a token is drawn
+# steps between checks of which responses have ended: on a GPU each check waits for the device
+_CHECKED_EVERY = 4
+_BLOCK = 256  # words whose probabilities are summed first when a token is drawn, see `_draw`
 
 
 class Samples(NamedTuple):
-    """Responses of all prompts, K after K; each ends with its EOS when it has one."""
+    """The responses of all prompts: the K of the first prompt, then those of the second, ..."""
 
-    responses: list[list[int]]
-    logprobs: list[list[float]]
-    ended: list[bool]
+    responses: list[list[int]]  # token ids, the EOS included
+    logprobs: list[list[float]]  # of each token
+    ended: list[bool]  # whether the response has an EOS
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """A cache layer of a known final length: a step writes in place instead of copying all that came before."""
+    """A cache layer with its final length allocated, so that a step writes in place and copies nothing."""
 
     def __init__(self, length: int):
         super().__init__()
-        self.length, self.used = length, 0
+        self.length, self.used = length, 0  # columns: allocated, filled
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
+        if not self.is_initialized:  # shape, dtype and device are known from the first call on
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             shape = (*key_states.shape[:2], self.length, key_states.shape[3])
             self.keys, self.values = key_states.new_empty(shape), value_states.new_empty(shape)
@@ -45,7 +48,7 @@ class _PreallocatedLayer(DynamicLayer):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def retire(self, running):
-        """Keep the rows (B,) that are True."""
+        """Drop the rows of the batch for which `running` (B,) is False."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty((int(running.sum()), *old.shape[1:]))
@@ -77,30 +80,34 @@ def sample(
     Args:
         prompts: token ids.
         temperature: divides the logits, in sampling and in the log-probs.
-        seeds: one for each response (len(prompts) * k), so that the batch size does not change what is sampled.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probability is at least this; 1 keeps all.
-        batch_size: prompts in one batch.
-        progress: title of a progress bar; empty for none.
+        seeds: one for each response (len(prompts) * k), so that the batch size does not change what is
+            sampled.
+        top_k: sample from the k most likely tokens; 0: from all.
+        top_p: sample from the smallest set of tokens with at least this probability; 1: from all.
+        batch_size: prompts of a batch.
+        progress: title of the progress bar; empty: no bar.
 
     Returns:
-        Responses with log-probs under the *untruncated* distribution at this temperature: what the update's
-        forward pass computes for the same tokens (detail 27), whatever top_k and top_p are.
+        Responses, and their log-probs under the *untruncated* distribution at this temperature. The forward
+            pass of the
+        update computes the same for these tokens (detail 27), whatever top_k and top_p are.
     """
-    with gathered_weights(policy):  # on all ranks, also on one without a prompt
-        return _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p, batch_size, progress)
+    with gathered_weights(policy):  # every rank must take part under ZeRO-3, even one without prompts
+        return _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p,
+                       batch_size, progress)
 
 
-def _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p, batch_size, progress):
-    if not prompts:  # a rank's share of a short list
+def _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p,
+            batch_size, progress):
+    if not prompts:  # a list shorter than the number of ranks leaves some without prompts
         return Samples([], [], [])
     was_training = policy.training
     policy.eval()
-    # neighbours of like length share a batch, so that little padding is computed
+    # prompts of similar length share a batch, so that little padding is computed
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    found = {}
-    batches = math.ceil(len(order) / batch_size)
-    with tqdm(total=batches * max_new_tokens, desc=progress, unit="token", disable=not progress, leave=False) as bar:
+    results = {}  # number of a response -> (tokens, log-probs, ended)
+    steps = math.ceil(len(order) / batch_size) * max_new_tokens
+    with tqdm(total=steps, desc=progress, unit="token", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             noise = _uniforms([seeds[i * k + j] for i in part for j in range(k)], max_new_tokens)
@@ -108,118 +115,150 @@ def _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_
             tokens, logprobs = batch.run(noise, temperature, top_k, top_p, eos_id, bar)
             for row, i in enumerate(part):
                 for j in range(k):
-                    found[i * k + j] = _cut(tokens[row * k + j], logprobs[row * k + j], eos_id)
-            bar.update(max_new_tokens - len(tokens[0]))  # those that no branch needed
+                    results[i * k + j] = _cut(tokens[row * k + j], logprobs[row * k + j], eos_id)
+            bar.update(max_new_tokens - len(tokens[0]))  # steps that no branch needed
     policy.train(was_training)
-    return Samples(*map(list, zip(*(found[n] for n in range(len(prompts) * k)), strict=True)))
+    return Samples(*map(list, zip(*(results[n] for n in range(len(prompts) * k)), strict=True)))
 
 
 def _uniforms(seeds, length):
-    """One uniform number for each sample and step, (N, length): all the randomness a response takes."""
+    """Uniform random numbers (N, length), one for each response and step. Sampling needs no others."""
     return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def _cut(tokens, logprobs, eos_id):
-    """Everything up to and with the first EOS of the *response* (OPT's BOS is its EOS; detail 4)."""
+    """Cut a response after its first EOS.
+
+    The prompt is not searched, because OPT's BOS is its EOS (detail 4).
+    """
     end = tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens)
     return tokens[:end], logprobs[:end], eos_id in tokens
 
 
 class _Batch:
-    """One batch of prompts, left-padded, and the cache they share with their branches."""
+    """A batch of left-padded prompts, and the cache that they share with their branches."""
 
     def __init__(self, policy, prompts, k, max_new_tokens, pad_id):
         self.policy, self.k = policy, k
         self.width = max(map(len, prompts))
         self.device = policy.get_input_embeddings().weight.device
         rows = [[pad_id] * (self.width - len(p)) + p for p in prompts]
-        self.input_ids = torch.tensor(rows, device=self.device)
-        self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        self.real = torch.arange(self.width, device=self.device) >= (self.width - self.lengths)[:, None]  # (B, Q)
+        self.input_ids = torch.tensor(rows, device=self.device)  # (B, Q)
+        self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)  # (B,)
+        # (B, Q) True = a token of the prompt, False = padding
+        self.real = torch.arange(self.width, device=self.device) >= (self.width - self.lengths)[:, None]
         layers = policy.config.num_hidden_layers
         length = self.width + k * max_new_tokens
         self.cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(layers)])
         self.max_new_tokens = max_new_tokens
 
     def run(self, noise, temperature, top_k, top_p, eos_id, bar):
-        """Decode until every branch has ended; tokens and log-probs as lists of (N) lists. `bar` moves at each token."""
-        logits = self._prefill().repeat_interleave(self.k, 0)  # (n, V), n = the branches of the rows that still run
+        """Decode until every branch has ended.
+
+        Args:
+            noise: (N, max_new_tokens) from `_uniforms`.
+            bar: progress bar, moved by each step.
+
+        Returns:
+            Tokens and log-probs of each branch, two lists of N lists.
+        """
+        # n = branches of the rows that still run; they are N at first
+        logits = self._prefill().repeat_interleave(self.k, 0)  # (n, V)
         noise = noise.to(self.device)
         tokens = torch.full(noise.shape, eos_id, device=self.device)
         logprobs = torch.zeros(noise.shape, device=self.device)
-        branches = torch.arange(len(noise), device=self.device)
+        branches = torch.arange(len(noise), device=self.device)  # (n,) their rows in `tokens`
         for step in range(self.max_new_tokens):
-            token, logprob = _draw(logits / temperature, noise[branches, step], top_k, top_p)
+            token, logprob = _draw(logits / temperature, noise[branches, step], top_k, top_p)  # (n,) each
             tokens[branches, step], logprobs[branches, step] = token, logprob
             bar.update(1)
             if step + 1 == self.max_new_tokens:
                 break
             if step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
+                # (B,) True = a branch of the prompt has no EOS yet
                 running = (tokens[branches, : step + 1] != eos_id).all(1).view(-1, self.k).any(1)
                 count = int(running.sum())
                 if count == 0:
                     break
-                if count <= len(running) / 2:
+                if count <= len(running) / 2:  # copying the cache is worth it
                     self._retire(running)
                     branches, token = (kept.view(-1, self.k)[running].flatten() for kept in (branches, token))
             logits = self._decode(token.view(-1, self.k), step)
         return tokens[:, : step + 1].tolist(), logprobs[:, : step + 1].tolist()
 
     def _retire(self, running):
-        """Go on with the rows (B,) that are True: the batch shrinks."""
+        """Drop the prompts for which `running` (B,) is False."""
         self.real, self.lengths = self.real[running], self.lengths[running]
         for layer in self.cache.layers:
             layer.retire(running)
 
     def _prefill(self):
-        """Fill the cache with the prompts; logits after each prompt's last token (B, V)."""
+        """Fill the cache with the prompts. Returns the logits after each prompt, (B, V)."""
         column = torch.arange(self.width, device=self.device)
-        causal = column[:, None] >= column[None, :]
+        causal = column[:, None] >= column[None, :]  # (Q, Q)
+        # (B, Q, Q); a padding token sees itself, because a softmax over nothing would be NaN
         seen = (causal & self.real[:, None, :]) | torch.eye(self.width, dtype=torch.bool, device=self.device)
         positions = (column - (self.width - self.lengths)[:, None]).clamp(min=0)
         return self._forward(self.input_ids, seen[:, None], positions)[:, -1]
 
     def _decode(self, tokens, step):
-        """One token (B, K) for each branch; logits after them (N, V)."""
+        """Feed one token of each branch, (B, K). Returns the logits after them, (B * K, V)."""
         k = self.k
-        own = torch.eye(k, dtype=torch.bool, device=self.device).repeat(1, step + 1)  # (K, K * (step + 1))
+        # (K, K * (step + 1)) tokens of the own branch; the cache has the K tokens of each step next to each
+        # other
+        own = torch.eye(k, dtype=torch.bool, device=self.device).repeat(1, step + 1)
         own = own.expand(len(tokens), k, -1)
         seen = torch.cat([self.real[:, None, :].expand(-1, k, -1), own], -1)
         positions = (self.lengths + step)[:, None].expand(-1, k)
         return self._forward(tokens, seen[:, None], positions).flatten(0, 1)
 
     def _forward(self, input_ids, mask, positions):
+        """Float32 logits of the new tokens; when these are the prompts, of the last token only."""
         hidden = self.policy.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+            use_cache=True,
         ).last_hidden_state
         if mask.shape[2] == self.width and self.cache.get_seq_length() == self.width:
-            hidden = hidden[:, -1:]  # the prompt's own tokens need no logits
+            hidden = hidden[:, -1:]
         return self.policy.get_output_embeddings()(hidden).float()
 
 
 def _draw(logits, uniform, top_k, top_p):
-    """A token for each row of logits (N, V) by inverting the cumulative distribution at `uniform` (N,).
+    """Draw a token for each row of logits, by inverting the cumulative distribution.
 
-    In two levels, blocks of words and the words of the block that is hit: a running sum over all words is slow.
+    It is inverted in two levels, first over blocks of words, then over the words of one block, because a
+    cumulative sum over all words is slow.
+
+    Args:
+        logits: (n, V), divided by the temperature.
+        uniform: (n,) numbers in [0, 1).
+
+    Returns:
+        Tokens and their log-probs without truncation, (n,) each.
     """
     probabilities = logits.softmax(-1)
     kept = _truncated(probabilities, top_k, top_p) if top_k or top_p < 1 else probabilities
     words = kept.shape[-1]
     whole = words - words % _BLOCK
     blocks = kept[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    # (n, V / 256 + 1), the last one is short
     blocks = torch.cat([blocks, kept[:, whole:].sum(-1, keepdim=True)], -1)
     sums = blocks.cumsum(-1)
     block, before = _first_above(sums, uniform * sums[:, -1])
     column = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)
     inside = kept.gather(-1, column.clamp(max=words - 1)).masked_fill(column >= words, 0.0)
     word, _ = _first_above(inside.cumsum(-1), uniform * sums[:, -1] - before)
-    token = (block * _BLOCK + word).clamp(max=words - 1)  # not-a-number is above nothing
+    token = (block * _BLOCK + word).clamp(max=words - 1)  # for NaN probabilities searchsorted returns the end
     return token, probabilities.gather(-1, token[:, None])[:, 0].log()
 
 
 def _first_above(sums, target):
-    """The first entry of each row of running sums (N, C) that is above `target` (N,), and the sum before it."""
-    # rounding must never point past the last entry that adds something
+    """The first entry in each row of ascending `sums` (n, C) above `target` (n,).
+
+    Returns:
+        Its index, and the entry before it (0 if there is none); (n,) each.
+    """
+    # rounding must not lead past the last entry with a probability above 0
     target = torch.minimum(target, sums[:, -1].nextafter(torch.zeros_like(target)))
     place = torch.searchsorted(sums, target[:, None], right=True).clamp(max=sums.shape[1] - 1)
     before = torch.where(place > 0, sums.gather(-1, (place - 1).clamp(min=0)), 0.0)
@@ -227,6 +266,7 @@ def _first_above(sums, target):
 
 
 def _truncated(probabilities, top_k, top_p):
+    """Probabilities (n, V) with 0 for the tokens that top_k and top_p leave out; not normalised again."""
     ordered, order = probabilities.sort(-1, descending=True)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
     keep = ordered.cumsum(-1) - ordered < top_p  # the token that crosses top_p stays

@@ -1,68 +1,88 @@
-"""The language-model head and its softmax in one differentiable step: log-probabilities of given tokens.
+"""The language-model head and its softmax as one differentiable function: log-probabilities of given tokens.
 
-Over a vocabulary of 50,000 the passes through memory cost as much as the matrix products. Written as a head, a
-log-softmax, a gather and an entropy, autograd keeps five copies of (M, V), M tokens by V words. Here one is kept, the
-probabilities, because the gradient needs no more:
+With a vocabulary of 50,000 words, reading and writing memory costs as much as the matrix products. As a head,
+a log-softmax, a gather and an entropy, autograd keeps five tables (M, V), for M tokens and V words. This
+function keeps one, the probabilities, because the gradient needs no more:
 
-    d log p(y) / d state   =  w_y - sum_v p_v w_v        (D,), known in the forward pass
+    d log p(y) / d state   =  w_y - sum_v p_v w_v        (D,), computed in the forward pass
     d log p(y) / d weight  =  (onehot(y) - p) x state    one matrix product over all tokens
 
-and none where the head is frozen (the reference policy, LoRA). The entropy comes out of the same pass.
+It keeps none where the head is frozen (the reference policy, LoRA). The entropy is computed in the same pass.
 
-It is the head's own forward that does it: under ZeRO-3 a weight is whole only while its module is called.
+The function is called inside the head's own forward, because under ZeRO-3 a weight is gathered only while its
+module is called.
 """
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-_CHUNK = 2**22  # entries of (rows, V) that are worked on at once, so that they stay in a processor's cache
+_CHUNK = 2**22  # entries of a table (rows, V) that are computed at once, so that it stays in the CPU's cache
 
 
 class LMHead(nn.Linear):
-    """A model's own head, with a second way to be called. The class of a loaded `nn.Linear` is set to it; all else stays."""
+    """A head that can also be called for log-probabilities.
+
+    `with_our_heads` sets the class of a loaded model's `nn.Linear` to this one. Weights and checkpoints stay
+    the same.
+    """
 
     def forward(self, states, tokens=None, temperature=1.0, with_entropy=False):
-        """Logits (..., V) of states (..., D); with `tokens`, what `token_logprobs_and_entropy` returns."""
+        """Logits (..., V) of states (..., D). With `tokens` (M,): see `token_logprobs_and_entropy`."""
         if tokens is None:
             return super().forward(states)
         bias = None if self.bias is None else self.bias / temperature
         return _TokenLogprobs.apply(states / temperature, self.weight, bias, tokens, with_entropy)
 
 
-def token_logprobs(head: LMHead, states: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probability of each token (M,) after its state (M, D), float32 (M,); the temperature divides the logits."""
+def token_logprobs(
+    head: LMHead, states: torch.Tensor, tokens: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Log-probability of each token.
+
+    Args:
+        states: (M, D) hidden states that predict the tokens.
+        tokens: (M,).
+        temperature: divides the logits.
+
+    Returns:
+        (M,) float32.
+    """
     return head(states, tokens, temperature)[0]
 
 
-def token_logprobs_and_entropy(head: LMHead, states: torch.Tensor, tokens: torch.Tensor,
-                               temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs`, and the entropy of each distribution in nats, float32 (M,), without a gradient."""
+def token_logprobs_and_entropy(
+    head: LMHead, states: torch.Tensor, tokens: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logprobs`, and the entropy of each distribution [nats], (M,) float32, which has no gradient."""
     return head(states, tokens, temperature, True)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, tokens, with_entropy):
-        trains_states, trains_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        kept = torch.empty(len(states), len(weight), device=states.device) if trains_head else None
-        found, entropy, expected = [], [], []
+        trains_states = ctx.needs_input_grad[0]
+        trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        kept = torch.empty(len(states), len(weight), device=states.device) if trains_head else None  # (M, V)
+        logprobs, entropy, expected = [], [], []  # of each chunk; expected: sum_v p_v w_v
         rows = max(1, _CHUNK // len(weight))
         for first in range(0, len(states), rows):
             here = slice(first, first + rows)
-            logits = linear(states[here], weight, bias).float()
+            logits = linear(states[here], weight, bias).float()  # (rows, V)
             top, picked = logits.amax(-1), logits.gather(-1, tokens[here, None])[:, 0]
             probs = torch.softmax(logits, -1, out=kept[here] if trains_head else None)
-            normaliser = top - probs.amax(-1).log()  # log-sum-exp, without another pass of exponentials
-            found.append(picked - normaliser)
+            normaliser = top - probs.amax(-1).log()  # log-sum-exp, without computing the exponentials again
+            logprobs.append(picked - normaliser)
             if with_entropy:
                 entropy.append(normaliser - logits.mul_(probs).sum(-1))
             if trains_states:
                 expected.append(torch.mm(probs.to(weight.dtype), weight))
         if trains_states:
+            # the last one is d log p / d state, (M, D)
             ctx.save_for_backward(states, tokens, kept, weight[tokens] - torch.cat(expected))
-        ctx.dtype = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else None
-        logprobs, entropy = torch.cat(found), torch.cat(entropy) if with_entropy else None
+        device = states.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy) if with_entropy else None
         if with_entropy:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -70,11 +90,12 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         states, tokens, probs, direction = ctx.saved_tensors
-        weighted = grad[:, None] * states
+        weighted = grad[:, None] * states  # (M, D)
         grad_weight = grad_bias = None
         if probs is not None:
             dtype = ctx.dtype or states.dtype
-            grad_weight = torch.mm(probs.to(dtype).t(), -weighted.to(dtype)).float().index_add_(0, tokens, weighted.float())
+            grad_weight = torch.mm(probs.to(dtype).t(), -weighted.to(dtype)).float()  # (V, D)
+            grad_weight.index_add_(0, tokens, weighted.float())
         if ctx.needs_input_grad[2]:
             grad_bias = torch.mv(probs.t(), -grad).index_add_(0, tokens, grad)
         return (grad[:, None] * direction).to(states.dtype), grad_weight, grad_bias, None, None

@@ -4,11 +4,11 @@ A prompt with K completions is one row
 
     [ prompt | completion 1 | completion 2 | ... | completion K | padding ]
 
-in which a completion sees the prompt and itself only, and its position ids restart at the prompt's end, so
-that every number equals that of K separate rows. K = 1 is an ordinary row; there is no other code path.
+A completion sees the prompt and itself only, and its position ids restart at the prompt's end. So every
+number equals that of K separate rows. K = 1 is an ordinary row; there is no other code path.
 
-Short groups share a row where they fit into the width of the longest one: that computes less padding. They do not
-see each other.
+Short groups share a row if they fit into the width of the longest group, so that less padding is computed.
+They do not see each other.
 
 Shapes: B rows, T tokens in the longest group, N completions in all rows, R tokens in the longest completion.
 """
@@ -21,27 +21,36 @@ import torch
 
 
 class PromptGroups(NamedTuple):
-    """A batch of prompt groups. Completions stand in order: all of group 0, then all of group 1, ..."""
+    """A batch of prompt groups. Completions are in order: those of group 0, then those of group 1, ..."""
 
     input_ids: torch.Tensor  # (B, T)
     position_ids: torch.Tensor  # (B, T)
-    owners: torch.Tensor  # (B, T) the group that a token belongs to, -1 = padding
+    owners: torch.Tensor  # (B, T) number of the token's group, -1 = padding
     segments: torch.Tensor  # (B, T) 0 = prompt, k = k-th completion of the group, -1 = padding
-    rows: torch.Tensor  # (N,) the row in which a completion stands
-    states: torch.Tensor  # (N, R) column of the token *before* each response token: the prompt's last for the first
-    responses: torch.Tensor  # (N, R) the response tokens
+    rows: torch.Tensor  # (N,) row of each completion
+    # (N, R) column of the token *before* each response token: the prompt's last for the first
+    states: torch.Tensor
+    responses: torch.Tensor  # (N, R) response tokens
     response_mask: torch.Tensor  # (N, R) True = a real response token
-    ends: torch.Tensor  # (N,) column of a completion's last token
+    ends: torch.Tensor  # (N,) column of each completion's last token
 
     def to(self, device) -> "PromptGroups":
+        """The same batch on another device."""
         return PromptGroups(*(tensor.to(device) for tensor in self))
 
 
-def pack(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]], pad_id: int) -> PromptGroups:
-    """Lay out prompts and their completions, both as token ids: a group after the other, rows as wide as the widest.
+def pack(
+    prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]], pad_id: int
+) -> PromptGroups:
+    """Lay out prompts and their completions in rows.
+
+    Args:
+        prompts: token ids.
+        completions: token ids of the completions of each prompt.
 
     Raises:
-        ValueError: for an empty prompt or completion, which have no state to predict from or nothing to predict.
+        ValueError: for an empty prompt, because its completions' first tokens would be predicted from
+            nothing; and for an empty completion.
     """
     if not all(prompts) or not all(all(group) and group for group in completions):
         raise ValueError("a prompt group needs a prompt and completions of at least one token each")
@@ -70,31 +79,38 @@ def pack(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]
             position_ids[row, column : column + size] = torch.arange(len(prompt), len(prompt) + size)
             segments[row, column : column + size] = k
             states[n, :size] = torch.arange(column - 1, column - 1 + size)
+            # the token before a completion in its row is another completion's, except for the first
             states[n, 0] = first + len(prompt) - 1
             responses[n, :size] = tokens
             response_mask[n, :size] = True
             rows.append(row)
             ends.append(column + size - 1)
             column += size
-    return PromptGroups(input_ids, position_ids, owners, segments, torch.tensor(rows), states, responses, response_mask,
-                        torch.tensor(ends))
+    return PromptGroups(input_ids, position_ids, owners, segments, torch.tensor(rows), states, responses,
+                        response_mask, torch.tensor(ends))
 
 
 def unpack(groups: PromptGroups) -> list[tuple[list[int], list[list[int]]]]:
-    """Prompt and completions of each group, as they were given to `pack`."""
-    found = []
+    """Prompt and completions of each group, the inverse of `pack`."""
+    result = []
     for owner in range(int(groups.owners.max()) + 1):
         own = groups.owners == owner
         count = int(groups.segments[own].max())
-        prompt, *completions = (groups.input_ids[own & (groups.segments == k)].tolist() for k in range(count + 1))
-        found.append((prompt, completions))
-    return found
+        prompt, *completions = (groups.input_ids[own & (groups.segments == k)].tolist()
+                                for k in range(count + 1))
+        result.append((prompt, completions))
+    return result
 
 
 def share_rows(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
-    """Where each group goes, (row, first column); the number of rows; and their width, that of the largest group.
+    """Assign groups to rows by first-fit decreasing: largest first, each to the first row with room for it.
 
-    First-fit decreasing: the largest groups first, each into the first row that has room for it.
+    Args:
+        sizes: tokens of each group.
+
+    Returns:
+        (row, first column) of each group, the number of rows, and their width, which is the size of the
+            largest group.
     """
     width, used, places = max(sizes), [], {}
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -107,12 +123,16 @@ def share_rows(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
 
 
 def micro_batches(sizes: Sequence[int], max_groups: int, max_tokens: int | None = None) -> list[list[int]]:
-    """Indices of the groups of each forward pass: groups of like size together, so that little padding is computed.
+    """Split groups into forward passes. Groups of similar size go together: less padding is computed.
 
     Args:
         sizes: tokens of each group.
-        max_groups: limit on the groups of a pass.
-        max_tokens: limit on a pass's groups times the largest of them; a larger group is alone. None: no such limit.
+        max_groups: most groups of a pass.
+        max_tokens: limit for the number of groups of a pass * the size of the largest. A group beyond the
+            limit has a pass of its own. None: no limit.
+
+    Returns:
+        Indices of the groups of each pass.
     """
     batches = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -125,25 +145,29 @@ def micro_batches(sizes: Sequence[int], max_groups: int, max_tokens: int | None 
 
 
 def attention_mask(groups: PromptGroups) -> torch.Tensor:
-    """Who sees whom: earlier tokens of the own group's prompt and of the own completion.
+    """The attention mask: a token sees itself, and the earlier tokens of its prompt and of its completion.
 
     Returns:
-        (B, 1, T, T) boolean, True = sees. A padding token sees padding before it and itself, since a row of the
-        softmax without any entry is not a number.
+        (B, 1, T, T) bool, True = the query (third dimension) sees the key (fourth). A padding token sees
+            itself and the
+        padding before it, because a softmax over nothing would be NaN.
     """
     owner, segment = groups.owners, groups.segments
     width = segment.shape[1]
-    earlier = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
-    same_group = owner[:, :, None] == owner[:, None, :]
+    earlier = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()  # (T, T)
+    same_group = owner[:, :, None] == owner[:, None, :]  # (B, T, T)
     readable = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
     return (earlier & same_group & readable)[:, None]
 
 
 def response_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
-    """Hidden states that predict the real response tokens: (M, D), M = number of True in `response_mask`.
+    """Hidden states that predict the real response tokens.
 
     Args:
         hidden: (B, T, D).
+
+    Returns:
+        (M, D), M = number of True in `response_mask`.
     """
     rows = groups.rows[:, None].expand_as(groups.states)
     return hidden[rows[groups.response_mask], groups.states[groups.response_mask]]
@@ -155,5 +179,5 @@ def end_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
 
 
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Put values of the True places (M,) back into a tensor of the mask's shape, 0 elsewhere."""
+    """A tensor of the mask's shape with `values` (M,) where the mask is True, and 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
