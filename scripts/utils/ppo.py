@@ -257,9 +257,8 @@ def policy_statistics(
 
     Returns:
         Scalars. `ratio`, `approx_kl` (k3), `clipfrac`, `entropy` and `tokens` are SUMS over real tokens: add
-            them up over
-        micro-batches and ranks, then divide by `tokens`. `ratio_max` is a maximum: take the maximum over
-            these.
+        them up over micro-batches and ranks, then divide by `tokens`. `ratio_max` is a maximum: take the
+        maximum over these.
     """
     ratio = torch.exp(new_logprobs - logprobs)
     per_token = {

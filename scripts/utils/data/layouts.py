@@ -190,8 +190,7 @@ def comparison_of(row: dict, where: str):
 
     Returns:
         Prompt, better completion, worse completion, and the values of NOTES. The prompt is None when the two
-            dialogues of
-        the row share none.
+        dialogues of the row share none.
 
     Raises:
         UserError: with the column and what is expected there.

@@ -91,11 +91,9 @@ def group_statistics(table: Dataset, posts: int) -> dict[str, float]:
 
     Returns:
         `tokens_grouped`: tokens when each prompt and each completion of a group is computed once.
-            `tokens_ungrouped`: tokens
-        when each pair is two rows with the prompt in both. `factor`: ungrouped / grouped. `contradictions`:
-            pairs of
-        completions that were labelled both ways (both labels are kept). `completions_per_post`,
-            `pairs_per_post`.
+        `tokens_ungrouped`: tokens when each pair is two rows with the prompt in both. `factor`: ungrouped /
+        grouped. `contradictions`: pairs of completions that were labelled both ways (both labels are kept).
+        `completions_per_post`, `pairs_per_post`.
     """
     sums = np.zeros(5, dtype=np.int64)
     for batch in _batches(table):  # G groups with C completions and P pairs in all

@@ -89,8 +89,7 @@ def sample(
 
     Returns:
         Responses, and their log-probs under the *untruncated* distribution at this temperature. The forward
-            pass of the
-        update computes the same for these tokens (detail 27), whatever top_k and top_p are.
+        pass of the update computes the same for these tokens (detail 27), whatever top_k and top_p are.
     """
     with gathered_weights(policy):  # every rank must take part under ZeRO-3, even one without prompts
         return _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p,

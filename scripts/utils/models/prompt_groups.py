@@ -149,8 +149,7 @@ def attention_mask(groups: PromptGroups) -> torch.Tensor:
 
     Returns:
         (B, 1, T, T) bool, True = the query (third dimension) sees the key (fourth). A padding token sees
-            itself and the
-        padding before it, because a softmax over nothing would be NaN.
+        itself and the padding before it, because a softmax over nothing would be NaN.
     """
     owner, segment = groups.owners, groups.segments
     width = segment.shape[1]
