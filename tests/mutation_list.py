@@ -1,9 +1,10 @@
 """What tests/mutations.py breaks, one detail at a time, and the tests that should notice it.
 
-A row is (name, detail, function, old, new), and the tests where they are not those of the file. `function` is a
-function, a class or a `Class.method` of the file; "" is what stands outside of them. `old` must occur exactly once in it.
-Its spaces and line breaks do not matter; comments and docstrings are not looked at. `python tests/mutations.py --check`
-names every row that does not fit the code. Statements in `new` are separated by `;`.
+A row is (name, detail, function, old, new), and the tests where they are not those of the file. `function` is
+a function, a class or a `Class.method` of the file; "" is what stands outside of them. `old` must occur
+exactly once in it. Its spaces and line breaks do not matter; comments and docstrings are not looked at.
+`python tests/mutations.py --check` names every row that does not fit the code. Statements in `new` are
+separated by `;`.
 """
 
 from typing import NamedTuple
