@@ -55,29 +55,43 @@ def test_the_line_of_the_readme_and_the_table_by_hand():
         "| 2 |  | b | `y.py` | none |"]
 
 
-def detail_rows():
-    """The rows of the table of details: number -> its last cell, which names the tests."""
-    if not DETAILS.exists():
-        pytest.skip("docs/details.md is not there")
-    rows = [line.strip().strip("|").split(" | ") for line in DETAILS.read_text().splitlines()]
-    return [(int(cells[0]), cells[-1]) for cells in rows if re.fullmatch(r"\s*\d+\s*", cells[0])]
+DETAIL_ROWS = [[cell.strip() for cell in line.split("|")[1:-1]]  # number, detail, source, code, key, test
+               for line in DETAILS.read_text().splitlines() if re.match(r"\| \d", line)]
 
 
-def test_the_details_are_37_and_name_tests_that_exist_and_are_not_slow():
-    rows = detail_rows()
-    assert [number for number, _ in rows] == list(range(1, 38))
-    for number, cell in rows:
-        named = re.findall(r"`(test_\w+\.py)`((?:,? `\w+`)*)", cell)
-        assert named or number not in BEHAVIOUR, f"detail {number} names no test"
-        for name, beginnings in named:
-            files = list(TESTS.rglob(name))
-            assert len(files) == 1, f"detail {number}: {name}"
-            tests, is_slow = slow_tests(files[0].read_text())
+def test_the_details_are_37_with_their_source_code_key_and_test():
+    assert [int(cells[0]) for cells in DETAIL_ROWS] == list(range(1, 38))
+    for number, _, source, code, _, test in DETAIL_ROWS:
+        assert source, f"detail {number} names no source"
+        assert (code and test) or int(number) not in BEHAVIOUR, f"detail {number} names no code or no test"
+
+
+def test_the_code_of_every_detail_is_where_its_row_says():
+    mistakes = []
+    for number, _, _, code, *_ in DETAIL_ROWS:
+        text = ""
+        for name in re.findall(r"`([^`]+)`", code):
+            if name.endswith(".py"):
+                path = ROOT / "scripts" / name
+                text = path.read_text() if path.exists() else ""
+            if not text or not (name.endswith(".py") or re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE)):
+                mistakes.append(f"{number}: {name}")
+    assert mistakes == []
+
+
+def test_the_tests_of_every_detail_exist_and_make_test_runs_them():
+    mistakes = []
+    for number, *_, cell in DETAIL_ROWS:
+        for name, beginnings in re.findall(r"`(test_\w+\.py)`((?:,? `\w+`)*)", cell):
+            paths = list(TESTS.rglob(name))
+            tests, is_slow = slow_tests(paths[0].read_text()) if paths else ([], None)
             for beginning in re.findall(r"`(\w+)`", beginnings) or [""]:
                 matches = [test for test in tests if test.startswith(f"test_{beginning}")]
-                assert matches, f"detail {number}: no test of {name} begins with test_{beginning}"
-                assert not all(is_slow(test)
-                               for test in matches), (f"detail {number}: {name} {beginning} is slow")
+                if not matches:
+                    mistakes.append(f"{number}: no {name} {beginning}")
+                elif all(map(is_slow, matches)):
+                    mistakes.append(f"{number}: {name} {beginning} is slow")
+    assert mistakes == []
 
 
 def slow_tests(text):
