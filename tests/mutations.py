@@ -3,14 +3,14 @@
     python tests/mutations.py                  # all of tests/mutation_list.py; also `make mutations`
     python tests/mutations.py --only whiten    # those whose name, file or function contains this text
     python tests/mutations.py --check          # run nothing: does the list fit the code?
-    python tests/mutations.py --readme         # and write the line `mutations: N, caught: N` of tests/README.md
+    python tests/mutations.py --readme       # and write the line `mutations: N, caught: N` of tests/README.md
 
-Each mutation is made in a temporary copy of the tree, never in the tree itself. Only the few tests that should notice
-it are run, so it takes seconds. These tests must pass without the mutation, and at least one must fail with it. A copy
-that cannot be imported proves nothing: it is reported as broken, not as caught.
+Each mutation is made in a temporary copy of the tree, never in the tree itself. Only the few tests that
+should notice it are run, so it takes seconds. These tests must pass without the mutation, and at least one
+must fail with it. A copy that cannot be imported proves nothing: it is reported as broken, not as caught.
 
-The check is not part of `make test`. A run of all mutations writes its table to outputs/mutations.md. The exit status
-is 1 when a mutation is not caught.
+The check is not part of `make test`. A run of all mutations writes its table to outputs/mutations.md. The
+exit status is 1 when a mutation is not caught.
 """
 
 import argparse
@@ -39,14 +39,18 @@ TESTS = ROOT / "tests"
 README = TESTS / "README.md"
 TABLE = ROOT / "outputs" / "mutations.md"
 SUMMARY = re.compile(r"^mutations: \d+, caught: \d+.*$", re.MULTILINE)  # the line of tests/README.md
-COPIED = ("scripts", "tests")  # they find each other by their own path, which a link would lead back to the tree
+# they find each other by their own path, which a link would lead back to the tree
+COPIED = ("scripts", "tests")
 LONGEST = 600  # seconds that the tests of a mutation may take; a mutant may never end
 # the libraries are imported once, in a server that each run is forked from: they take longer than most tests
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "transformers.trainer", "trl", "peft", "evaluate", "datasets", "pytest"])
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
+FORKS.set_forkserver_preload(["torch", "transformers.trainer", "trl", "peft", "evaluate", "datasets",
+                              "pytest"])
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+               "HF_HUB_OFFLINE": "1",
                "TOKENIZERS_PARALLELISM": "false"}
-OWN_MISTAKES = ("NameError", "UnboundLocalError", "ImportError", "ModuleNotFoundError", "SyntaxError", "IndentationError")
+OWN_MISTAKES = ("NameError", "UnboundLocalError", "ImportError", "ModuleNotFoundError", "SyntaxError",
+                "IndentationError")
 
 
 class Result(NamedTuple):
@@ -61,21 +65,21 @@ def mutated(mutation: Mutation, root: Path = ROOT) -> str:
     """The text of the mutated file. Whitespace, comments and docstrings do not matter for what `old` matches.
 
     Raises:
-        ValueError: when the file or its function is missing, when `old` does not occur exactly once in the function, or when
-            nothing would change.
+        ValueError: when the file or its function is missing, when `old` does not occur exactly once in the
+            function, or when nothing would change.
     """
     here = f"mutation '{mutation.name}': {mutation.file}"
     if mutation.old == mutation.new:
         raise ValueError(f"mutation '{mutation.name}' changes nothing")
     if not (root / mutation.file).exists():
-        raise ValueError(f"{here} does not exist; bring tests/mutation_list.py up to date")
+        raise ValueError(f"{here} does not exist")
     text = (root / mutation.file).read_text(encoding="utf-8")
     spans = _spans(text)
     if mutation.function:
-        if len(spans.get(mutation.function, [])) != 1:
-            raise ValueError(f"{here} must define '{mutation.function}' once, found "
-                             f"{len(spans.get(mutation.function, []))} times; bring tests/mutation_list.py up to date")
-        (begin, end), = spans[mutation.function]
+        found = spans.get(mutation.function, [])
+        if len(found) != 1:
+            raise ValueError(f"{here} must define '{mutation.function}' once, found {len(found)} times")
+        (begin, end), = found
         excluded = []
     else:  # what stands at the level of the module, outside all functions and classes
         begin, end = 0, len(text)
@@ -83,13 +87,13 @@ def mutated(mutation: Mutation, root: Path = ROOT) -> str:
     places = [match for match in _pattern(mutation.old).finditer(_code_only(text), begin, end)
               if not any(first <= match.start() < last for first, last in excluded)]
     if len(places) != 1:
-        raise ValueError(f"{here}, {mutation.function or 'outside of functions'}: `{mutation.old}` must occur once, found "
-                         f"{len(places)} times; bring tests/mutation_list.py up to date")
+        raise ValueError(f"{here}, {mutation.function or 'outside of functions'}: `{mutation.old}` must "
+                         f"occur once, found {len(places)} times")
     return text[:places[0].start()] + mutation.new + text[places[0].end():]
 
 
 def _spans(text: str) -> dict[str, list[tuple[int, int]]]:
-    """Where each function and class stands, as offsets into the text: `name`, `Class.method`, `outer.inner`."""
+    """Offsets into the text of each function and class: `name`, `Class.method`, `outer.inner`."""
     offsets = _line_offsets(text)
     spans: dict[str, list[tuple[int, int]]] = {}
 
@@ -114,9 +118,10 @@ def _code_only(text: str) -> str:
         return offsets[line - 1] + len(lines[line - 1].encode()[:column].decode())
 
     spans = [(offsets[token.start[0] - 1] + token.start[1], offsets[token.end[0] - 1] + token.end[1])
-             for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT]
+             for token in tokenize.generate_tokens(io.StringIO(text).readline)
+             if token.type == tokenize.COMMENT]
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
             spans.append((offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)))
     characters = list(text)
     for first, last in spans:
@@ -132,7 +137,7 @@ def _line_offsets(text: str) -> list[int]:
 
 
 def _pattern(old: str) -> re.Pattern:
-    """`old` as a regular expression that begins and ends with whole words, with any whitespace between its words and signs."""
+    """A regular expression for `old`: whole words at both ends, any whitespace between words and signs."""
     words = re.findall(r"\w+|[^\w\s]", old)
     pattern = re.escape(words[0])
     for left, right in zip(words[:-1], words[1:], strict=True):
@@ -158,7 +163,8 @@ def named_tests(mutation: Mutation) -> list[str]:
         beginning, bracket, parameters = rest.partition("[")
         files = list(TESTS.rglob(f"test_{stem}.py"))
         if len(files) != 1:
-            raise ValueError(f"mutation '{mutation.name}': {len(files)} files named test_{stem}.py below tests/")
+            raise ValueError(f"mutation '{mutation.name}': {len(files)} files named "
+                             f"test_{stem}.py below tests/")
         identity = files[0].relative_to(TESTS).as_posix()
         if rest:
             functions = [node.name for node in ast.parse(files[0].read_text(encoding="utf-8")).body
@@ -189,7 +195,8 @@ def run_tests(tests: Iterable[str], mutation: Mutation | None = None) -> Result:
         copy_tree(folder)
         if mutation is not None:
             (folder / mutation.file).write_text(mutated(mutation), encoding="utf-8")
-        arguments = ["-q", "--maxfail", "3", "-p", "no:cacheprovider", "--tb", "short", f"--basetemp={name}/tmp",
+        arguments = ["-q", "--maxfail", "3", "-p", "no:cacheprovider", "--tb", "short",
+                     f"--basetemp={name}/tmp",
                      f"--junitxml={report}", *(f"tests/{test}" for test in tests)]
         process = FORKS.Process(target=_pytest, args=(folder, arguments, output))
         process.start()
@@ -247,7 +254,8 @@ def check_unmutated(mutations: list[Mutation], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         for tests, result in zip(chosen, pool.map(run_tests, chosen), strict=True):
             if result.failed or result.broken:
-                sys.exit(f"{result.output}\nwithout any mutation: {result.broken or ', '.join(result.failed)} ({tests[0]})")
+                sys.exit(f"{result.output}\nwithout any mutation: "
+                         f"{result.broken or ', '.join(result.failed)} ({tests[0]})")
             print(f"unmutated, passed: {' '.join(tests)}", flush=True)
 
 
@@ -256,7 +264,8 @@ def run_all(mutations: list[Mutation], jobs: int) -> list[Result]:
     def run(mutation):
         result = run_tests(named_tests(mutation), mutation)
         verdict = f"BROKEN ({result.broken})" if result.broken else "caught" if result.failed else "SURVIVED"
-        print(f"{verdict}: {mutation.name} [{mutation.file} {mutation.function}] {', '.join(result.failed)}", flush=True)
+        print(f"{verdict}: {mutation.name} [{mutation.file} {mutation.function}] {', '.join(result.failed)}",
+              flush=True)
         if result.broken:
             print(result.output[-2000:], flush=True)
         return result
@@ -271,7 +280,8 @@ def table(mutations: list[Mutation], results: list[Result]) -> str:
     for number, (mutation, result) in enumerate(zip(mutations, results, strict=True), start=1):
         names = dict.fromkeys(name.split("[")[0] for name in result.failed)
         failed = "<br>".join(f"`{name}`" for name in names) or "none"
-        where = f"`{mutation.file.removeprefix('scripts/')}` {f'`{mutation.function}`' if mutation.function else ''}".rstrip()
+        where = (f"`{mutation.file.removeprefix('scripts/')}` "
+                 f"{f'`{mutation.function}`' if mutation.function else ''}".rstrip())
         lines.append(f"| {number} | {mutation.detail or ''} | {mutation.name} | {where} | {failed} |")
     return "\n".join(lines)
 
@@ -279,17 +289,23 @@ def table(mutations: list[Mutation], results: list[Result]) -> str:
 def summary(count: int, caught: int) -> str:
     """The line of tests/README.md, with the day and the commit of the tree."""
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "scripts", "tests"], capture_output=True, text=True).stdout
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "scripts", "tests"], capture_output=True,
+                             text=True).stdout
     tree = f"commit {commit or 'unknown'}{' with changes' if changed else ''}"
     return f"mutations: {count}, caught: {caught} ({datetime.date.today()}, {tree})"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutations at a time (default: one for each core)")
-    parser.add_argument("--only", default="", help="only mutations whose name, file or function holds this text")
-    parser.add_argument("--check", action="store_true", help="only look whether every mutation fits the code; run no test")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="mutations at a time (default: one for each core)")
+    parser.add_argument("--only", default="",
+                        help="only mutations whose name, file or function contains this text")
+    parser.add_argument("--check", action="store_true",
+                        help="only look whether every mutation fits the code; run no test")
     parser.add_argument("--readme", action="store_true", help="write the line of tests/README.md")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)  # before the first fork
@@ -300,7 +316,7 @@ def main() -> int:
         parser.error(f"--only: no mutation's name, file or function holds '{arguments.only}'")
     mistakes = list(filter(None, map(mistake, chosen)))
     if mistakes:
-        parser.error("\n".join(["the list does not fit the code", *mistakes]))
+        parser.error("\n".join(["tests/mutation_list.py does not fit the code", *mistakes]))
     if arguments.check:
         print(f"mutations: {len(chosen)}, all fit the code")
         return 0
@@ -323,8 +339,10 @@ def mistake(mutation: Mutation) -> str:
     try:
         ast.parse(mutated(mutation))
         named_tests(mutation)
-    except (ValueError, SyntaxError) as error:
-        return f"{error}" if isinstance(error, ValueError) else f"mutation '{mutation.name}' is no Python: {error}"
+    except ValueError as error:
+        return str(error)
+    except SyntaxError as error:
+        return f"mutation '{mutation.name}' is no Python: {error}"
     return ""
 
 

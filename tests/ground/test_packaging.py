@@ -33,7 +33,8 @@ def test_the_requirements_are_those_of_the_project(name):
 def test_every_pin_is_exact_and_the_lock_has_it(name):
     """uv.lock keeps what it was asked for, and the packages that it chose."""
     [own] = [package for package in LOCK["package"] if package["name"] == normal(PROJECT["project"]["name"])]
-    asked = own["metadata"]["requires-dist"] if name == "requires-dist" else own["metadata"]["requires-dev"][name]
+    asked = (own["metadata"]["requires-dist"] if name == "requires-dist"
+             else own["metadata"]["requires-dev"][name])
     locked = {(package["name"], package["version"]) for package in LOCK["package"]}
     for pin in LISTS[name]:
         package, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", pin).groups()
@@ -53,7 +54,8 @@ def test_a_change_of_a_pin_reaches_the_files(tmp_path):
     text = (ROOT / "pyproject.toml").read_text()
     (tmp_path / "pyproject.toml").write_text(text.replace("transformers==5.23.0", "transformers==5.23.1"))
     changed = requirements(tmp_path)
-    assert "transformers==5.23.1\n" in changed["requirements.txt"] and "5.23.1" in changed["requirements-bench.txt"]
+    assert ("transformers==5.23.1\n" in changed["requirements.txt"]
+            and "5.23.1" in changed["requirements-bench.txt"])
     assert changed["requirements-dev.txt"].splitlines()[1] == "-r requirements.txt"
 
 
@@ -76,16 +78,18 @@ def test_the_files_that_a_document_names_exist(name):
     for path in re.findall(r"`((?:scripts|tests|configs)/[\w/.]*)`", text):
         assert (ROOT / path).exists(), path
     folder = ""
-    for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE):  # a file without a folder is in the one before it
+    # a file without a folder is in the one before it
+    for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE):
         for path in re.findall(r"`([\w/.]+)`", row):
             if "/" in path:
                 folder = path.rpartition("/")[0]
             assert (ROOT / "tests" / folder / path.rpartition("/")[2]).exists(), path
 
 
-# ------------------------------------------------------------------------------------------------------ the Makefile
+# ----------------------------------------------------------------------------------------------- the Makefile
 
-needs_make = pytest.mark.skipif(shutil.which("make") is None or sys.platform != "linux", reason="needs make, on Linux")
+needs_make = pytest.mark.skipif(shutil.which("make") is None or sys.platform != "linux",
+                                reason="needs make, on Linux")
 PYTHON = """#!/bin/sh
 # stands in for .venv/bin/python: writes down what make asks of it
 case "$1" in
@@ -118,7 +122,8 @@ def made(folder, *words, gpu="none", answers="1"):
     environment = {**os.environ, "PATH": f"{folder / gpu}:{os.environ['PATH']}", "INDEX_ANSWERS": answers}
     for name in ("MAKEFLAGS", "MAKELEVEL", "TORCH", "ARGS"):  # of the make that runs these tests
         environment.pop(name, None)
-    done = subprocess.run(["make", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(["make", *words], cwd=folder, env=environment, capture_output=True, text=True,
+                          check=False)
     calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
     return done, [call for call in calls if not call.startswith("-m pip install -r")]
 
@@ -128,11 +133,14 @@ def made(folder, *words, gpu="none", answers="1"):
     ([], "none", "1", [f"asked {INDEX}/cpu/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cpu"]),
     ([], "none", "", [f"-m pip install {TORCH}"]),
     ([], "gpu", "1", [f"-m pip install {TORCH}"]),
-    (["TORCH=cpu"], "gpu", "1", [f"asked {INDEX}/cpu/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cpu"]),
-    (["TORCH=cu130"], "none", "1", [f"asked {INDEX}/cu130/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cu130"]),
+    (["TORCH=cpu"], "gpu", "1",
+     [f"asked {INDEX}/cpu/torch/", f"-m pip install {TORCH} --index-url {INDEX}/cpu"]),
+    (["TORCH=cu130"], "none", "1", [f"asked {INDEX}/cu130/torch/",
+                                    f"-m pip install {TORCH} --index-url {INDEX}/cu130"]),
     (["TORCH=pypi"], "none", "1", [f"-m pip install {TORCH}"]),
 ])
-def test_the_build_of_torch_fits_the_machine_or_is_the_one_that_is_asked_for(words, gpu, answers, expected, folder):
+def test_the_build_of_torch_fits_the_machine_or_is_the_one_that_is_asked_for(words, gpu, answers, expected,
+                                                                             folder):
     done, calls = made(folder, ".venv/ready", *words, gpu=gpu, answers=answers)
     assert (done.returncode, calls) == (0, expected), done.stderr
     said = "PyTorch's index of CPU builds does not answer: torch comes from the package index"

@@ -1,4 +1,4 @@
-"""A tiny OPT with the mini tokenizer, for tests that run a whole stage. (`families.py` has models for single functions.)"""
+"""A tiny OPT with the mini tokenizer, for runs of whole stages. families.py has models for single functions."""
 
 from pathlib import Path
 
@@ -17,15 +17,16 @@ def mini_tokenizer():
 
 def opt_config(tokenizer, **changes) -> OPTConfig:
     """An OPT of two layers and 32 dimensions; `changes` are keys of OPTConfig."""
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "max_position_embeddings": 384, "dropout": 0.1, "num_labels": 1}
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 384,
+             "dropout": 0.1, "num_labels": 1}
     special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
                "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return OPTConfig(**sizes | special | changes)
 
 
 def save_opt(folder: Path, kind: str = "policy", seed: int = 0, **changes) -> Path:
-    """Write a model with random weights and its tokenizer to `folder`, and return it. `kind` is a key of `KINDS`."""
+    """Write a random model and its tokenizer to `folder`, and return it. `kind` is a key of `KINDS`."""
     tokenizer = mini_tokenizer()
     torch.manual_seed(seed)
     KINDS[kind].from_config(opt_config(tokenizer, **changes)).save_pretrained(folder)

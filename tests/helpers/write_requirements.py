@@ -1,6 +1,6 @@
-"""Writes requirements.txt, requirements-dev.txt and requirements-bench.txt from pyproject.toml; part of `make lock`.
+"""Writes requirements.txt, requirements-dev.txt and requirements-bench.txt; `make lock` calls it.
 
-pip reads the lists of pyproject.toml only from version 25.1 on, and not in every environment; these files work everywhere.
+pyproject.toml has the lists. pip reads its groups only from version 25.1 on; these files work everywhere.
 """
 
 import tomllib
@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = "# written from pyproject.toml by `make lock`\n"
-BENCH = """# The last trl that has a PPO trainer, and the newest libraries that it works with. It cannot share an environment with
-# requirements.txt, which has a later trl. tests/stages/test_peers.py compares our PPO functions with it:
+BENCH = """# The last trl that has a PPO trainer, and the newest libraries that it works with. It cannot share
+# an environment with requirements.txt, which has a later trl. tests/stages/test_peers.py compares our PPO
+# functions with it:
 #   python3 -m venv .venv-bench
 #   .venv-bench/bin/python -m pip install -r requirements-bench.txt
 #   .venv-bench/bin/python -m pytest tests/stages/test_peers.py

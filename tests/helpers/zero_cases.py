@@ -23,21 +23,26 @@ HAS_AIO = Path(_get_build_directory("async_io", False), "async_io.so").exists()
 
 
 def make_models(folder: Path) -> None:
-    """A tiny OPT and a reward model, and an OPT with OPT-350m's ways: a projection around its layers, norms behind them."""
-    for name, layers, width, before in (("usual", 1, 32, True), ("350m", 2, 16, False)):  # the first without biases
+    """A tiny OPT and a reward model, and an OPT with OPT-350m's ways: a projection around its layers, norms
+    behind them.
+    """
+    # the first without biases
+    for name, layers, width, before in (("usual", 1, 32, True), ("350m", 2, 16, False)):
         for kind in ("policy", "reward"):
-            save_opt(folder / name / kind, kind, seed=len(kind), word_embed_proj_dim=width, num_hidden_layers=layers,
+            save_opt(folder / name / kind, kind, seed=len(kind), word_embed_proj_dim=width,
+                     num_hidden_layers=layers,
                      dropout=0.0, do_layer_norm_before=before, enable_bias=not before)
 
 
-def words_of(folder: Path, stage: str, rows: int, accumulation: int, engine: str | None, steps: int, model: str = "usual"):
+def words_of(folder: Path, stage: str, rows: int, accumulation: int, engine: str | None, steps: int,
+             model: str = "usual"):
     """The command line of a stage: `rows` in a micro-batch of one process."""
-    words = (f"--model {folder / model / 'policy'} --report_to none --eval_rows 3 --test_rows 3 --max_new_tokens 8 "
-             f"--per_device_batch_size {rows} --max_grad_norm {CLIP} ")
+    words = (f"--model {folder / model / 'policy'} --report_to none --eval_rows 3 --test_rows 3 "
+             f"--max_new_tokens 8 --per_device_batch_size {rows} --max_grad_norm {CLIP} ")
     if stage == "ppo":
-        words += (f"--reward_model {folder / model / 'reward'} --prompts_per_update {ROWS} --responses_per_prompt 2 "
-                  f"--ppo_epochs 4 --num_minibatches 1 --total_episodes {steps // 4 * ROWS * 2} --eval_steps 99 "
-                  f"--save_steps {steps // 4} ")
+        words += (f"--reward_model {folder / model / 'reward'} --prompts_per_update {ROWS} "
+                  f"--responses_per_prompt 2 --ppo_epochs 4 --num_minibatches 1 --total_episodes "
+                  f"{steps // 4 * ROWS * 2} --eval_steps 99 --save_steps {steps // 4} ")
     else:
         words += (f"--max_steps {steps} --logging_steps 1 --gradient_accumulation_steps {accumulation} "
                   f"--micro_batch_tokens none --save_total_limit 1 --eval_steps {steps} ")
@@ -53,9 +58,11 @@ def launch(folder: Path, processes: int, cases: list[tuple]) -> None:
     """
     path = folder / f"cases{processes}.json"
     path.write_text(json.dumps([[stage, str(out), words, stop] for stage, out, words, stop in cases]))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(Path(__file__).with_name("zero_runs.py")), str(path)],
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=1800)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = [*(launcher if processes > 1 else []), str(Path(__file__).with_name("zero_runs.py")), str(path)]
+    done = subprocess.run([sys.executable, *words],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          check=False, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -74,7 +81,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     if len(files) > 1:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert index["weight_map"] == {name: file for file, weights in files.items() for name in weights}
-        assert index["metadata"]["total_size"] == sum(weight.nbytes for weights in files.values() for weight in weights.values())
+        assert index["metadata"]["total_size"] == sum(weight.nbytes for weights in files.values()
+                                                      for weight in weights.values())
     return {name: weight for weights in files.values() for name, weight in weights.items()}
 
 

@@ -1,4 +1,4 @@
-"""The mutation check's list fits the code, and its verdicts are right. (The check itself is `make mutations`.)
+"""The mutation check's list fits the code, and its verdicts are right. `make mutations` is the check itself.
 
 Also the table of docs/details.md: it has all 37 details, its tests exist, and `make test` runs them.
 """
@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 from mutation_list import MUTATIONS, Mutation
-from mutations import README, SUMMARY, Result, judged, mistake, mutated, named_tests, run_tests, summary, table
+from mutations import (
+    README,
+    SUMMARY,
+    Result,
+    judged,
+    mistake,
+    mutated,
+    named_tests,
+    run_tests,
+    summary,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS, DETAILS = ROOT / "tests", ROOT / "docs" / "details.md"
@@ -28,55 +39,79 @@ def test_every_detail_that_says_how_the_program_behaves_is_broken_once_and_no_na
 
 def test_the_readme_says_that_every_mutation_is_caught():
     lines = SUMMARY.findall(README.read_text())
-    assert len(lines) == 1, "tests/README.md has one line `mutations: N, caught: N`; tests/mutations.py --readme writes it"
+    assert len(lines) == 1, "tests/mutations.py --readme writes the line `mutations: N, caught: N` there"
     count, caught = re.match(r"mutations: (\d+), caught: (\d+) \(\d{4}-\d\d-\d\d, commit ", lines[0]).groups()
     assert int(count) == int(caught) == len(MUTATIONS)
 
 
 def test_the_line_of_the_readme_and_the_table_by_hand():
     assert SUMMARY.fullmatch(summary(3, 2))
-    mutations = [Mutation("a", 1, "scripts/utils/x.py", "f", "1", "2", ""), Mutation("b", None, "scripts/y.py", "", "1", "2", "")]
-    results = [Result(["test_x::test_a[1]", "test_x::test_a[2]", "test_x::test_b"], "", ""), Result([], "", "")]
+    mutations = [Mutation("a", 1, "scripts/utils/x.py", "f", "1", "2", ""),
+                 Mutation("b", None, "scripts/y.py", "", "1", "2", "")]
+    results = [Result(["test_x::test_a[1]", "test_x::test_a[2]", "test_x::test_b"], "", ""),
+               Result([], "", "")]
     assert table(mutations, results).splitlines()[2:] == [
-        "| 1 | 1 | a | `utils/x.py` `f` | `test_x::test_a`<br>`test_x::test_b` |", "| 2 |  | b | `y.py` | none |"]
+        "| 1 | 1 | a | `utils/x.py` `f` | `test_x::test_a`<br>`test_x::test_b` |",
+        "| 2 |  | b | `y.py` | none |"]
 
 
-def detail_rows():
-    """The rows of the table of details: number -> its last cell, which names the tests."""
-    if not DETAILS.exists():
-        pytest.skip("docs/details.md is not there")
-    rows = [line.strip().strip("|").split(" | ") for line in DETAILS.read_text().splitlines()]
-    return [(int(cells[0]), cells[-1]) for cells in rows if re.fullmatch(r"\s*\d+\s*", cells[0])]
+DETAIL_ROWS = [[cell.strip() for cell in line.split("|")[1:-1]]  # number, detail, source, code, key, test
+               for line in DETAILS.read_text().splitlines() if re.match(r"\| \d", line)]
 
 
-def test_the_details_are_37_and_name_tests_that_exist_and_are_not_slow():
-    rows = detail_rows()
-    assert [number for number, _ in rows] == list(range(1, 38))
-    for number, cell in rows:
-        named = re.findall(r"`(test_\w+\.py)`((?:,? `\w+`)*)", cell)
-        assert named or number not in BEHAVIOUR, f"detail {number} names no test"
-        for name, beginnings in named:
-            files = list(TESTS.rglob(name))
-            assert len(files) == 1, f"detail {number}: {name}"
-            tests, is_slow = slow_tests(files[0].read_text())
+def test_the_details_are_37_with_their_source_code_key_and_test():
+    assert [int(cells[0]) for cells in DETAIL_ROWS] == list(range(1, 38))
+    for number, _, source, code, _, test in DETAIL_ROWS:
+        assert source, f"detail {number} names no source"
+        assert (code and test) or int(number) not in BEHAVIOUR, f"detail {number} names no code or no test"
+
+
+def test_the_code_of_every_detail_is_where_its_row_says():
+    mistakes = []
+    for number, _, _, code, *_ in DETAIL_ROWS:
+        text = ""
+        for name in re.findall(r"`([^`]+)`", code):
+            if name.endswith(".py"):
+                path = ROOT / "scripts" / name
+                text = path.read_text() if path.exists() else ""
+            if not text or not (name.endswith(".py") or re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE)):
+                mistakes.append(f"{number}: {name}")
+    assert mistakes == []
+
+
+def test_the_tests_of_every_detail_exist_and_make_test_runs_them():
+    mistakes = []
+    for number, *_, cell in DETAIL_ROWS:
+        for name, beginnings in re.findall(r"`(test_\w+\.py)`((?:,? `\w+`)*)", cell):
+            paths = list(TESTS.rglob(name))
+            tests, is_slow = slow_tests(paths[0].read_text()) if paths else ([], None)
             for beginning in re.findall(r"`(\w+)`", beginnings) or [""]:
                 matches = [test for test in tests if test.startswith(f"test_{beginning}")]
-                assert matches, f"detail {number}: no test of {name} begins with test_{beginning}"
-                assert not all(is_slow(test) for test in matches), f"detail {number}: {name} {beginning} is slow"
+                if not matches:
+                    mistakes.append(f"{number}: no {name} {beginning}")
+                elif all(map(is_slow, matches)):
+                    mistakes.append(f"{number}: {name} {beginning} is slow")
+    assert mistakes == []
 
 
 def slow_tests(text):
     """Names of a file's tests, and a function that says whether one carries the marker `slow`."""
     tree = ast.parse(text)
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    functions = {node.name: node for node in tree.body
+                 if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
     marks = [ast.unparse(node.value) for node in tree.body
              if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"]
     whole_file = any("mark.slow" in mark for mark in marks)
-    return list(functions), lambda name: whole_file or "pytest.mark.slow" in map(ast.unparse, functions[name].decorator_list)
+
+    def is_slow(name):
+        return whole_file or "pytest.mark.slow" in map(ast.unparse, functions[name].decorator_list)
+
+    return list(functions), is_slow
 
 
 def test_what_a_slow_test_is():
-    tests, is_slow = slow_tests("import pytest\n@pytest.mark.slow\ndef test_a(): pass\ndef test_b(): pass\ndef help(): pass\n")
+    text = "import pytest\n@pytest.mark.slow\ndef test_a(): pass\ndef test_b(): pass\ndef other(): pass\n"
+    tests, is_slow = slow_tests(text)
     assert tests == ["test_a", "test_b"] and is_slow("test_a") and not is_slow("test_b")
     assert slow_tests("pytestmark = pytest.mark.slow\ndef test_b(): pass\n")[1]("test_b")
 
@@ -141,18 +176,21 @@ def test_tests_are_found_by_the_beginning_of_their_names():
     mutation = Mutation("n", 1, "x.py", "f", "1", "2", "mutations mutations:what_a_slow[1]")
     assert named_tests(mutation) == [here, f"{here}::test_what_a_slow_test_is[1]"]
     for tests, message in (("mutations:a_mu", "3 tests of stages/test_mutations.py begin with test_a_mu"),
-                           ("mutations:none", "0 tests"), ("no_such_file", "0 files named test_no_such_file.py")):
+                           ("mutations:none", "0 tests"),
+                           ("no_such_file", "0 files named test_no_such_file.py")):
         with pytest.raises(ValueError, match=f"^mutation 'n': {message}"):
             named_tests(mutation._replace(tests=tests))
 
 
-SUITE = '<testsuites><testsuite><testcase classname="tests.test_x" name="test_{0}[1]">{1}</testcase></testsuite></testsuites>'
+SUITE = ('<testsuites><testsuite><testcase classname="tests.test_x" '
+         'name="test_{0}[1]">{1}</testcase></testsuite></testsuites>')
 
 
 @pytest.mark.parametrize(("status", "case", "failed", "broken"), [
     (0, "", [], ""),
     (1, '<failure message="AssertionError: assert 1 == 2"/>', ["test_x::test_a[1]"], ""),
-    (1, '<failure message="NameError: name &apos;x&apos; is not defined"/>', ["test_x::test_a[1]"], "the mutant has a mistake"),
+    (1, '<failure message="NameError: name &apos;x&apos; is not defined"/>', ["test_x::test_a[1]"],
+     "the mutant has a mistake"),
     (2, "", [], "status 2"),  # a file that cannot be imported
     (5, "", [], "status 5"),  # no such test
 ])
