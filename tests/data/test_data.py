@@ -1,7 +1,6 @@
 """Data: every layout that the loaders know, cutting, grouping, and one clear line for each broken row."""
 
 import gzip
-import importlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +9,10 @@ import datasets
 import pytest
 from datasets.exceptions import DatasetGenerationError, NonMatchingSplitsSizesError
 
+import train_ppo
+import train_reward
+import train_sft
+from tiny_models import mini_tokenizer
 from utils.config import PROJECT, UserError
 from utils.data import rows as data
 from utils.data.layouts import Example, Ranking
@@ -17,7 +20,6 @@ from utils.data.report import DataReport
 from utils.data.rows import load_rankings, refuse_overlap, split_off
 from utils.data.sources import Source, open_source
 from utils.data.tokens import completion_tokens, prompt_tokens
-from utils.models.loading import load_tokenizer
 
 TLDR = "SUBREDDIT: r/tea\n\nTITLE: Which pot\n\nPOST: I have two pots.\nOne leaks.\n\nTL;DR:"
 SHARED = Path(os.environ.get("TLDR_DATA_DIR", PROJECT.parent / "shared" / "data"))
@@ -50,7 +52,7 @@ def tokenizer_of(name):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(SHARED / "opt_tokenizer")
-    return load_tokenizer("assets/opt-mini")
+    return mini_tokenizer()
 
 
 # ------------------------------------------------------------------------------------------------- layouts
@@ -411,19 +413,19 @@ def test_overlap_is_refused_with_its_places_or_said(tmp_path):
     assert said == [clash + " (allow_overlap)"]
 
 
-@pytest.mark.parametrize(("stage", "kind", "role"), [
-    ("sft", "SFTStageConfig", "actor"), ("reward", "RewardStageConfig", "reward"), ("ppo", "PPOStageConfig", "rlhf"),
-])
+@pytest.mark.parametrize(("load", "kind", "role"), [
+    (train_sft.load_splits, train_sft.SFTStageConfig, "actor"),
+    (train_reward.load_splits, train_reward.RewardStageConfig, "reward"),
+    (train_ppo.load_posts, train_ppo.PPOStageConfig, "rlhf"),
+], ids=["sft", "reward", "ppo"])
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_every_stage_refuses_a_prompt_in_two_splits(stage, kind, role, split, tmp_path):
+def test_every_stage_refuses_a_prompt_in_two_splits(load, kind, role, split, tmp_path):
     rows = [{"prompt": f"P{i}", "completion": " a", "chosen": " a", "rejected": " b"} for i in range(9)]
     shared = {"training": rows[:3], "validation": rows[3:6], "test": rows[6:]}
     shared[split] = [*shared[split], rows[1]]
     files = {f"{role}_{name}_data": write(tmp_path, *part, name=f"{name}.jsonl") for name, part in shared.items()}
-    script = importlib.import_module(f"train_{stage}")
-    config = getattr(script, kind)(**files)
     with pytest.raises(UserError, match=f"^the same prompt stands in {role}_training_data and in {role}_{split}_data: 'P1'"):
-        script.load_splits(config, tokenizer_of("opt-mini"), DataReport(), *([None] if role == "rlhf" else []))
+        load(kind(**files), mini_tokenizer(), DataReport())
 
 
 # ---------------------------------------------------------------------------------------------- broken rows

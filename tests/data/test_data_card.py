@@ -15,7 +15,7 @@ from hub_layouts import COMPARED, SUPERVISED
 from utils.config import PROJECT, parse_config
 from utils.data.files import FILE_ENDINGS
 from utils.data.report import DataReport
-from utils.data.rows import load_data, load_examples, load_rankings
+from utils.data.rows import NamedSet, load_data, load_examples, load_rankings
 from utils.data.sources import parse_sources, sources_of
 
 CARD = (PROJECT / "data" / "README.md").read_text(encoding="utf-8")
@@ -42,8 +42,8 @@ def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
     path, made = tmp_path / "row.jsonl", json.loads(made)
     path.write_text(json.dumps(json.loads(row)) + "\n", encoding="utf-8")
     if "ratings" in made:
-        config = SimpleNamespace(rating_data=str(path), on_bad_rows="error")
-        [rated] = load_data(config, {"rating_data": "ratings"}, None, DataReport())["rating_data"]
+        named = {"rating_data": NamedSet(str(path), "ratings")}
+        [rated] = load_data(SimpleNamespace(on_bad_rows="error"), named, None, DataReport())["rating_data"]
         ratings = [list(pair) for pair in zip(rated.completions, rated.label_scores, strict=True)]
         assert {"prompt": rated.prompt, "ratings": ratings} == made
     elif "pairs" in made:

@@ -6,12 +6,12 @@ from random import Random
 import pytest
 
 import train_reward
+from tiny_models import mini_tokenizer
 from utils.data.report import DataReport, group_statistics
-from utils.data.rows import load_data
-from utils.models.loading import load_tokenizer
+from utils.data.rows import NamedSet, load_data
 from utils.runs.run import Run
 
-TOKENIZER = load_tokenizer("assets/opt-mini")
+TOKENIZER = mini_tokenizer()
 
 
 def write(path, rows):
@@ -23,9 +23,10 @@ def pair(prompt, chosen, rejected):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def loaded(path, **more):
-    config = train_reward.RewardStageConfig(reward_training_data=path, **more)
-    return load_data(config, {"reward_training_data": "rankings"}, TOKENIZER, DataReport())["reward_training_data"]
+def loaded(path, max_completions=9):
+    limits = {"max_completions": max_completions, "min_score_ratio": 1.0, "max_pairs_per_prompt": None}
+    named = {"data": NamedSet(path, "rankings")}
+    return load_data(train_reward.RewardStageConfig(), named, TOKENIZER, DataReport(), limits)["data"]
 
 
 def size(text, prompt):

@@ -11,7 +11,7 @@ from hub_layouts import COMPARED, PROMPTS, SUPERVISED, openai_axis, rows_of, sto
 from real_posts import data_folder
 from utils.config import PROJECT, UserError, parse_config
 from utils.data.report import DataReport
-from utils.data.rows import load_data, load_examples, load_rankings
+from utils.data.rows import NamedSet, load_data, load_examples, load_rankings
 
 TOKENIZER = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
 COUNT = 5
@@ -82,10 +82,10 @@ def test_ratings_are_counted_and_load_again_to_the_same(tmp_path):
     figures = prepare(data, tmp_path / "out")
     assert figures["key"] == "rating_data" and figures["rows"] == COUNT and figures["sources"][0]["read"] == 4 * COUNT
     assert figures["sources"][0]["dropped"]["no overall rating"]["rows"] == COUNT
-    limits = SimpleNamespace(max_prompt_tokens=512, on_bad_rows="error")
+    limits = SimpleNamespace(on_bad_rows="error")
     for path in (data, str(tmp_path / "out" / "rows.jsonl")):
-        limits.rating_data = path
-        found = load_data(limits, {"rating_data": "ratings"}, None, DataReport())["rating_data"]
+        named = {"rating_data": NamedSet(path, "ratings")}
+        found = load_data(limits, named, None, DataReport())["rating_data"]
         assert [(row.prompt, row.completions, row.label_scores) for row in found] == [
             (openai_axis(story).prompt, [f" {text}" for text in story.summaries[:2]], [5.5, 3]) for story in stories(COUNT)]
 

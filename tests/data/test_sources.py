@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -12,14 +11,15 @@ import pytest
 import train_ppo
 import train_reward
 import train_sft
+from tiny_models import mini_tokenizer
 from utils.config import StageConfig, UserError, parse_config, save_config
 from utils.data import sources
 from utils.data.report import DataReport
-from utils.data.rows import load_data, load_examples, split_rows
+from utils.data.rows import NamedSet, load_data, load_examples, split_rows
 from utils.data.sources import Source, data_key, open_source, parse_sources, sources_of
-from utils.models.loading import load_tokenizer
 
-TOKENIZER = load_tokenizer("assets/opt-mini")
+TOKENIZER = mini_tokenizer()
+NAMES = ("actor_training_data", "actor_validation_data", "actor_test_data")
 
 
 @dataclass
@@ -120,17 +120,20 @@ def test_the_command_line_is_as_strict(word, said, tmp_path):
 # ------------------------------------------------------------------------------------------------------ mixing
 
 
+def splits(**settings):
+    """Prompts of the three parts of an SFT configuration."""
+    config, report = train_sft.SFTStageConfig(**settings), DataReport()
+    loaded = load_data(config, {name: NamedSet(getattr(config, name), "examples") for name in NAMES}, TOKENIZER, report)
+    return [[example.prompt for example in rows] for rows in split_rows(config, loaded, *NAMES, report)]
+
+
 def mixed(folder, weights, seed=0, rows=20):
     """Prompts of a mixture of sets a, b, ... as training takes them, with their counts."""
     entries = [{"name": write(folder / f"{name}.jsonl", [{"prompt": f"{name}{n}", "completion": "c"} for n in range(rows)]),
                 "weight": weight} for name, weight in zip("abc", weights, strict=False)]
     held = write(folder / "held.jsonl", [{"prompt": f"held {n}", "completion": "c"} for n in range(4)])
-    config = train_sft.SFTStageConfig(actor_training_data=entries, actor_validation_data=held, actor_test_data=held, seed=seed,
-                                      allow_overlap=True)
-    kinds = dict.fromkeys([f"actor_{split}_data" for split in ("training", "validation", "test")], "examples")
-    report = DataReport()
-    found = load_data(config, kinds, TOKENIZER, report)
-    return [example.prompt for example in split_rows(config, "actor", found, report)[0]]
+    return splits(actor_training_data=entries, actor_validation_data=held, actor_test_data=held, seed=seed,
+                  allow_overlap=True)[0]
 
 
 def test_a_weight_says_how_often_each_row_is_taken(tmp_path):
@@ -156,10 +159,7 @@ def test_the_seed_fixes_which_part_is_taken(tmp_path):
 def test_rows_that_are_held_out_are_taken_once_and_from_every_set(tmp_path):
     entries = [{"name": write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{n}", "completion": "c"} for n in range(100)]),
                 "weight": 3} for name in "ab"]
-    config = train_sft.SFTStageConfig(actor_training_data=entries)
-    report = DataReport()
-    found = load_data(config, {"actor_training_data": "examples"}, TOKENIZER, report)
-    train, *held = ([e.prompt for e in rows] for rows in split_rows(config, "actor", found, report))
+    train, *held = splits(actor_training_data=entries)
     for prompts in held:
         assert len(prompts) == len(set(prompts)) > 10 and {prompt[0] for prompt in prompts} == {"a", "b"}
     assert set(Counter(train).values()) == {3} and len(set(train)) + sum(map(len, held)) == 200
@@ -171,10 +171,7 @@ def test_of_a_mixture_the_first_rows_of_each_set_are_judged_in_proportion(sizes,
     paths = [write(tmp_path / f"{letter}.jsonl", [{"prompt": f"{letter}{n}", "completion": "c"} for n in range(size)]
                    or [{"prompt": "long", "completion": ""}]) for letter, size in zip("abc", sizes, strict=False)]
     train = write(tmp_path / "train.jsonl", [{"prompt": f"t{n}", "completion": "c"} for n in range(50)])
-    config = train_sft.SFTStageConfig(actor_training_data=train, actor_validation_data=paths, eval_rows=20, on_bad_rows="skip")
-    kinds = {field: "examples" for field in ("actor_training_data", "actor_validation_data")}
-    found = load_data(config, kinds, TOKENIZER, DataReport())
-    kept = [example.prompt for example in split_rows(config, "actor", found, DataReport())[1]]
+    kept = splits(actor_training_data=train, actor_validation_data=paths, eval_rows=20, on_bad_rows="skip")[1]
     counts = Counter(prompt[0] for prompt in kept)
     assert len(kept) == 20 and kept == [f"{letter}{n}" for letter in "abc" for n in range(counts[letter])]
     assert all(abs(counts[letter] - 20 * size / sum(sizes)) < 1 for letter, size in zip("abc", sizes, strict=False))
@@ -269,7 +266,8 @@ def test_a_split_of_a_folder_can_be_named(tmp_path):
 
 def test_a_file_under_another_option_is_not_looked_for_on_the_hub(tmp_path):
     with pytest.raises(UserError, match="^x: 'no/file.jsonl' does not exist"):
-        load_data(SimpleNamespace(x="no/file.jsonl", on_bad_rows="error"), {"x": "prompts"}, None, DataReport())
+        load_examples("no/file.jsonl", "x", need_completion=False)
+
 
 
 def test_every_data_key_has_its_split_of_a_hub_set():

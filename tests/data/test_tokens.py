@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets.config
 import pytest
@@ -12,10 +13,11 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerFast
 
+from tiny_models import mini_tokenizer
 from utils.config import PROJECT
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.data.report import DataReport
-from utils.data.rows import load_data, load_examples
+from utils.data.rows import NamedSet, load_data, load_examples
 from utils.data.sources import Source
 from utils.data.tokens import (
     CUT,
@@ -30,7 +32,6 @@ from utils.data.tokens import (
     tokenizer_key,
 )
 from utils.data.validation import read_set
-from utils.models.loading import load_tokenizer
 
 SHARED = Path(os.environ.get("TLDR_DATA_DIR", PROJECT.parent / "shared" / "data"))
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -68,7 +69,7 @@ def trained(kind):
 @pytest.fixture(scope="module", params=["mini", "gpt2", "opt", "llama2", "llama3"])
 def tokenizer(request):
     if request.param == "mini":
-        return load_tokenizer("assets/opt-mini")
+        return mini_tokenizer()
     if request.param == "opt":
         if not (SHARED / "opt_tokenizer").exists():
             pytest.skip(f"no OPT tokenizer at {SHARED / 'opt_tokenizer'}; set TLDR_DATA_DIR")
@@ -195,11 +196,11 @@ def test_the_table_holds_what_the_functions_say(tokenizer, own_cache, tmp_path):
 
 
 def test_tokenizers_that_differ_do_not_share_tokens(own_cache):
-    mini, other = load_tokenizer("assets/opt-mini"), trained("gpt2")
+    mini, other = mini_tokenizer(), trained("gpt2")
     stored = read_set(Source("data/tldr_mini/actor_validation.jsonl.gz"), "actor_validation_data", "examples")
     for tokenizer in (mini, other):
         assert token_rows(stored, tokenizer, 512)[0]["prompt"] == tokenizer(stored.row(0).prompt)["input_ids"]
-    assert tokenizer_key(mini) == tokenizer_key(load_tokenizer("assets/opt-mini")) != tokenizer_key(other)
+    assert tokenizer_key(mini) == tokenizer_key(mini_tokenizer()) != tokenizer_key(other)
     before = tokenizer_key(other)
     other.add_tokens(["teapot"])
     assert tokenizer_key(other) != before
@@ -232,9 +233,9 @@ def test_cut_prompts_are_counted(own_cache, tmp_path):
     path = tmp_path / "a.jsonl"
     rows = ["Why?", dialogue(6), "word " * 99, TLDR_TEMPLATE.format(subreddit="a", title="b", post="c d e.\n" * 30)]
     path.write_text("".join(f'{{"prompt": {text!r}}}\n'.replace("'", '"') for text in rows))
-    config = type("Config", (), {"data": str(path), "on_bad_rows": "error", "max_prompt_tokens": 60})
+    config = SimpleNamespace(on_bad_rows="error", max_prompt_tokens=60)
     report = DataReport()
-    found = load_data(config, {"data": "prompts"}, load_tokenizer("assets/opt-mini"), report)["data"]
+    found = load_data(config, {"data": NamedSet(str(path), "prompts")}, mini_tokenizer(), report)["data"]
     report.tokens("data", found.dataset())
     figures = report.figures["data"]
     assert (figures["rows"], figures["prompts_cut"], figures["prompts_cut_inside"]) == (4, 3, 1)

@@ -1,6 +1,5 @@
 """The pass over the data: every problem is found and named, nothing is kept in memory, and it is not made twice."""
 
-import importlib
 import json
 import os
 import threading
@@ -12,16 +11,17 @@ from types import SimpleNamespace
 import datasets.config
 import pytest
 
+import train_ppo
 import train_reward
 import train_sft
+from tiny_models import mini_tokenizer
 from utils.config import UserError
 from utils.data import cache, validation
 from utils.data.layouts import Example
 from utils.data.report import DataReport
-from utils.data.rows import load_data, load_examples, load_rankings
+from utils.data.rows import NamedSet, load_data, load_examples, load_rankings
 from utils.data.sources import Source
 from utils.data.validation import read_set, split_group
-from utils.models.loading import load_tokenizer
 from utils.runs.run import Run
 
 BAD = {  # a line, what is said of it
@@ -64,7 +64,7 @@ def sft_config(folder, **more):
 
 def splits(config):
     report = DataReport()
-    return train_sft.load_splits(config, load_tokenizer("assets/opt-mini"), report), report
+    return train_sft.load_splits(config, mini_tokenizer(), report), report
 
 
 # --------------------------------------------------------------------------------------------------- findings
@@ -134,23 +134,24 @@ def test_a_set_of_bad_rows_alone_is_refused_even_when_they_are_skipped(tmp_path)
 LONG = "SUBREDDIT: r/tea\n\nTITLE: " + "Which pot? " * 60 + "\n\nPOST: Mine leaks.\n\nTL;DR:"
 
 
-@pytest.mark.parametrize(("stage", "kind", "role"), [
-    ("sft", "SFTStageConfig", "actor"), ("reward", "RewardStageConfig", "reward"), ("ppo", "PPOStageConfig", "rlhf"),
-])
-def test_a_prompt_that_cannot_fit_is_a_finding_in_every_stage(stage, kind, role, tmp_path):
+@pytest.mark.parametrize(("load", "config", "key"), [
+    (train_sft.load_splits, train_sft.SFTStageConfig, "actor_training_data"),
+    (train_reward.load_splits, train_reward.RewardStageConfig, "reward_training_data"),
+    (train_ppo.load_posts, train_ppo.PPOStageConfig, "rlhf_training_data"),
+], ids=["sft", "reward", "ppo"])
+def test_a_prompt_that_cannot_fit_is_a_finding_in_every_stage(load, config, key, tmp_path):
     rows = [{"prompt": f"P{n}" if n != 3 else LONG, "completion": " a", "chosen": " a", "rejected": " b"} for n in range(9)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    script = importlib.import_module(f"train_{stage}")
-    config = getattr(script, kind)(**{f"{role}_training_data": path}, max_prompt_tokens=64)
-    load = (config, load_tokenizer("assets/opt-mini"), DataReport(), *([None] if stage == "ppo" else []))
+    config, report = config(**{key: path}, max_prompt_tokens=64), DataReport()
     with pytest.raises(UserError, match=rf"^{path}:4: the prompt cannot fit into max_prompt_tokens=64 even without its post"):
-        script.load_splits(*load)
+        load(config, mini_tokenizer(), report)
     config.on_bad_rows = "skip"
-    script.load_splits(*load)
-    [found] = list(load[2].rejected())
+    training, validation, test, *_ = load(config, mini_tokenizer(), report)
+    [found] = list(report.rejected())
     assert found["place"] == f"{path}:4" and found["row"]["prompt"].startswith("SUBREDDIT: r/tea\n\nTITLE: Which pot?")
-    assert sum(len(part["prompt"]) if isinstance(part, datasets.Dataset) else len(part.prompts)
-               for part in script.load_splits(*load)[:3] if part is not None) == 8
+    # of PPO the training part is the prompts alone
+    rows = [getattr(part, "prompts", part) for part in (training, validation, test)]
+    assert sum(map(len, rows)) == 8
 
 
 def test_what_a_public_set_holds_is_dropped_and_counted_with_its_lines(tmp_path):
@@ -361,13 +362,14 @@ def test_only_arrow_and_json_are_kept(tmp_path):
 
 def test_the_rows_of_a_reward_run_are_those_of_its_sets(tmp_path):
     """Tokens are looked up by row: with several sets mixed, text and tokens must stay together."""
-    tokenizer = load_tokenizer("assets/opt-mini")
+    tokenizer = mini_tokenizer()
     for name in "ab":
         write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {n}", "chosen": f"{name}{n} c", "rejected": "d"}
                                                 for n in range(5)])
-    config = SimpleNamespace(data=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], on_bad_rows="error",
-                             max_prompt_tokens=32, max_completions=9, min_score_ratio=1.0, max_pairs_per_prompt=None)
-    rows = load_data(config, {"data": "rankings"}, tokenizer, DataReport())["data"].select([7, 2, 9])
+    config = SimpleNamespace(on_bad_rows="error", max_prompt_tokens=32)
+    named = {"data": NamedSet([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], "rankings")}
+    limits = {"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": None}
+    rows = load_data(config, named, tokenizer, DataReport(), limits)["data"].select([7, 2, 9])
     assert [row.prompt for row in rows] == ["b 2", "a 2", "b 4"]
     table = train_reward.usable(rows, SimpleNamespace(max_completion_tokens=99), "data", DataReport()).dataset()
     for row, prompt, completions in zip(rows, table["prompt"], table["completions"], strict=True):

@@ -26,14 +26,12 @@ from pathlib import Path
 
 import datasets.config
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
-from trl import SFTConfig, SFTTrainer  # noqa: F401  what the stages import, once for all runs
-
-import utils.judge.judging
-import utils.judge.plots
 import utils.models.ppo_models
 import utils.rollout
 import utils.trainer  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
+from trl import SFTConfig, SFTTrainer  # noqa: F401  what the stages import, once for all runs
+
 from utils.config import PROJECT, UserError, key
 from utils.launch import start
 from utils.runs.checkpoints import checksums

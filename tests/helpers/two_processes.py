@@ -12,10 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
+from utils.trainer import RunCallback
+
 import environment  # noqa: F401  where the scripts are, and no network
 import train_sft
 from utils.config import parse_config
-from utils.trainer import RunCallback
 
 RANK = int(os.environ["RANK"])
 

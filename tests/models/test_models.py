@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from families import CONFIGS, EOS, FAMILIES, PAD, VOCAB, policy, random_groups, scalar_model
+from families import CONFIGS, FAMILIES, PAD, VOCAB, policy, random_groups, scalar_model
 from utils.config import UserError
 from utils.models.loading import ScalarHead, centre_scores, load_policy, load_scalar_model, without_dropout
 from utils.models.outputs import (

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
+from utils.trainer import GroupLossMixin
 
 import kill_test
 import train_ppo
@@ -18,7 +19,6 @@ from families import PAD, random_groups
 from utils.config import PROJECT, UserError, parse_config
 from utils.models.prompt_groups import pack
 from utils.runs.divergence import Divergence
-from utils.trainer import GroupLossMixin
 
 STAGES = {"sft": (train_sft, "SFTStageConfig", "--max_steps 6 --eval_steps 1"),
           "reward": (train_reward, "RewardStageConfig", "--max_steps 6 --eval_steps 2 --save_steps 1"),

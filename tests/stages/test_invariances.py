@@ -24,6 +24,7 @@ from test_generation import draw
 from test_models import TEMPERATURE, each_row, stock_logprobs, stock_scores
 from test_stages import checkpoints
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, modeling_utils
+from utils.trainer import GroupLossMixin
 
 import train_ppo
 import train_reward
@@ -36,7 +37,6 @@ from utils.distributed import world
 from utils.models.loading import PolicyAndValue, hidden_states, logprobs_and_entropy, response_values, scores, without_dropout
 from utils.models.prompt_groups import PromptGroups, pack, response_states
 from utils.ppo import Rollout
-from utils.trainer import GroupLossMixin
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PPO = train_ppo.PPOStageConfig(temperature=TEMPERATURE, vf_coef=0.5)
