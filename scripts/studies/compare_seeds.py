@@ -76,6 +76,8 @@ CURVES = {
     "length, rollouts [tokens]": ("ppo", "objective/length", "update"),
     "gold score, validation": ("ppo", "eval/gold", "update"),
 }
+# absent where the data has no gold score
+GOLD = [name for column in COLUMNS for name in column.names + column.interval if name.startswith("ppo/gold_")]
 # keys that always differ between seeds: folders, and the models that the stages before have trained
 _DIFFERENT = {
     "sft": ("seed", "output_dir", "report_to"), "reward": ("seed", "output_dir", "report_to", "model"),
@@ -108,6 +110,8 @@ def load_seed(name: str) -> Seed:
                      if key_name not in _DIFFERENT[stage]}
     figures["ppo/ended"] = (series(metrics["ppo"], "objective/ended")[1] or [None])[-1]
     figures["reward/of_ceiling"] = None  # computed below, where the data has a label ceiling
+    if figures.keys().isdisjoint(GOLD):
+        figures |= dict.fromkeys(GOLD)
     for figure in ("ppo/seed", *(name for column in COLUMNS for name in column.names + column.interval)):
         if figure not in figures:
             stage, missing = figure.split("/")
