@@ -10,22 +10,24 @@ from statistics import fmean
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from studies import compare_seeds, over_optimisation
+from tiny_models import mini_tokenizer, opt_config
 from utils.config import PROJECT, UserError, parse_config
 from utils.judge.gold import gold_score, load_gold
 from utils.models.generation import sample
-from utils.runs.run import identity
+from utils.models.parents import Parent
 
 # ------------------------------------------------------------------------------------------------------ the seeds
 
 SUMMARIES = {
     "sft": {"base_rouge_avg": 0.2, "rouge_avg": 0.7, "seed": 0},
     "reward": {"accuracy": 0.6, "label_ceiling": 0.8, "seed": 0},
-    "ppo": {"gold_win_rate": 0.8, "gold_win_rate_low": 0.75, "gold_win_rate_high": 0.85, "gold_win_rate_greedy": 0.9,
-            "gold_before": 0.5, "gold_after": 0.7, "score_before": 0.0, "score_after": 1.0, "kl": 2.0, "rouge_avg": 0.1},
+    "ppo": {"score_before": 0.0, "score_after": 1.0, "kl": 2.0, "rouge_avg": 0.1},
 }
+GOLD = {"gold_win_rate": 0.8, "gold_win_rate_low": 0.75, "gold_win_rate_high": 0.85, "gold_win_rate_greedy": 0.9,
+        "gold_before": 0.5, "gold_after": 0.7}
 METRICS = {
     "sft": [{"step": 0, "eval/rouge_avg": 0.2}, {"step": 5, "sft/loss": 2.0}, {"step": 10, "sft/loss": 1.0}],
     "reward": [{"step": 100, "eval/accuracy": 0.6}],
@@ -34,12 +36,15 @@ METRICS = {
 }
 
 
-def written_seed(folder, number, ended=0.98, kl_coef=0.05, **ppo):
+def written_seed(folder, number, ended=0.98, kl_coef=0.05, gold=GOLD, **ppo):
     """A folder with the three finished stages of one seed."""
-    for stage, summary in SUMMARIES.items():
+    summaries = {**SUMMARIES, "ppo": {**SUMMARIES["ppo"], **gold, **ppo}}
+    if not gold:
+        summaries["reward"] = {"accuracy": 0.6}
+    for stage, summary in summaries.items():
         run = folder / stage
         run.mkdir(parents=True)
-        summary = {**summary, "seed": number, **(ppo if stage == "ppo" else {})}
+        summary = {**summary, "seed": number}
         (run / "summary.json").write_text(json.dumps(summary))
         settings = {"seed": number, "output_dir": str(run), "model": f"{folder}/sft/final" if stage != "sft" else "base",
                     "learning_rate": 1e-3, **({"kl_coef": kl_coef, "reward_model": str(folder)} if stage == "ppo" else {})}
@@ -102,12 +107,25 @@ def test_a_seed_on_the_border_has_not_collapsed(tmp_path, capsys):
 
 
 def test_data_without_gold_scores_and_one_seed_show_dashes(tmp_path, capsys):
-    none = dict.fromkeys(name for name in SUMMARIES["ppo"] if name.startswith("gold"))
-    compared("--runs", written_seed(tmp_path / "a", 0, **none), "--markdown")
+    """Such a run's summaries have no gold figures and no ceiling at all: no other data has them."""
+    compared("--runs", written_seed(tmp_path / "a", 0, gold={}), "--markdown")
     printed = capsys.readouterr().out
     rows = markdown_rows(printed)
-    assert {rows[label]["gold score, SFT → PPO"] for label in rows} == {"-"}
+    for column in ("gold score, SFT → PPO", "gold win rate, sampled (95 %)", "greedy", "of its ceiling"):
+        assert {rows[label][column] for label in rows} == {"-"}
     assert (rows["mean"]["KL"], rows["sd"]["KL"]) == ("2.00", "-") and "collapsed: none" in printed
+
+
+def test_seeds_without_gold_scores_are_judged_by_their_ends(tmp_path, capsys):
+    seeds = [written_seed(tmp_path / "a", 0, gold={}), written_seed(tmp_path / "b", 1, gold={}, ended=0.5)]
+    compared("--runs", *seeds)
+    assert "collapsed: seed 1 (share with EOS 0.500 is below 0.900)\n" in capsys.readouterr().out
+
+
+def test_a_summary_with_some_of_the_gold_figures_is_broken(tmp_path):
+    gold = {name: value for name, value in GOLD.items() if name != "gold_after"}
+    with pytest.raises(UserError, match="^runs: '.*ppo/summary.json' has no 'gold_after'; train that stage again"):
+        compared("--runs", written_seed(tmp_path / "a", 0, gold=gold))
 
 
 @pytest.mark.parametrize(("break_it", "message"), [
@@ -176,10 +194,8 @@ NAMES = ("eval/kl", "eval/score", "eval/gold", "eval/score_sampled", "eval/gold_
 def models(tmp_path_factory):
     """A tiny random SFT model and reward model with the mini tokenizer."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
-    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-                       num_attention_heads=4, max_position_embeddings=384, num_labels=1,
-                       pad_token_id=tokenizer.pad_token_id)
+    tokenizer = mini_tokenizer()
+    config = opt_config(tokenizer)
     torch.manual_seed(0)
     policy, reward_model = AutoModelForCausalLM.from_config(config), AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():  # so that within 8 tokens some samples end, and others are cut off after a full stop
@@ -204,7 +220,8 @@ def written_run(models, tmp_path):
         rows = [{"step": 3 * i, **dict(zip(names, point, strict=False))} for i, point in enumerate(points)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 9, "objective/kl": 9.0}]))
         (run / "summary.json").write_text("{}")
-        parents = {"model": identity(str(models / model)), "reward_model": identity(str(models / "reward"))}
+        parents = {"model": Parent("model", str(models / model)).identity,
+                   "reward_model": Parent("reward_model", str(models / "reward")).identity}
         (run / "final" / "stage.json").write_text(json.dumps({"parents": parents}))
         return str(run)
     return write
