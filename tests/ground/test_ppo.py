@@ -163,14 +163,6 @@ def test_adaptive_kl_coefficient_brings_the_kl_to_its_target():
     assert kl_coef == pytest.approx(0.2, rel=1e-3)
 
 
-def test_scores_are_scaled_then_clipped():
-    scores = torch.tensor([3.0, -5.0, 0.5])
-    close(ppo.shape_scores(scores, 1.0, None), scores)
-    close(ppo.shape_scores(scores, 2.0, None), [1.5, -2.5, 0.25])
-    close(ppo.shape_scores(scores, 1.0, 1.0), [1.0, -1.0, 0.5])
-    close(ppo.shape_scores(scores, 2.0, 1.0), [1.0, -1.0, 0.25])
-
-
 # -------------------------------------------------------------------------- advantages from the responses to a prompt
 
 GROUPS = [[1.0, 2.0, 6.0], [-1.0, -1.0, -1.0], [0.5, -3.0, 4.0]]  # K = 3

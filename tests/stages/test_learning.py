@@ -5,21 +5,19 @@ import math
 import random
 from dataclasses import replace
 from statistics import fmean
-from types import SimpleNamespace
 
 import pytest
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from transformers import AutoTokenizer
 
 import train_ppo
 import train_reward
 import train_sft
-from families import EOS, PAD, policy, random_groups, scalar_model
+from families import random_groups
+from loops import epoch_loop, posts_of, ppo_loop, save_parents
 from tiny_models import save_opt
 from utils.data.report import DataReport
-from utils.data.rows import load_data, tokenised
+from utils.data.rows import Source, load_data, tokenised
 from utils.models.loading import load_policy
+from utils.models.parents import Parent
 
 # each is one token of the mini tokenizer when a space stands before it
 WORDS = "the my work home door night friend money".split()
@@ -31,13 +29,11 @@ WANTED = 7  # the bandit's token
 @pytest.fixture
 def ppo(tmp_path, monkeypatch):
     """A configuration of the bandit: 128 episodes an update, 30 updates; the reward model's weights play no part."""
-    policy("opt").save_pretrained(tmp_path / "sft")
-    scalar_model("opt", seed=1).save_pretrained(tmp_path / "reward")
-    monkeypatch.setattr("utils.rollout.scores", share_of_wanted)
+    monkeypatch.setattr(train_ppo, "scores", share_of_wanted)
     monkeypatch.setattr(train_ppo, "evaluate", lambda *_: None)
     return train_ppo.PPOStageConfig(
-        model=str(tmp_path / "sft"), reward_model=str(tmp_path / "reward"), max_prompt_tokens=16, max_new_tokens=6,
-        prompts_per_update=8, responses_per_prompt=16, total_episodes=30 * 128, per_device_batch_size=8, temperature=1.0,
+        **save_parents(tmp_path), output_dir=str(tmp_path), max_prompt_tokens=16, max_new_tokens=6, prompts_per_update=8,
+        responses_per_prompt=16, total_episodes=30 * 128, per_device_batch_size=8, temperature=1.0,
         missing_eos_score=-0.5, save_steps=1000,
     )
 
@@ -50,18 +46,13 @@ def share_of_wanted(_, groups):
 
 def played(config) -> list[dict]:
     """What the real loop logged at each update; its figures are those of the policy before that update."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision of the test before
-    accelerator = Accelerator(cpu=True)
-    models, optimizer, scheduler = train_ppo.prepare(train_ppo.load_models(config), config, accelerator)
-    said = []
-    run = SimpleNamespace(metrics=lambda step, figures: said.append(figures), stop_signal=None)
-    tokenizer = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
+    loop, models = ppo_loop(config)
     prompts = random_groups([5, 1, 8, 3, 6, 4, 7, 2], [[1]] * 8)[0]
-    train_ppo.train(models, tokenizer, prompts, None, None, None, config, run, None, optimizer, scheduler, accelerator)
-    return said
+    train_ppo.train(loop, models, posts_of(prompts), None, None)
+    return loop.run.read_metrics()
 
 
-OTHERS = [{"value_model": "shared"}, {"advantage": "rloo"}, {"advantage": "grpo"}, {"scale_scores": True}]
+OTHERS = [{"value_model": "shared"}, {"advantage": "rloo"}, {"advantage": "grpo"}, {"num_minibatches": 4}]
 
 
 @pytest.mark.parametrize("options", [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in OTHERS)], ids=str)
@@ -123,10 +114,13 @@ def test_sft_learns_eight_rows_by_heart(base, tmp_path):
         max_prompt_tokens=32, max_new_tokens=16, max_steps=250, eval_steps=250, per_device_batch_size=8, learning_rate=1e-2,
     )
     train_sft.main(config)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    found = load_data(config, {"actor_training_data": "examples"}, tokenizer, DataReport())
+    final = Parent("model", str(tmp_path / "sft" / "final"))
+    named = {"actor_training_data": Source(files["training"], "examples")}
+    found = load_data(config, named, final.tokenizer, DataReport())
     learnt = tokenised(found["actor_training_data"], None, print)
-    figures, _ = train_sft.rouge_of(load_policy(str(tmp_path / "sft" / "final")), tokenizer, learnt, config, "")
+    loop = epoch_loop(config, load_policy(final), 8)
+    loop.tokenizer = final.tokenizer
+    figures, _ = train_sft.rouge_of(loop, learnt, "")
     assert json.loads((tmp_path / "sft" / "summary.json").read_text())["base_rouge_avg"] < 0.3
     assert figures["rouge_avg"] > 0.9
     assert figures["ended"] == 1
