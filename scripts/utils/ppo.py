@@ -71,12 +71,6 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, hor
     return kl_coef * (1 + error * episodes / horizon)
 
 
-def shape_scores(scores: Tensor, scale: float, clip: float | None) -> Tensor:
-    """Scores (N,) as they enter the rewards: divided by `scale`, then clipped to +-`clip` (None: no clip)."""
-    scaled = scores / scale
-    return scaled if clip is None else scaled.clamp(-clip, clip)
-
-
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
     """Rewards: -kl_coef * kl at every real token, plus the score at the last one (detail 23).
 

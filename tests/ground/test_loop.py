@@ -1,4 +1,4 @@
-"""The loop of all stages: one mean per optimizer step, AdamW and its rates, what is left out, when it looks and saves."""
+"""The loop of all stages: one mean a step, AdamW, rates, what is left out, when a stage looks and saves."""
 
 import math
 from dataclasses import replace
@@ -30,7 +30,8 @@ ROWS = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])}
 
 def sft_loop(folder, model=None, **keys) -> Loop:
     """A loop of the SFT stage on `ROWS`, all four of them in a step; nothing is clipped."""
-    config = train_sft.SFTStageConfig(output_dir=str(folder), **{"max_grad_norm": 0.0, "logging_steps": 1, **keys})
+    keys = {"max_grad_norm": 0.0, "logging_steps": 1, **keys}
+    config = train_sft.SFTStageConfig(output_dir=str(folder), **keys)
     return epoch_loop(config, without_dropout(policy("opt")) if model is None else model, len(ROWS))
 
 
@@ -44,7 +45,7 @@ def logged(loop, name):
     return [row[name] for row in loop.run.read_metrics() if name in row]
 
 
-# ---------------------------------------------------------------------------------------------- one mean of a step
+# ----------------------------------------------------------------------------------------- one mean of a step
 
 
 def token_losses(model):
@@ -58,7 +59,7 @@ def token_losses(model):
 
 
 def assert_one_sgd_step(loop):
-    """The loop's weights are those after one step of plain SGD at .1 on the mean over all tokens of `ROWS`."""
+    """The weights are those after one step of plain SGD at .1 on the mean over all tokens of `ROWS`."""
     oracle = without_dropout(policy("opt"))
     loss = token_losses(oracle).mean()
     loss.backward()
@@ -94,7 +95,7 @@ def test_a_spare_part_counts_nothing(tmp_path, monkeypatch):
     assert_one_sgd_step(loop)
 
 
-# ----------------------------------------------------------------------------------------------- AdamW, its rates
+# ------------------------------------------------------------------------------------------- AdamW, its rates
 
 
 def rate_at(step, steps, warmup, decay):
@@ -108,14 +109,15 @@ def rate_at(step, steps, warmup, decay):
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_optimizer_steps_by_their_definition(decay, limit, tmp_path):
-    """AdamW (1711.05101, algorithm 2) in float64. Weight decay spares the vector, the clipped norm is that of both.
+    """AdamW (1711.05101, algorithm 2) in float64. Weight decay spares the vector; both make the clipped norm.
 
-    The gradient of the fourth step is not finite: it is left out as if it had never been, but for the learning rate.
+    The gradient of the fourth step is not finite: it is left out as if it had never been, but for the rate.
     So are two steps that are skipped after the fifth.
     """
     peak, eps, beta2, weight_decay, steps, warmup = 0.1, 0.03, 0.7, 0.4, 9, 2
-    config = train_sft.SFTStageConfig(output_dir=str(tmp_path), learning_rate=peak, adam_eps=eps, adam_beta2=beta2,
-                                      weight_decay=weight_decay, warmup_steps=warmup, max_grad_norm=limit)
+    config = train_sft.SFTStageConfig(
+        output_dir=str(tmp_path), learning_rate=peak, adam_eps=eps, adam_beta2=beta2,
+        weight_decay=weight_decay, warmup_steps=warmup, max_grad_norm=limit)
     layer = nn.Linear(3, 2)
     loop = bare_loop(config, layer, Schedule(steps, steps, decay))
     groups = pack(PROMPTS, COMPLETIONS, PAD)
@@ -138,7 +140,8 @@ def test_optimizer_steps_by_their_definition(decay, limit, tmp_path):
                 second[i] = beta2 * second[i] + (1 - beta2) * gradient**2
                 rate = peak * rate_at(number, steps, warmup, decay)
                 direction = first[i] / (1 - 0.9**count) / (np.sqrt(second[i] / (1 - beta2**count)) + eps)
-                weights[i] = weights[i] - rate * direction - (rate * weight_decay * weights[i] if i == 0 else 0)
+                decayed = rate * weight_decay * weights[i] if i == 0 else 0
+                weights[i] = weights[i] - rate * direction - decayed
         for weight, expected in zip((layer.weight, layer.bias), weights, strict=True):
             np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
         if number == 4:
@@ -149,54 +152,57 @@ def test_optimizer_steps_by_their_definition(decay, limit, tmp_path):
 
 
 def test_the_length_of_a_run(tmp_path):
-    """Ten rows are three steps of four; one epoch and a half of them five (4.5 rounded up); `max_steps` wins."""
-    config = train_sft.SFTStageConfig(per_device_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1.5)
+    """Ten rows are three steps of four; one epoch and a half are five (4.5 rounded up); `max_steps` wins."""
+    config = train_sft.SFTStageConfig(per_device_batch_size=2, gradient_accumulation_steps=2,
+                                      num_train_epochs=1.5)
     sft_loop(tmp_path)  # accelerate as in one process
     assert config.schedule(10) == (5, 5, "cosine")
     assert replace(config, max_steps=7).schedule(10) == (7, 7, "cosine")
-    config = train_ppo.PPOStageConfig(**save_parents(tmp_path), output_dir=str(tmp_path), max_prompt_tokens=16,
-                                      max_new_tokens=6, prompts_per_update=4, responses_per_prompt=2,
-                                      total_episodes=20, ppo_epochs=3, num_minibatches=2)
+    config = train_ppo.PPOStageConfig(
+        **save_parents(tmp_path), output_dir=str(tmp_path), max_prompt_tokens=16, max_new_tokens=6,
+        prompts_per_update=4, responses_per_prompt=2, total_episodes=20, ppo_epochs=3, num_minibatches=2)
     assert ppo_loop(config)[0].schedule == (3, 3 * 3 * 2, "linear")
 
 
-# ------------------------------------------------------------------------------------------- what is not finite
+# ----------------------------------------------------------------------------------------- what is not finite
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_after_it_is_logged(tmp_path):
-    """The first step breaks the weights; the two left out after it are in the metrics as they are, not hidden."""
+    """The first step breaks the weights; the losses of the two left out after it are logged, not hidden."""
     loop = sft_loop(tmp_path, per_device_batch_size=4, max_steps=9)
     step_by_sgd(loop, 1e30)
-    with pytest.raises(UserError, match=r"^step 4: the loss or the gradient is not finite .*: lower learning_rate"):
+    with pytest.raises(UserError, match="^step 4: the loss or the gradient is not finite .* lower learning"):
         train_sft.train(loop, Dataset.from_list(ROWS), None)
     assert [loss is None for loss in logged(loop, "sft/loss")] == [False, True, True]
 
 
-# ------------------------------------------------------------------------------------------------- steps of a run
+# --------------------------------------------------------------------------------------------- steps of a run
 
 
 def stage_loops(folder, **keys):
     """A function that trains seven steps of a stage, and the loop, for each stage."""
     sft = sft_loop(folder, per_device_batch_size=4, max_steps=7, **keys)
     yield "sft", sft, lambda: train_sft.train(sft, Dataset.from_list(ROWS), None)
-    pairs = [{"prompt": p, "completions": [c[0], [5, EOS]], "pairs": [(0, 1)], "length": len(p) + len(c[0]) + 2}
-             for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    config = train_reward.RewardStageConfig(output_dir=str(folder), per_device_batch_size=4, max_steps=7, **keys)
+    pairs = [{"prompt": row["prompt"], "completions": [row["completion"], [5, EOS]], "pairs": [(0, 1)],
+              "length": row["length"] + 2} for row in ROWS]
+    config = train_reward.RewardStageConfig(output_dir=str(folder), per_device_batch_size=4, max_steps=7,
+                                            **keys)
     reward = epoch_loop(config, scalar_model("opt"), len(pairs))
     yield "reward", reward, lambda: train_reward.train(reward, Dataset.from_list(pairs), None)
-    config = train_ppo.PPOStageConfig(**save_parents(folder), output_dir=str(folder), max_prompt_tokens=16,
-                                      max_new_tokens=2, prompts_per_update=2, responses_per_prompt=1,
-                                      total_episodes=14, ppo_epochs=1,
-                                      **{name: value for name, value in keys.items() if name != "logging_steps"})
+    del keys["logging_steps"]  # PPO logs every update
+    config = train_ppo.PPOStageConfig(
+        **save_parents(folder), output_dir=str(folder), max_prompt_tokens=16, max_new_tokens=2,
+        prompts_per_update=2, responses_per_prompt=1, total_episodes=14, ppo_epochs=1, **keys)
     ppo, models = ppo_loop(config)
     yield "ppo", ppo, lambda: train_ppo.train(ppo, models, posts_of(PPO_PROMPTS), None, None)
 
 
 def test_a_stage_looks_and_saves_when_it_is_due_and_after_its_last_step(tmp_path, monkeypatch):
     looked = []
-    for script, step_at in ((train_sft, 2), (train_reward, 2), (train_ppo, 5)):
-        monkeypatch.setattr(script, "evaluate", lambda *args, at=step_at: looked.append(args[at]) or {"rouge_avg": 1.0})
-    for stage, loop, train in stage_loops(tmp_path, eval_steps=3, save_steps=2, logging_steps=5, save_total_limit=2):
+    for script in (train_sft, train_reward, train_ppo):  # the step is the last argument
+        monkeypatch.setattr(script, "evaluate", lambda *args: looked.append(args[-1]) or {"rouge_avg": 1.0})
+    keys = {"eval_steps": 3, "save_steps": 2, "logging_steps": 5, "save_total_limit": 2}
+    for stage, loop, train in stage_loops(tmp_path, **keys):
         saved, save = [], loop.save
         loop.save = lambda loop=loop, saved=saved, save=save: (saved.append(loop.step), save())
         looked.clear()
@@ -209,7 +215,7 @@ def test_a_stage_looks_and_saves_when_it_is_due_and_after_its_last_step(tmp_path
 
 
 def test_between_left_out_steps_a_stage_neither_looks_nor_saves(tmp_path, monkeypatch):
-    """There the weights may be broken: the last two of four steps are left out, and two are no reason to stop yet."""
+    """There the weights may be broken: the last two of four steps are left out, and two stop no run yet."""
     looked = []
     monkeypatch.setattr(train_sft, "evaluate", lambda *args: looked.append(args[2]) or {"rouge_avg": 1.0})
     loop = sft_loop(tmp_path, per_device_batch_size=4, max_steps=4, eval_steps=1, save_steps=1)
@@ -251,7 +257,8 @@ def test_dropout_is_another_one_in_each_step_and_on_each_rank_and_comes_again(tm
     config = train_sft.SFTStageConfig(output_dir=str(tmp_path), save_steps=100)
 
     def kept(seed=0, rank=0):
-        loop = bare_loop(replace(config, seed=seed), nn.Sequential(nn.Linear(1, 1), layer), Schedule(4, 4, "linear"))
+        model = nn.Sequential(nn.Linear(1, 1), layer)
+        loop = bare_loop(replace(config, seed=seed), model, Schedule(4, 4, "linear"))
         loop.accelerator = SimpleNamespace(process_index=rank, is_main_process=False)
         loop._end_of_step = lambda: None
         return [tuple(layer(torch.ones(64)).tolist()) for _ in loop.steps(range(4))]
@@ -268,7 +275,8 @@ def test_rows_come_once_a_pass_in_another_order_in_each_pass_and_for_each_seed()
     assert all(sorted(sum(order, [])) == list(range(107)) for order in passes)
     assert all(sorted(map(len, order)) == [2] + [5] * 21 for order in passes)
     assert len({str(order) for order in passes}) == 4
-    assert [steps[0][number].tolist() for number in range(22, 44)] == passes[1], "in whatever order it is asked"
+    again = [steps[0][number].tolist() for number in range(22, 44)]
+    assert again == passes[1], "in whatever order they are asked for"
 
 
 def test_rows_of_a_step_have_like_lengths_and_steps_come_in_any_order():
@@ -281,7 +289,7 @@ def test_rows_of_a_step_have_like_lengths_and_steps_come_in_any_order():
     assert abs(np.corrcoef(mean, np.arange(50))[0, 1]) < 0.5
 
 
-# ------------------------------------------------------------------------------------------------- SFT's own parts
+# -------------------------------------------------------------------------------------------- SFT's own parts
 
 
 def test_on_the_sequence_the_loss_is_taken_on_all_but_the_first_token():
@@ -301,12 +309,13 @@ def test_rouge_is_that_of_summaries_sampled_at_the_evaluations_temperature(tmp_p
 
     def summarise(model, tokenizer, prompts, config, temperature, title):
         asked.append(temperature)
-        return SimpleNamespace(texts=[" my cat ran away", " no"], tokens=[[3, 4, EOS], [5]], ended=[True, False])
+        return SimpleNamespace(texts=[" my cat ran away", " no"], tokens=[[3, 4, EOS], [5]],
+                               ended=[True, False])
 
     monkeypatch.setattr(train_sft, "summarise", summarise)
     posts = SimpleNamespace(prompts=[[1], [1]], examples=[SimpleNamespace(completion=" my cats ran away"),
                                                           SimpleNamespace(completion=" yes")])
     figures, _ = train_sft.rouge_of(sft_loop(tmp_path, eval_temperature=0.02), posts, "")
     assert asked == [0.02]
-    assert figures == pytest.approx({"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5, "rouge_avg": 0.5, "ended": 0.5,
-                                     "tokens": 2.0})
+    rouge = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rouge_avg"), 0.5)
+    assert figures == pytest.approx({**rouge, "ended": 0.5, "tokens": 2.0})

@@ -1,6 +1,6 @@
 """PPO's mathematics against definitions written out in plain Python, closed forms, and properties.
 
-The oracles loop over one episode at a time and never see padding; what the functions meet at padding is `JUNK`.
+The oracles loop over one episode at a time and never see padding; the functions meet `JUNK` there.
 """
 
 import ast
@@ -37,7 +37,8 @@ def flat(x, mask):
 
 
 def close(actual, expected, tol=1e-5):
-    torch.testing.assert_close(torch.as_tensor(actual).double(), torch.as_tensor(expected).double(), rtol=tol, atol=tol)
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
 def test_module_is_pure():
@@ -47,7 +48,7 @@ def test_module_is_pure():
     assert imports <= {"torch", "typing"}
 
 
-# ---------------------------------------------------------------------------------------------- means and moments
+# ------------------------------------------------------------------------------------------ means and moments
 
 
 def test_moments_are_those_of_the_real_numbers_and_add_up():
@@ -67,11 +68,12 @@ def test_moments_are_those_of_the_real_numbers_and_add_up():
 def test_variance_survives_a_large_mean():
     x = torch.tensor([[3000.1, 3000.6, 3001.1]])  # float32 sums of squares would lose it
     close(ppo.mean_var(ppo.masked_moments(x, torch.ones_like(x, dtype=bool)))[1], 1 / 6, tol=1e-3)
-    equal = torch.full((1, 49), 1.9)  # rounding alone would give -4e-16, and whitening a NaN for larger numbers
+    # rounding alone would give -4e-16, and whitening a NaN for larger numbers
+    equal = torch.full((1, 49), 1.9)
     assert ppo.mean_var(ppo.masked_moments(equal, torch.ones_like(equal, dtype=bool)))[1] >= 0
 
 
-# ---------------------------------------------------------------------------------------------------------- whiten
+# ----------------------------------------------------------------------------------------------------- whiten
 
 
 def test_whiten_uses_the_population_variance():
@@ -113,7 +115,7 @@ def test_whiten_of_equal_numbers_is_0_and_half_the_statistics_are_refused():
         ppo.whiten(x, mask, var=torch.tensor(1.0))
 
 
-# -------------------------------------------------------------------------------------------------------------- KL
+# --------------------------------------------------------------------------------------------------------- KL
 
 
 def test_kl_estimators_by_hand():
@@ -127,7 +129,8 @@ def test_kl_k3_is_never_negative_nor_rounded_away():
     d = torch.linspace(-4, 4, 2001)
     assert (ppo.kl_estimate(d, torch.zeros_like(d), "k3") >= 0).all()
     tiny = torch.tensor([2e-4])
-    close(ppo.kl_estimate(tiny, torch.zeros(1), "k3") / (tiny**2 / 2), [1.0], tol=1e-2)  # k3 = d^2 / 2 + O(d^3)
+    # k3 = d^2 / 2 + O(d^3)
+    close(ppo.kl_estimate(tiny, torch.zeros(1), "k3") / (tiny**2 / 2), [1.0], tol=1e-2)
 
 
 def test_both_kl_estimators_are_unbiased():
@@ -163,15 +166,7 @@ def test_adaptive_kl_coefficient_brings_the_kl_to_its_target():
     assert kl_coef == pytest.approx(0.2, rel=1e-3)
 
 
-def test_scores_are_scaled_then_clipped():
-    scores = torch.tensor([3.0, -5.0, 0.5])
-    close(ppo.shape_scores(scores, 1.0, None), scores)
-    close(ppo.shape_scores(scores, 2.0, None), [1.5, -2.5, 0.25])
-    close(ppo.shape_scores(scores, 1.0, 1.0), [1.0, -1.0, 0.5])
-    close(ppo.shape_scores(scores, 2.0, 1.0), [1.0, -1.0, 0.25])
-
-
-# -------------------------------------------------------------------------- advantages from the responses to a prompt
+# ------------------------------------------------------------------ advantages from the responses to a prompt
 
 GROUPS = [[1.0, 2.0, 6.0], [-1.0, -1.0, -1.0], [0.5, -3.0, 4.0]]  # K = 3
 
@@ -185,7 +180,8 @@ def test_rloo_by_hand_and_by_definition():
 
 
 def test_grpo_by_definition():
-    expected = [(r - statistics.mean(group)) / (statistics.stdev(group) + 1e-4) for group in GROUPS for r in group]
+    expected = [(r - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
+                for group in GROUPS for r in group]
     close(ppo.grpo_advantages(torch.tensor(GROUPS).flatten(), 3), expected)
     close(ppo.grpo_advantages(torch.tensor([7.0, 7.0]), 2), [0.0, 0.0])
 
@@ -201,7 +197,7 @@ def test_a_prompts_own_level_does_not_count(compare):
 
 
 def test_rloo_is_an_unbiased_gradient():
-    """The exact expectation over both samples of a two-armed bandit is the gradient of the expected reward."""
+    """The exact expectation over both samples of a bandit is the gradient of the expected reward."""
     reward = torch.tensor([1.0, 3.0, -2.0])
     logits = torch.tensor([0.2, -0.4, 0.9], requires_grad=True)
     (logits.softmax(0) * reward).sum().backward()
@@ -217,7 +213,7 @@ def test_rloo_is_an_unbiased_gradient():
     close(logits.grad, expected)
 
 
-# --------------------------------------------------------------------------------------------------------- rewards
+# ---------------------------------------------------------------------------------------------------- rewards
 
 
 def test_token_rewards_by_hand():
@@ -244,10 +240,11 @@ def test_token_rewards_refuse_an_episode_without_tokens():
 def test_missing_eos_gets_the_fixed_score():
     scores = torch.tensor([3.0, -5.0, 0.5])
     ended = torch.tensor([True, False, False])
-    close(ppo.missing_eos_penalty(scores, ended, -1.0), [3.0, -1.0, -1.0])  # in place of the score, not added to it
+    # in place of the score, not added to it
+    close(ppo.missing_eos_penalty(scores, ended, -1.0), [3.0, -1.0, -1.0])
 
 
-# ------------------------------------------------------------------------------------------------------------- GAE
+# -------------------------------------------------------------------------------------------------------- GAE
 
 
 def gae_by_definition(rewards, values, gamma, lam):
@@ -288,12 +285,14 @@ def test_gae_equals_the_double_sum(gamma, lam):
 def test_gae_limits():
     batch, mask = random_batch(6, ["rewards", "values"])
     _, returns = ppo.gae(batch["rewards"], batch["values"], mask, gamma=1.0, lam=1.0)
-    for i, rewards in enumerate(real_tokens(batch["rewards"], mask)):  # lam 1: the rewards still to come, no value
+    # lam 1: the rewards still to come, no value
+    for i, rewards in enumerate(real_tokens(batch["rewards"], mask)):
         close(returns[i, : len(rewards)], [sum(rewards[t:]) for t in range(len(rewards))])
     _, returns = ppo.gae(batch["rewards"], batch["values"], mask, gamma=0.5, lam=0.0)
     rows = zip(real_tokens(batch["rewards"], mask), real_tokens(batch["values"], mask), strict=True)
     for i, (rewards, values) in enumerate(rows):  # lam 0: one step, then the value
-        close(returns[i, : len(rewards)], [r + 0.5 * v for r, v in zip(rewards, values[1:] + [0.0], strict=True)])
+        expected = [r + 0.5 * v for r, v in zip(rewards, values[1:] + [0.0], strict=True)]
+        close(returns[i, : len(rewards)], expected)
 
 
 def test_gae_knows_neither_padding_nor_order():
@@ -312,7 +311,7 @@ def test_gae_knows_neither_padding_nor_order():
         assert (x_wider[:, 7:] == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 POLICY_TABLE = [  # ratio, advantage, loss, clipped
     (1.5, 1.0, -1.2, True),
@@ -383,14 +382,15 @@ def test_micro_batches_add_up_to_the_whole_loss():
     close(gradient([slice(0, 1), slice(1, 3), slice(3, 5)]), whole)
 
 
-# ------------------------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 
 def test_policy_statistics_equal_sums_over_real_tokens():
     batch, mask = random_batch(9, ["new", "old", "entropy"])
     clipped = torch.rand(mask.shape, generator=torch.Generator().manual_seed(9)) < 0.5
     stats = ppo.policy_statistics(batch["new"], batch["old"], batch["entropy"], clipped, mask)
-    ratios = [math.exp(n - o) for n, o in zip(flat(batch["new"], mask), flat(batch["old"], mask), strict=True)]
+    pairs = zip(flat(batch["new"], mask), flat(batch["old"], mask), strict=True)
+    ratios = [math.exp(n - o) for n, o in pairs]
     expected = {
         "ratio": sum(ratios),
         "approx_kl": sum(ratio - 1 - math.log(ratio) for ratio in ratios),

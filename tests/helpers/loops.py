@@ -94,7 +94,7 @@ def rolled_out(loop: Loop, models, update: int = 1, prompts=PROMPTS):
 
 
 def gradients_of_steps(loop: Loop) -> list[dict[str, torch.Tensor]]:
-    """A list that every optimizer step adds its gradients to, by the weights' names, as the optimizer gets them."""
+    """A list that each optimizer step adds its gradients to, by the weights' names, as AdamW gets them."""
     steps, named = [], dict(loop.module.named_parameters())
     loop.optimizer.optimizer.register_step_pre_hook(lambda *_: steps.append(
         {name: weight.grad.clone() for name, weight in named.items() if weight.grad is not None}))

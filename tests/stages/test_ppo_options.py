@@ -1,7 +1,7 @@
 """Every option of the PPO stage does what it says, through the loop's own functions on tiny models.
 
-The oracles loop over one episode at a time in plain Python; they start from what the models said (log-probs, values,
-scores), which test_models.py holds against stock forward passes.
+The oracles loop over one episode at a time in plain Python; they start from what the models said (log-probs,
+values, scores), which test_models.py holds against stock forward passes.
 """
 
 import json
@@ -18,7 +18,7 @@ from families import FAMILIES, PAD, policy, random_groups, scalar_model
 from loops import PROMPTS, gradients_of_steps, posts_of, ppo_loop, rolled_out, save_parents, updated
 from utils.config import UserError
 from utils.data.report import DataReport
-from utils.data.rows import Source, Tokenised, load_data
+from utils.data.rows import NamedSet, Tokenised, load_data
 from utils.models.outputs import response_logprobs, response_values, scores
 from utils.models.parents import Parent
 from utils.models.prompt_groups import pack, unpack
@@ -30,7 +30,8 @@ K = 3
 def families(tmp_path_factory):
     """For each family PPO's keys for tiny saved models, and for a folder of runs."""
     folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
-    return {family: {"output_dir": str(folder), **save_parents(folder, family)} for family, folder in folders.items()}
+    return {family: {"output_dir": str(folder), **save_parents(folder, family)}
+            for family, folder in folders.items()}
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def config_of(keys):
 
 
 def episodes_of(rollout):
-    """Each episode of a rollout as plain lists, prompts together: logprobs, ref_logprobs, values, score, ..."""
+    """Each episode of a rollout as plain lists: logprobs, ref_logprobs, values, score, ..."""
     found = []
     for n, mask in enumerate(rollout.response_mask):
         episode = {"score": rollout.scores[n].item()}
@@ -83,7 +84,7 @@ def expected_rewards(episode, config):
     return rewards
 
 
-# ---------------------------------------------------------------------------------------------- rewards, advantages
+# ---------------------------------------------------------------------------------------- rewards, advantages
 
 
 def moved_episodes(config):
@@ -95,16 +96,17 @@ def moved_episodes(config):
     return episodes_of(rolled_out(loop, models)[1])
 
 
-REWARDS = [{}, {"kl_estimator": "k2"}, {"kl_estimator": "k3"}, {"score_clip": 0.1}, {"missing_eos_score": -3.0},
-           {"score_clip": 0.5, "missing_eos_score": -3.0}]
+REWARDS = [{}, {"kl_estimator": "k2"}, {"kl_estimator": "k3"}, {"score_clip": 0.1},
+           {"missing_eos_score": -3.0}, {"score_clip": 0.5, "missing_eos_score": -3.0}]
 
 
 @pytest.mark.parametrize("options", REWARDS, ids=str)
 def test_rewards_are_the_score_at_the_end_and_the_kl_penalty_everywhere(options, config):
     config = replace(config, kl_coef=0.3, **options)
     episodes = moved_episodes(config)
-    assert any(abs(p - q) > 0.01 for e in episodes for p, q in zip(e["logprobs"], e["ref_logprobs"], strict=True))
-    assert max(abs(e["score"]) for e in episodes) > 0.5, "what is clipped is the reward, the score is logged as it is"
+    gaps = [p - q for e in episodes for p, q in zip(e["logprobs"], e["ref_logprobs"], strict=True)]
+    assert max(map(abs, gaps)) > 0.01
+    assert max(abs(e["score"]) for e in episodes) > 0.5, "the reward is clipped, the score is kept as it is"
     for episode in episodes:
         same(episode["rewards"], expected_rewards(episode, config))
 
@@ -148,17 +150,18 @@ def test_responses_are_compared_with_those_of_their_own_prompt(advantage, config
             assert episode["values"] is None and episode["returns"] is None
 
 
-# ------------------------------------------------------------------------------------------------------- the update
+# ------------------------------------------------------------------------------------------------- the update
 
 KINDS = {"separate value model": {}, "shared trunk": {"value_model": "shared"}, "rloo": {"advantage": "rloo"},
          "grpo": {"advantage": "grpo"}, "LoRA": {"lora_rank": 2},
-         "LoRA, shared trunk, recomputed": {"lora_rank": 2, "value_model": "shared", "gradient_checkpointing": True}}
+         "LoRA, shared trunk, recomputed": {"lora_rank": 2, "value_model": "shared",
+                                            "gradient_checkpointing": True}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_the_first_inner_step_nothing_has_moved(family, kind, families):
-    """Detail 27: sampling, packing by length, shuffling and the update's forward pass agree on every log-prob."""
+    """Detail 27: sampling, packing by length and the update's forward pass agree on every log-prob."""
     figures, *_ = updated(replace(config_of(families[family]), **KINDS[kind]))
     assert figures["policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert figures["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
@@ -216,13 +219,14 @@ def test_passes_stop_when_the_policy_has_moved_too_far(config):
     free, _, steps, _ = updated(replace(config, target_kl=1e3))
     assert free["policy/epochs"] == 4 and len(steps) == 8
     cut, _, steps, cut_loop = updated(replace(config, num_minibatches=1, target_kl=1e-6))
-    assert cut["policy/epochs"] == len(steps) == 2, "in the first pass nothing has moved; after the second it has"
+    assert cut["policy/epochs"] == len(steps) == 2, "nothing has moved in the first pass, but in the second"
     cut, _, steps, cut_loop = updated(replace(config, target_kl=1e-6))
-    assert cut["policy/epochs"] == 1 and len(steps) == 2, "here it moves between the two steps of the first pass"
+    assert cut["policy/epochs"] == 1 and len(steps) == 2, "here it moves between the first pass's steps"
     assert cut_loop.learning_rate == whole.learning_rate > 0, "the learning rate follows the updates"
 
 
-SUPERVISED = Tokenised([], random_groups([5, 2, 9], [[4]] * 3, seed=9)[0], [[4, 2], [5, 6, 7, 8, 2], [9, 3, 2]])
+SUPERVISED = Tokenised([], random_groups([5, 2, 9], [[4]] * 3, seed=9)[0],
+                       [[4, 2], [5, 6, 7, 8, 2], [9, 3, 2]])
 
 
 def stock_nll(model, prompt, completion):
@@ -234,7 +238,8 @@ def stock_nll(model, prompt, completion):
 @pytest.mark.parametrize("size", [1, 7])
 def test_ptx_adds_the_supervised_loss_and_its_gradient(size, kind, config):
     """In every step as many examples as prompts, one mean over their tokens whatever the rows of a pass."""
-    config = replace(config, per_device_batch_size=size, ptx_coef=2.5, actor_training_data="x", value_model=kind)
+    config = replace(config, per_device_batch_size=size, ptx_coef=2.5, actor_training_data="x",
+                     value_model=kind)
     _, _, [without], _ = updated(config)
     loop, models = ppo_loop(config)
     stock_model = policy("opt")
@@ -315,20 +320,21 @@ def test_the_kl_coefficient_adapts_from_update_to_update(config, monkeypatch):
 
 
 def test_held_out_posts_never_get_into_ptx(config, tmp_path):
-    """From one source SFT and PPO hold out the same posts: the policy must not be taught what it is judged on."""
+    """From one source SFT and PPO hold out the same posts: the policy is not taught what it is judged on."""
     rows = [{"prompt": f"post {n}\n\nTL;DR:", "completion": f"summary {n}"} for n in range(6)]
     path = tmp_path / "examples.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(config, ptx_coef=0.1, actor_training_data=str(path), max_completion_tokens=64, max_prompt_tokens=64)
+    config = replace(config, ptx_coef=0.1, actor_training_data=str(path), max_completion_tokens=64,
+                     max_prompt_tokens=64)
     tokenizer = Parent("model", "assets/opt-mini").tokenizer
     report = DataReport()
-    named = {"actor_training_data": Source(str(path), "examples")}
+    named = {"actor_training_data": NamedSet(str(path), "examples")}
     rows_found = load_data(config, named, tokenizer, report)["actor_training_data"]
     kept = train_ppo.supervised_examples(config, rows_found, [rows_found[2:3], rows_found[3:4]], report)
     assert [example.prompt for example in kept.examples] == [rows[n]["prompt"] for n in (0, 1, 4, 5)]
     assert len(kept.prompts) == len(kept.completions) == 4
-    assert report.notes == ["actor_training_data: left out 2 of 6 examples, whose prompts are held out for validation "
-                            "or test"]
+    assert report.notes == ["actor_training_data: left out 2 of 6 examples, whose prompts are held out for "
+                            "validation or test"]
     with pytest.raises(UserError, match="^actor_training_data: every prompt in .* is held out"):
         train_ppo.supervised_examples(config, rows_found, [rows_found], report)
 

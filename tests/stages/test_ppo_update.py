@@ -1,4 +1,4 @@
-"""The PPO loop's own functions on tiny models: what an update starts from, what it is made of, what precision it sees."""
+"""The PPO stage's own functions on tiny models: what an update starts from, what its steps are made of."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ from utils.data.batches import PromptBatches
 from utils.episodes import Episodes, Pass, minibatches, passes_of
 from utils.judge.gold import GoldJudge
 from utils.models.outputs import response_logprobs, response_values, scores
-from utils.models.prompt_groups import pack
+from utils.models.prompt_groups import pack, unpack
 from utils.ppo import Rollout
 
 
@@ -26,15 +26,10 @@ def config(tmp_path_factory):
     """A small run; its parents are tiny OPTs with dropout, saved in float32."""
     folder = tmp_path_factory.mktemp("ppo")
     return train_ppo.PPOStageConfig(
-        **save_parents(folder), output_dir=str(folder), max_prompt_tokens=16, max_new_tokens=6, prompts_per_update=7,
-        responses_per_prompt=3, total_episodes=42, per_device_batch_size=1, ppo_epochs=1, learning_rate=1e-2,
-        max_grad_norm=0.0,
+        **save_parents(folder), output_dir=str(folder), max_prompt_tokens=16, max_new_tokens=6,
+        prompts_per_update=7, responses_per_prompt=3, total_episodes=42, per_device_batch_size=1,
+        ppo_epochs=1, learning_rate=1e-2, max_grad_norm=0.0,
     )
-
-
-def columns(rollout, mask):
-    """The real tokens of each episode."""
-    return [row[keep].tolist() for row, keep in zip(rollout, mask, strict=True)]
 
 
 @torch.no_grad()
@@ -45,7 +40,7 @@ def test_a_rollout_starts_from_the_parents_as_they_were_saved(config):
     assert config.temperature == 0.7 and not episodes.ended.all() and len(episodes.passes) == 7
     groups = pack(episodes.queries, [episodes.responses[n : n + 3] for n in range(0, 21, 3)], PAD)
     assert torch.equal(groups.response_mask, rollout.response_mask)
-    assert episodes.queries != PROMPTS and sorted(episodes.queries) == sorted(PROMPTS), "in the order of the first pass"
+    assert episodes.queries != PROMPTS and sorted(episodes.queries) == sorted(PROMPTS), "in another order"
     for ours, theirs in (
         (rollout.scores, torch.where(episodes.ended, scores(reward_model, groups), config.missing_eos_score)),
         (rollout.logprobs, response_logprobs(sft, groups, 0.7)),
@@ -58,8 +53,8 @@ def test_a_rollout_starts_from_the_parents_as_they_were_saved(config):
 def test_every_update_draws_its_own_responses(config):
     loop, models = ppo_loop(replace(config, prompts_per_update=1, total_episodes=9))
     one = PROMPTS[:1]
-    first, again, second, third = (rolled_out(loop, models, update, one)[0].responses for update in (1, 1, 2, 3))
-    assert first == again and len({str(drawn) for drawn in (first, second, third)}) == 3
+    drawn = [str(rolled_out(loop, models, update, one)[0].responses) for update in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len({*drawn}) == 3
 
 
 def test_prompts_come_once_a_pass_in_another_order_in_each_pass_and_for_each_seed():
@@ -75,9 +70,10 @@ def test_prompts_come_once_a_pass_in_another_order_in_each_pass_and_for_each_see
 def test_the_optimizer_is_the_configured_one(config):
     """Over policy and value model; what its numbers do is in test_loop.py."""
     loop, models = ppo_loop(replace(config, adam_eps=3e-4, adam_beta2=0.9, weight_decay=0.01))
+    decay = {}
     for group in loop.optimizer.param_groups:
         assert (group["eps"], group["betas"]) == (3e-4, (0.9, 0.9))
-    decay = {id(weight): group["weight_decay"] for group in loop.optimizer.param_groups for weight in group["params"]}
+        decay |= dict.fromkeys(map(id, group["params"]), group["weight_decay"])
     assert decay == {id(w): 0.01 if w.dim() > 1 else 0.0 for w in models.trained.parameters()}
 
 
@@ -106,8 +102,10 @@ class Said(nn.Module):
 
 
 def test_the_loss_of_a_micro_batch_by_definition(config):
-    """Two micro-batches of other widths: each clip from its own key, vf_coef, all divided by the tokens of the whole
-    step; metrics are means over real tokens."""
+    """Two micro-batches of other widths: each clip from its own key, vf_coef, metrics over real tokens.
+
+    Each loss is divided by the tokens of the whole step.
+    """
     config = replace(config, prompts_per_update=3, responses_per_prompt=1, cliprange=0.1, cliprange_value=0.4,
                      vf_coef=0.3)
     (new, n), (old, o), (advantages, a), (new_values, v), (values, w), (returns, r) = (
@@ -147,10 +145,11 @@ def test_the_loss_of_a_micro_batch_by_definition(config):
 
 def test_figures_of_a_rollout_by_definition(config):
     """Sums over a response, means over responses, explained variance over tokens."""
-    (old, o), (ref, q), (rewards, x), (values, w), (returns, r) = (numbers(seed, 1.0) for seed in range(10, 15))
+    (old, o), (ref, q), (rewards, x), (values, w), (returns, r) = (numbers(n, 1.0) for n in range(10, 15))
     loop, _ = ppo_loop(replace(config, prompts_per_update=3, responses_per_prompt=1, kl_coef=0.4))
     loop.step = 4  # the fifth update
-    rollout = Rollout(MASK, old, ref, values, torch.tensor([4.0, -1.0, 0.5]), rewards, torch.full((3, 3), 9.0), returns)
+    scored, advantages = torch.tensor([4.0, -1.0, 0.5]), torch.full((3, 3), 9.0)
+    rollout = Rollout(MASK, old, ref, values, scored, rewards, advantages, returns)
     found = train_ppo.rollout_metrics(loop, rollout, torch.tensor([True, False, True]))
     gaps = [p - s for i in range(3) for p, s in zip(o[i], q[i], strict=True)]
     flat = [y for row in r for y in row]
@@ -169,7 +168,7 @@ def test_figures_of_a_rollout_by_definition(config):
 
 
 def test_before_the_first_step_the_policy_is_the_one_that_sampled(config):
-    """Detail 27 through the real loop: sampling, grouping by length, shuffling and the update's forward pass agree."""
+    """Detail 27 through the real loop: sampling, grouping by length and the update's forward pass agree."""
     figures, *_ = updated(config)
     assert figures["policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert figures["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
@@ -177,7 +176,7 @@ def test_before_the_first_step_the_policy_is_the_one_that_sampled(config):
     assert figures["policy/clipfrac"] == 0
 
 
-# ------------------------------------------------------------------------------------------------ one optimizer step
+# ----------------------------------------------------------------------------------------- one optimizer step
 
 
 def largest_difference(weights, others):
@@ -188,8 +187,8 @@ def largest_difference(weights, others):
 def test_micro_batches_change_nothing(num_minibatches, config):
     """Detail 12: responses differ in length, so a mean of micro-batch means would be another gradient.
 
-    Nor may the rows of a pass say which prompts are in which optimizer step. To 3e-6 of the weights, which are around
-    0.2 and move by .01 and more.
+    Nor may the rows of a pass say which prompts are in which optimizer step. Weights are around 0.2 and move
+    by .01 and more; they must agree to 3e-6.
     """
     config = replace(config, num_minibatches=num_minibatches, ppo_epochs=2, adam_eps=1e-3)
     start = weights_of(ppo_loop(config)[0])
@@ -212,12 +211,13 @@ def test_minibatches_share_out_the_prompts_of_the_whole_update(count, asked, con
     parts = drawn(1)
     assert len(parts) == min(count, asked) and sorted(sum(parts, [])) == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert drawn(1) == parts and (asked == 1 or len({str(x) for x in (parts, drawn(2), drawn(1, 2), drawn(1, 1, 1))}) == 4)
+    others = {str(drawn(2)), str(drawn(1, update=2)), str(drawn(1, seed=1))}
+    assert drawn(1) == parts and (asked == 1 or len(others - {str(parts)}) == 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 7])
 def test_each_rank_computes_its_own_prompts_of_a_minibatch(ranks, config):
-    """What the ranks compute together is the minibatch, whatever their number: here each has one prompt, or one all."""
+    """What the ranks compute together is the minibatch: here each rank has one prompt, or one rank all."""
     config = replace(config, num_minibatches=2, per_device_batch_size=2)
     loop, models = ppo_loop(config)
     episodes, rollout = rolled_out(loop, models)
@@ -227,19 +227,20 @@ def test_each_rank_computes_its_own_prompts_of_a_minibatch(ranks, config):
             size = 7 // ranks
             mine = slice(rank * size, (rank + 1) * size)
             accelerator = SimpleNamespace(num_processes=ranks, process_index=rank, device="cpu")
-            stand_in = SimpleNamespace(config=config, accelerator=accelerator, device="cpu", tokenizer=loop.tokenizer)
+            of_rank = SimpleNamespace(config=config, accelerator=accelerator, device="cpu",
+                                      tokenizer=loop.tokenizer)
             own = episodes._replace(queries=episodes.queries[mine],
                                     responses=episodes.responses[3 * mine.start : 3 * mine.stop])
-            for groups, members in passes_of(stand_in, own, prompts):
+            for groups, members in passes_of(of_rank, own, prompts):
                 computed += (3 * mine.start + members).tolist()
-                for response, keep, member in zip(groups.responses, groups.response_mask, members, strict=True):
-                    assert response[keep].tolist() == own.responses[member]
+                packed = [completion for _, group in unpack(groups) for completion in group]
+                assert packed == [own.responses[member] for member in members]
         assert sorted(computed) == sorted(3 * prompt + k for prompt in prompts for k in range(3))
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_first_gradient_is_that_of_the_mean_over_real_tokens(size, config):
-    """Where nothing has moved yet the objective's gradient is that of -advantage x log-prob: one mean over the update."""
+    """Where nothing has moved yet the gradient is that of -advantage x log-prob: one mean over the update."""
     config = replace(config, per_device_batch_size=size, vf_coef=0.0)
     loop, models = ppo_loop(config)
     episodes, rollout = rolled_out(loop, models)
@@ -269,7 +270,7 @@ def test_a_gradient_norm_of_0_is_no_clipping(config):
 
 
 def test_a_step_takes_this_steps_gradient_clipped_to_the_norm(config):
-    """AdamW hides the gradient's size, so SGD steps in its place: each step is as long as rate x max_grad_norm."""
+    """AdamW hides the gradient's size, so SGD takes its place: each step is rate x max_grad_norm long."""
     loop, models = ppo_loop(replace(config, max_grad_norm=0.01, num_minibatches=2))
     step_by_sgd(loop, 1.0)
     places = [torch.cat([weight.flatten() for weight in weights_of(loop)])]
@@ -279,14 +280,16 @@ def test_a_step_takes_this_steps_gradient_clipped_to_the_norm(config):
     assert figures["policy/grad_norm"] > 0.01, "as it was before clipping"
     lengths = [(after - before).norm().item() for before, after in zip(places, places[1:], strict=False)]
     assert lengths == pytest.approx([0.01, 0.01], rel=1e-2)
-    assert all(p.grad is None or not p.grad.any() for p in loop.module.parameters()), "nothing is left for the next step"
+    left = [p.grad for p in loop.module.parameters() if p.grad is not None and p.grad.any()]
+    assert not left, "nothing is left over for the next step"
 
 
-# ---------------------------------------------------------------------------------------------------- the whole run
+# ---------------------------------------------------------------------------------------------- the whole run
 
 
 @pytest.mark.parametrize(("kl", "score", "stops"), [
-    (4.9, 1.0, None), (5.1, 1.0, "the KL .* above kl_limit"), (math.nan, 1.0, "the KL or the score is not finite"),
+    (4.9, 1.0, None), (5.1, 1.0, "the KL .* above kl_limit"),
+    (math.nan, 1.0, "the KL or the score is not finite"),
     (0.0, math.inf, "the KL or the score is not finite")])
 def test_an_update_that_has_gone_too_far_is_not_trained_on(kl, score, stops, config):
     loop, _ = ppo_loop(replace(config, kl_limit=5.0))
@@ -302,7 +305,8 @@ def test_an_update_that_has_gone_too_far_is_not_trained_on(kl, score, stops, con
 
 def test_a_run_stops_at_such_an_update_before_it_trains_on_it(config, monkeypatch):
     loop, models = ppo_loop(replace(config, kl_limit=0.0))
-    monkeypatch.setattr(train_ppo, "rollout_metrics", lambda *_: {"objective/kl": 0.1, "objective/score": 0.0})
+    figures = {"objective/kl": 0.1, "objective/score": 0.0}
+    monkeypatch.setattr(train_ppo, "rollout_metrics", lambda *_: figures)
     start = weights_of(loop)
     with pytest.raises(UserError, match="above kl_limit"):
         train_ppo.train(loop, models, posts_of(PROMPTS), None, None)
@@ -316,9 +320,9 @@ def test_evaluations_judge_the_average_where_there_is_one(config, monkeypatch):
     judged.clear()
     train_ppo.train(loop, models, posts_of(PROMPTS), None, None)
     assert len(judged) == loop.config.updates and all(outcome is models.average.module for outcome in judged)
-    kept = train_ppo.outcome_weights(models)
-    assert kept.keys() == dict(models.policy.named_parameters()).keys() - {"lm_head.weight"}, "tied weights once"
-    assert all(weight is models.average.module.get_parameter(name) for name, weight in kept.items())
+    kept, average = train_ppo.outcome_weights(models), models.average.module
+    assert kept.keys() == {name for name, _ in models.policy.named_parameters()}
+    assert all(weight is average.get_parameter(name) for name, weight in kept.items()), "and it is kept"
 
 
 def test_gold_figures_are_those_of_ppo_over_sft(monkeypatch):
@@ -346,7 +350,7 @@ def test_gradient_checkpointing_recomputes_in_the_update(config, monkeypatch):
 
 
 def test_bf16_sampling_sees_the_weights_after_a_step(config, monkeypatch):
-    """torch's autocast keeps cast weights until its block ends: a block around the whole loop would hide every step."""
+    """torch's autocast keeps cast weights until its block ends: a block around the loop would hide steps."""
     monkeypatch.setattr(train_ppo, "evaluate", lambda *_: None)
     loop, models = ppo_loop(replace(config, mixed_precision="bf16", learning_rate=0.1))
     train_ppo.train(loop, models, posts_of(PROMPTS), None, None)

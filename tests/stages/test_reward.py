@@ -1,4 +1,4 @@
-"""The reward stage's own functions: its loss with margin and centring, its figures, confidence against accuracy."""
+"""The reward stage's own functions: its loss with margin and centring, and its figures."""
 
 import json
 import math
@@ -24,7 +24,8 @@ from utils.models.loading import without_dropout
 from utils.models.parents import Parent
 
 PROMPTS, COMPLETIONS = random_groups([4, 6, 2, 5], [[3, 1, 5], [2, 4], [4, 2], [1, 3, 2]])
-PAIRS = [[(0, 1), (2, 0), (2, 1)], [(1, 0)], [(0, 1)], [(2, 0)]]  # (better, worse) of each prompt's completions
+# (better, worse) of each prompt's completions
+PAIRS = [[(0, 1), (2, 0), (2, 1)], [(1, 0)], [(0, 1)], [(2, 0)]]
 ROWS = [{"prompt": p, "completions": c, "pairs": pairs, "length": len(p) + sum(map(len, c))}
         for p, c, pairs in zip(PROMPTS, COMPLETIONS, PAIRS, strict=True)]
 OPTIONS = [(0.0, 0.0), (0.7, 0.0), (0.0, 0.01), (0.7, 0.3)]
@@ -52,10 +53,11 @@ def test_the_loss_by_its_definition(margin, centring_coef):
     assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "max_tokens"), [(4, 1, None), (1, 4, None), (2, 2, 25)])
+@pytest.mark.parametrize(("batch_size", "accumulation", "max_tokens"),
+                         [(4, 1, None), (1, 4, None), (2, 2, 25)])
 @pytest.mark.parametrize(("margin", "centring_coef"), OPTIONS)
-def test_a_step_follows_the_mean_over_all_its_pairs(batch_size, accumulation, max_tokens, margin, centring_coef,
-                                                    tmp_path, monkeypatch):
+def test_a_step_follows_the_mean_over_all_its_pairs(
+        batch_size, accumulation, max_tokens, margin, centring_coef, tmp_path, monkeypatch):
     """Detail 12: posts of 3, 1, 1 and 1 pairs. The oracle scores plain rows with the stock model."""
     monkeypatch.setattr(train_reward, "evaluate", lambda *_: None)
     loop = reward_loop(tmp_path, per_device_batch_size=batch_size, gradient_accumulation_steps=accumulation,
@@ -75,7 +77,7 @@ def test_a_step_follows_the_mean_over_all_its_pairs(batch_size, accumulation, ma
     assert logged == pytest.approx(loss.item(), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 
 
 def test_figures_of_the_reward_model_by_hand(tmp_path, monkeypatch):
@@ -123,7 +125,7 @@ def sigmoid(x):
 
 
 def test_confidence_against_accuracy_by_hand():
-    """Gaps 2 (right), 0 (a tie, one half), -3 (wrong); the labeller's 0, .5 and 2: his second and third bin."""
+    """Gaps 2 (right), 0 (a tie, one half), -3 (wrong); the labeller's are 0, .5 and 2."""
     assert reliability_by_confidence(SCORES, RANKINGS["pairs"]) == [
         (0.5, 0.5, 1), (pytest.approx(sigmoid(2)), 1.0, 1), (pytest.approx(sigmoid(3)), 0.0, 1)]
     figures, curves = labeller_figures(RANKINGS, SCORES)
@@ -134,7 +136,8 @@ def test_confidence_against_accuracy_by_hand():
 
 def test_accuracy_by_what_the_set_says_of_each_pair():
     rows = {**RANKINGS, "notes": [[{"batch": "1", "worker": None}, {"batch": "2", "worker": "x"}], None]}
-    assert accuracy_by_note(SCORES, rows) == {"batch": [("1", 1.0, 1), ("2", 0.5, 1)], "worker": [("x", 0.5, 1)]}
+    assert accuracy_by_note(SCORES, rows) == {"batch": [("1", 1.0, 1), ("2", 0.5, 1)],
+                                              "worker": [("x", 0.5, 1)]}
     assert accuracy_by_note(SCORES, {**RANKINGS, "notes": [None, None]}) == {}
 
 
@@ -144,8 +147,8 @@ def test_an_unknown_labeller_has_no_curve():
 
 def naive_rank(values):
     """The mean of the places that a number and its equals would take in the sorted list."""
-    return [sum(place for place, other in enumerate(sorted(values), start=1) if other == value) / values.count(value)
-            for value in values]
+    places = list(enumerate(sorted(values), start=1))
+    return [sum(place for place, other in places if other == value) / values.count(value) for value in values]
 
 
 def test_rank_correlation_by_its_definition():
@@ -155,7 +158,8 @@ def test_rank_correlation_by_its_definition():
         second = [draw.random() + 0.1 * value for value in first]
         expected = np.corrcoef(naive_rank(first), naive_rank(second))[0, 1]
         assert rank_correlation(first, second) == pytest.approx(expected)
-    assert rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1) == -rank_correlation([1, 2, 3], [3, 2, 1])
+    assert rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert math.isnan(rank_correlation([1, 1], [1, 2]))
 
 
@@ -172,13 +176,14 @@ def load_ratings(tmp_path, rows, **more):
     config = train_reward.RewardStageConfig(reward_training_data=str(tmp_path / "train.jsonl"),
                                             rating_data=str(tmp_path / "ratings.jsonl"), **more)
     report = DataReport()
-    return train_reward.load_splits(config, Parent("model", "assets/opt-mini").tokenizer, report)[-1], report, config
+    tokenizer = Parent("model", "assets/opt-mini").tokenizer
+    return train_reward.load_splits(config, tokenizer, report)[-1], report
 
 
 def test_ratings_of_a_post_are_one_group_and_those_of_one_answer_their_mean(tmp_path):
-    rows = [rating("p", "One.", 7), rating("q", "Two.", 1), rating("p", "Three.", 2), rating("p", " One. ", 4),
-            rating("p", "Four.", None), rating("r", "word " * 200, 3)]
-    table, report, config = load_ratings(tmp_path, rows)
+    rows = [rating("p", "One.", 7), rating("q", "Two.", 1), rating("p", "Three.", 2),
+            rating("p", " One. ", 4), rating("p", "Four.", None), rating("r", "word " * 200, 3)]
+    table, report = load_ratings(tmp_path, rows)
     assert table["label_scores"] == [[5.5, 2], [1]] and list(map(len, table["completions"])) == [2, 1]
     assert any("dropped 1 rows (1 no overall rating)" in note for note in report.notes)
     assert any(note.startswith("rating_data: dropped 1 of 3 groups") for note in report.notes)
@@ -197,14 +202,17 @@ def test_scores_are_held_against_the_ratings(found, agreement, tmp_path, monkeyp
 
 
 BROKEN_RATINGS = {
-    "400 digits": (rating("p", "a", 10**400), f"column 'summary': the overall rating is {10**400}; a number is needed"),
+    "400 digits": (rating("p", "a", 10**400),
+                   f"column 'summary': the overall rating is {10**400}; a number is needed"),
     "a text": (rating("p", "a", 1, summary="a"), "column 'summary' must be an object with 'text' and 'axes'"),
-    "no axes": (rating("p", "a", 1, summary={"text": "a"}), "column 'summary' must be an object with 'text' and 'axes'"),
+    "no axes": (rating("p", "a", 1, summary={"text": "a"}),
+                "column 'summary' must be an object with 'text' and 'axes'"),
     "rated by a word": (rating("p", "a", "good"), "the overall rating is 'good'; a number is needed"),
     "no text": (rating("p", None, 1), "column 'summary': text is empty; text is needed"),
     "no post": (rating("", "a", 1), "column 'info': post is empty; text is needed"),
     "no info": (rating("p", "a", 1, info=None), "column 'info' is empty; an object with subreddit, title"),
-    "a comparison": ({"prompt": "P", "chosen": "a", "rejected": "b"}, "needed are info, and summary with text and axes"),
+    "a comparison": ({"prompt": "P", "chosen": "a", "rejected": "b"},
+                     "needed are info, and summary with text and axes"),
 }
 
 
@@ -217,14 +225,16 @@ def test_a_broken_rating_is_named(case, tmp_path):
 
 
 def test_rated_posts_that_were_trained_on_are_refused(tmp_path):
-    with pytest.raises(UserError, match="^the same prompt stands in reward_training_data and in rating_data: "):
+    said = "^the same prompt stands in reward_training_data and in rating_data: "
+    with pytest.raises(UserError, match=said):
         load_ratings(tmp_path, [rating("p", "a", 1, info={"article": f"P{n}"}) for n in range(9)])
 
 
 def test_ratings_compare_nothing_but_give_their_prompts_to_ppo(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(rating("p", text, 1)) + "\n" for text in "ab"))
-    assert [e.prompt for e in load_examples(str(path), "x", False)] == ["SUBREDDIT: r/tea\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"]
+    [example] = load_examples(str(path), "x", False)
+    assert example.prompt == "SUBREDDIT: r/tea\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
     for load in (lambda: load_examples(str(path), "x"), lambda: load_rankings(str(path), "x", 9, print)):
         with pytest.raises(UserError, match="a.jsonl:1: rates one summary .*name such a set as rating_data"):
             load()
