@@ -254,9 +254,11 @@ class Loop:
         for name, weights in self.weights.items():
             if not (self._engine and name == "trained"):  # the engine has written them
                 save_weights(weights, folder, name)
+        losses = self.accelerator.gather(self._losses[None]).tolist()  # of each rank, since the last log
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             progress = {"step": self.step, "best": self.best.found, "carried": self.carried,
+                        "losses": losses, "steps_summed": self._steps_summed,
                         "scheduler": self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
             (folder / "progress.json").write_text(json.dumps(progress, indent=1))
 
@@ -282,6 +284,8 @@ class Loop:
                 load_weights(weights, folder, name)
         progress = json.loads((folder / "progress.json").read_text())
         self.step, self.best.found, self.carried = progress["step"], progress["best"], progress["carried"]
+        self._losses.fill_(progress["losses"][self.accelerator.process_index])
+        self._steps_summed = progress["steps_summed"]
         self.scheduler.load_state_dict(progress["scheduler"])
         if progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])

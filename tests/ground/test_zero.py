@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from zero_cases import FILES, HAS_AIO, ROWS, STAGES, final_weights, furthest, launch, losses, make_models, weights_of, words_of
+from run_folders import furthest
+from zero_cases import FILES, HAS_AIO, ROWS, STAGES, launch, losses, make_models, weights_of, words_of
 
 pytestmark = pytest.mark.slow
 STEPS = 20
@@ -35,10 +36,11 @@ def table(tmp_path_factory):
                          [pytest.param(*case, marks=aio) if case[1] == "zero3_nvme" else case for case in TABLE])
 def test_the_same_losses_and_weights(table, stage, engine, processes, accumulation):
     plain, ours = table / f"{stage}-None-1-1", table / f"{stage}-{engine}-{processes}-{accumulation}"
-    assert len(losses(plain)) == (10 if stage == "ppo" else STEPS)  # PPO: policy and value loss of five updates of four steps
+    # PPO: policy and value loss of five updates of four steps
+    assert len(losses(plain)) == (10 if stage == "ppo" else STEPS)
     assert losses(ours) == pytest.approx(losses(plain), abs=1e-5)
-    after = final_weights(plain, STEPS)
-    assert furthest(final_weights(ours, STEPS), after) < 1e-4
+    after = weights_of(plain / "final")
+    assert furthest(weights_of(ours / "final"), after) < 1e-4
     before = weights_of(table / "usual" / "policy")
     moved = max(float((after[name] - before[name]).abs().max()) for name in before.keys() & after.keys())
     assert moved > 1e-3, "20 steps must have changed something"
@@ -46,4 +48,5 @@ def test_the_same_losses_and_weights(table, stage, engine, processes, accumulati
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_clipped_nothing_would_be_another(table, stage):
-    assert furthest(final_weights(table / f"{stage}-unclipped", STEPS), final_weights(table / f"{stage}-None-1-1", STEPS)) > 1e-3
+    finals = [weights_of(table / f"{stage}-{kind}" / "final") for kind in ("unclipped", "None-1-1")]
+    assert furthest(*finals) > 1e-3

@@ -1,17 +1,19 @@
-"""Under DeepSpeed, beside the table of test_zero.py: adapters, projections, parts, shared trunks, bfloat16, stop and resume."""
+"""Under DeepSpeed, beside the table of test_zero.py: adapters, parts, shared trunks, bfloat16, best weights, resume."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from zero_cases import STAGES, final_weights, furthest, launch, losses, make_models, metrics, weights_of, words_of
+from run_folders import furthest, metrics, weights
+from zero_cases import STAGES, launch, losses, make_models, weights_of, words_of
 
 pytestmark = pytest.mark.slow
 STEPS = 8
 WORDS = {"lora": ["--lora_rank", "4"], "350m": [], "bf16": ["--mixed_precision", "bf16"]}
-IN_PARTS = {"sft": ["--micro_batch_tokens", "200"], "reward": ["--micro_batch_tokens", "200"], "ppo": ["--value_model", "shared"]}
+IN_PARTS = {"sft": ["--micro_batch_tokens", "200"], "reward": ["--micro_batch_tokens", "200"],
+            "ppo": ["--value_model", "shared"]}
 ENGINES = {"lora": ["zero2", "zero3"], "350m": ["zero3"], "bf16": ["zero2", "zero3"]}
-RESUMED = [("zero2_offload", 1), ("zero3_offload", 1), ("zero3", 2)]
+RESUMED = [("zero1", 2), ("zero2_offload", 1), ("zero3_offload", 1), ("zero3", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,20 @@ def test_a_large_model_becomes_files_that_transformers_reads(others):
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_engines_16_bit_weights_stay_close_to_autocast(others, stage, engine):
-    """Two ways to compute in bfloat16: float32 weights that are cast for a product, or cast weights and a float32 optimizer."""
+    """Two ways to compute in bfloat16: float32 weights cast for a product, or cast weights and a float32 optimizer."""
     plain, ours = others / f"bf16-{stage}-None", others / f"bf16-{stage}-{engine}"
     assert losses(ours) == pytest.approx(losses(plain), rel=0.05, abs=5e-3)
     assert all(weight.isfinite().all() for weight in weights_of(ours / "final").values())
+
+
+@pytest.mark.parametrize(("kind", "engine"), [(kind, engine) for kind in ENGINES for engine in ENGINES[kind]])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_best_weights_come_back_exactly(others, stage, kind, engine):
+    """PPO's are those before the first update: `zero_runs.py` writes them, what was put back, and the last ones."""
+    [best] = (others / f"{kind}-{stage}-{engine}" / "checkpoints").glob("best-*")
+    kept, restored, last = (weights(best, name) for name in ("best", "restored", "last"))
+    assert kept.keys() == restored.keys() and all(torch.equal(kept[name], restored[name]) for name in kept)
+    assert stage == "sft" or best.name == "best-0" and furthest(kept, last) > 0
 
 
 @pytest.fixture(scope="module")
@@ -81,4 +93,4 @@ def test_stop_and_resume_end_like_an_undisturbed_run(stopped, stage, engine):
     whole, ours = stopped / f"whole-{stage}-{engine}", stopped / f"stopped-{stage}-{engine}"
     assert "stopped; go on with" in (ours / "train.log").read_text()
     assert metrics(ours) == metrics(whole)
-    assert furthest(final_weights(ours, STEPS), final_weights(whole, STEPS)) == 0
+    assert furthest(weights_of(ours / "final"), weights_of(whole / "final")) == 0

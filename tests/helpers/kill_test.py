@@ -3,14 +3,15 @@
     python tests/helpers/kill_test.py --stage ppo --kills 3                    # a minute on one core
     python tests/helpers/kill_test.py --output outputs/kills.json              # 30 kills of each stage
 
-Each stage trains a random OPT of two layers on data/tldr_mini, with a checkpoint every step or two: SFT with dropout, PPO
-with every option that hands something on from update to update. Two undisturbed runs come first; the second must equal the
-first and says how long a run is. Then, again and again, a new run is killed at a moment drawn from all of that time and
-resumed (started again when it had not written config.yaml yet; left alone when it had final/). In the end its metrics.jsonl
-without `time/*`, its samples.jsonl and every file in final/ must be the undisturbed run's, bit for bit.
+Each stage trains a random OPT of two layers on data/tldr_mini, with a checkpoint every step or two: SFT with dropout,
+PPO with every option that hands something on from update to update. The best weights change during the run and are not
+the last ones. Two undisturbed runs come first; the second must equal the first and says how long a run is. Then, again
+and again, a new run is killed at a moment drawn from all of that time and resumed (started again when it had not written
+config.yaml yet; left alone when it had final/). In the end its metrics.jsonl without `time/*`, its samples.jsonl and
+every file in final/ must be the undisturbed run's, bit for bit.
 
-Runs are forks of this process, which has imported what they need, so that most of a run is its own work. It does not try
-several processes or DeepSpeed. Exit status 1 when a run ended in another way.
+Runs are forks of this process, which has imported what they need, so that most of a run is its own work. It does not
+try several processes or DeepSpeed. Exit status 1 when a run ended in another way.
 """
 
 import json
@@ -25,27 +26,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets.config
-import torch
-import utils.models.ppo_models
-import utils.rollout
-import utils.trainer  # noqa: F401
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
-from trl import SFTConfig, SFTTrainer  # noqa: F401  what the stages import, once for all runs
 
+import environment  # noqa: F401  where the scripts are, and no network
+import train_ppo
+import train_reward
+import train_sft  # noqa: F401  what the stages import, once for all runs
+from tiny_models import save_opt
 from utils.config import PROJECT, UserError, key
 from utils.launch import start
 from utils.runs.checkpoints import checksums
 from utils.runs.run import output_file, read_whole_rows
 
 STAGES = {
-    "sft": "--model {models}/base --max_steps 16 --eval_steps 2 --logging_steps 1 --max_new_tokens 8",
-    "reward": "--model {models}/base --max_steps 24 --eval_steps 3 --save_steps 2 --logging_steps 1",
+    "sft": "--model {models}/base --max_steps 16 --eval_steps 2 --save_steps 2 --logging_steps 3 --max_new_tokens 8 "
+           "--eval_temperature 1.0 --learning_rate 0.01",
+    "reward": "--model {models}/base --max_steps 24 --eval_steps 3 --save_steps 2 --logging_steps 3",
     "ppo": "--model {models}/base --reward_model {models}/reward --total_episodes 80 --prompts_per_update 4 "
            "--responses_per_prompt 2 --ppo_epochs 2 --eval_steps 2 --save_steps 1 --max_new_tokens 8 --kl_target 0.01 "
-           "--kl_horizon 20 --scale_scores true --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
+           "--kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 --eval_temperature 1.0 --kl_budget 99 "
            "--actor_training_data data/tldr_mini/actor_train.jsonl.gz --learning_rate 0.003",
 }
 SAVE_STEPS = {"sft": 2, "reward": 2, "ppo": 1}
+FIRST_OFFER = {"sft": 2, "ppo": 0}  # the step at which weights are offered as the best ones for the first time
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -63,16 +65,9 @@ class KillConfig:
 
 
 def make_models(folder: Path) -> None:
-    """base/ and reward/ in `folder`: random weights, the mini tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
-    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-                       num_attention_heads=4, max_position_embeddings=384, dropout=0.1, num_labels=1,
-                       pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-                       eos_token_id=tokenizer.eos_token_id)
-    for name, kind in (("base", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        kind.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    """base/ and reward/ in `folder`: random weights, the mini tokenizer. Some responses end, and scores differ."""
+    save_opt(folder / "base", eos_logit=3.0)
+    save_opt(folder / "reward", "reward", head_std=1.0)
 
 
 def train(stage: str, models: Path, out: Path, more: list[str]) -> None:
@@ -109,12 +104,25 @@ def outcome(out: Path) -> dict:
     return {"metrics.jsonl": rows, "samples.jsonl": (out / "samples.jsonl").read_text(), "final": checksums(out / "final")}
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """Those that a resume could take, oldest first."""
+    found = [path for path in out.glob("checkpoints/*-*") if path.suffix != ".tmp" and path.name[:4] != "best"]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
 def progress(out: Path) -> tuple[int, int]:
     """The last step in the metrics, and that of the newest checkpoint."""
     logged = [row["step"] for row in read_whole_rows(out / "metrics.jsonl")]
-    saved = [int(path.name.split("-")[1]) for kind in ("checkpoint", "update") for path in out.glob(f"checkpoints/{kind}-*")
-             if path.suffix != ".tmp"]
+    saved = [int(path.name.split("-")[1]) for path in checkpoints(out)]
     return max(logged, default=0), max(saved, default=0)
+
+
+def refuse_one_best(stage: str, out: Path) -> None:
+    """Raise UserError unless the best weights changed on the way and are not the last: else none need be brought back."""
+    left = json.loads((checkpoints(out)[-1] / "progress.json").read_text())
+    if stage in FIRST_OFFER and not FIRST_OFFER[stage] < left["best"]["step"] < left["step"]:
+        raise UserError(f"{stage}: the best weights are those of step {left['best']['step']} of {left['step']}; give the "
+                        "tiny models scores that move")
 
 
 def killed(stage: str, models: Path, out: Path, moment: float, expected: dict) -> dict:
@@ -149,6 +157,7 @@ def kill_runs(stage: str, kills: int, seed: int, folder: Path):
         if expected not in (None, outcome(out)):
             raise UserError(f"{stage}: two undisturbed runs differ; nothing can be said of those that are killed")
         expected = outcome(out)
+    refuse_one_best(stage, out)
     draw = random.Random(f"{seed}-{stage}")
     for number in range(kills):
         yield killed(stage, models, folder / f"{stage}-{number}", draw.random() * seconds, expected)

@@ -25,10 +25,23 @@ def opt_config(tokenizer, **changes) -> OPTConfig:
     return OPTConfig(**sizes | special | changes)
 
 
-def save_opt(folder: Path, kind: str = "policy", seed: int = 0, **changes) -> Path:
-    """Write a random model and its tokenizer to `folder`, and return it. `kind` is a key of `KINDS`."""
+def save_opt(folder: Path, kind: str = "policy", seed: int = 0, eos_logit: float = 0.0, head_std: float = 0.02,
+             **changes) -> Path:
+    """Write a model with random weights and its tokenizer to `folder`, and return it. `kind` is a key of `KINDS`.
+
+    Args:
+        eos_logit: added to the logit of EOS everywhere, so that some responses end.
+        head_std: of the weights of a reward model's head.
+    """
     tokenizer = mini_tokenizer()
     torch.manual_seed(seed)
-    KINDS[kind].from_config(opt_config(tokenizer, **changes)).save_pretrained(folder)
+    model = KINDS[kind].from_config(opt_config(tokenizer, **changes))
+    with torch.no_grad():
+        if kind == "reward":
+            model.score.weight *= head_std / 0.02  # OPT's init_std
+        if eos_logit:
+            eos = model.get_input_embeddings().weight[tokenizer.eos_token_id]
+            model.base_model.decoder.final_layer_norm.bias += eos_logit * eos / eos.square().sum()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

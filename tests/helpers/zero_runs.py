@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node 2 tests/zero_runs.py CASES
 
-CASES is a JSON file: a list of [stage, output folder, words of the command line, step to stop at or null]. One start of Python
-for all of them saves minutes. The policy that PPO ends with is its last one, not its best, so that weights after all steps can be
-compared.
+CASES is a JSON file: a list of [stage, output folder, words of the command line, step to stop at or null]. One start of
+Python for all of them saves minutes. A run ends with its last weights, so that weights after all steps can be compared;
+but first it goes back to its best ones, and writes what it then has to restored-*.safetensors in their folder.
 """
 
 import gc
@@ -26,11 +26,13 @@ import train_reward
 import train_sft
 from utils import zero
 from utils.config import PROJECT, UserError, parse_config
+from utils.distributed import world
+from utils.runs.checkpoints import Best, load_weights, save_weights
 from utils.runs.run import Run
 
 STAGES = {"sft": (train_sft, train_sft.SFTStageConfig), "reward": (train_reward, train_reward.RewardStageConfig),
           "ppo": (train_ppo, train_ppo.PPOStageConfig)}
-write_metrics = Run.metrics
+write_metrics, restore = Run.metrics, Best.restore
 
 
 def forget_engine() -> None:
@@ -59,13 +61,22 @@ def stop_at(step: int | None) -> None:
     Run.metrics = metrics
 
 
+def restore_and_come_back(best: Best, weights: dict) -> None:
+    folder = best.checkpoints.folder / f"best-{best.found['step']}"
+    save_weights(weights, folder, "last")
+    restore(best, weights)
+    save_weights(weights, folder, "restored")
+    world().wait_for_everyone()  # they read what the main process writes
+    load_weights(weights, folder, "last")
+
+
 def main(cases: Path) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what the imports made; each run collects garbage
     Figure.savefig = lambda *args, **kwargs: None  # half a second a run, and not what is tested here
     zero.FILE_BYTES = 50_000
-    train_ppo.Keeper.restore_best = lambda keeper: None
-    torch.distributed.destroy_process_group = lambda *group: None  # at the end of a PPO run; the next run needs it
+    Best.restore = restore_and_come_back
+    torch.distributed.destroy_process_group = lambda *group: None  # at the end of a run; the next run needs it
     for stage, out, words, step in json.loads(cases.read_text()):
         stop_at(step)
         try:
