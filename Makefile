@@ -25,8 +25,10 @@ PY = .venv/bin/python
 
 # stage NAME FOLDER OPTIONS: a finished stage is not run again, an interrupted one goes on.
 STAGE = stage() { name=$$1; out=$$2; shift 2; \
-	  if [ -e "$$out/final" ]; then echo "$$name is already in $$out ('make demo OUT=outputs/second' starts over)"; \
-	  elif [ -s "$$out/metrics.jsonl" ]; then $(PY) scripts/train_$$name.py --output_dir "$$out" "$$@" $(ARGS) --resume; \
+	  if [ -e "$$out/final" ]; then \
+	    echo "$$name is already in $$out ('make demo OUT=outputs/second' starts over)"; \
+	  elif [ -s "$$out/metrics.jsonl" ]; then \
+	    $(PY) scripts/train_$$name.py --output_dir "$$out" "$$@" $(ARGS) --resume; \
 	  else $(PY) scripts/train_$$name.py --output_dir "$$out" "$$@" $(ARGS); fi; }
 
 demo: .venv/ready
@@ -44,13 +46,14 @@ KL_COEFS = 0.0 0.04 0.12
 over_optimisation: demo
 	@$(STAGE); \
 	for coef in $(KL_COEFS); do \
-	  stage ppo "outputs/over/kl$$coef" --model "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" --kl_coef $$coef \
-	    --total_episodes 8192 --eval_steps 2 --eval_rows 200 || exit; done
+	  stage ppo "outputs/over/kl$$coef" --model "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" \
+	    --kl_coef $$coef --total_episodes 8192 --eval_steps 2 --eval_rows 200 || exit; done
 	$(PY) scripts/studies/over_optimisation.py --sft "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" \
 	  --runs $(KL_COEFS:%=outputs/over/kl%) --rows 200 --output outputs/over.png
 
 # what DeepSpeed compiles stays here: elsewhere it may have been compiled for another processor
-PYTEST = TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+PYTEST = TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions" OMP_NUM_THREADS=1 \
+	 $(PY) -m pytest -n 2 --dist loadfile
 
 test: .venv/ready-dev
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -93,11 +96,14 @@ endif
 .venv/torch: requirements.txt | $(PY)
 	@build="$(strip $(TORCH))"; \
 	if [ -z "$$build" ]; then \
-	  if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then build=cpu; else build=pypi; fi; fi; \
+	  if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then build=cpu; else build=pypi; fi; \
+	fi; \
 	set -- $$(grep '^torch==' requirements.txt); \
 	if [ "$$build" = pypi ]; then :; \
-	elif $(ANSWERS) "$(TORCH_INDEX)/$$build/torch/" 2>/dev/null; then set -- "$$@" --index-url "$(TORCH_INDEX)/$$build"; \
-	elif [ "$$build" = cpu ]; then echo "PyTorch's index of CPU builds does not answer: torch comes from the package index"; \
+	elif $(ANSWERS) "$(TORCH_INDEX)/$$build/torch/" 2>/dev/null; then \
+	  set -- "$$@" --index-url "$(TORCH_INDEX)/$$build"; \
+	elif [ "$$build" = cpu ]; then \
+	  echo "PyTorch's index of CPU builds does not answer: torch comes from the package index"; \
 	else echo "error: TORCH: no build '$$build' at $(TORCH_INDEX)/$$build/torch/" >&2; exit 2; fi; \
 	if [ -s $@ ] && [ "$$(cat $@)" != "$$build" ]; then $(PY) -m pip uninstall -q -y torch || exit; fi; \
 	echo "pip install $$*"; $(PY) -m pip install "$$@" && echo "$$build" > $@
