@@ -1,6 +1,6 @@
 """The three stages on real Reddit posts, and the reward stage on human-labelled dialogues.
 
-    TLDR_DATA_DIR=... python tests/real_posts.py [--quick]
+    TLDR_DATA_DIR=... python tests/helpers/real_posts.py [--quick]
 
 `TLDR_DATA_DIR` holds reddit_tldr.jsonl.gz, hh_rlhf/ and opt_tokenizer/ (see the README, "On real posts"). It writes
 splits and rankings of these posts to outputs/reddit_mini/data, runs the scripts as a user would, and prints
@@ -58,13 +58,15 @@ def write_rankings(rows: list[dict], policy: Path, target: Path, count: int) -> 
     from utils.data.layouts import TLDR_TEMPLATE
     from utils.data.tokens import prompt_tokens
     from utils.models.generation import sample
-    from utils.models.loading import load_policy, load_tokenizer
+    from utils.models.loading import load_policy
+    from utils.models.parents import Parent
 
     rows = rows[-count:]
-    tokenizer = load_tokenizer(str(policy))
+    parent = Parent("model", str(policy))
+    tokenizer = parent.tokenizer
     prompts = [TLDR_TEMPLATE.format(**row) for row in rows]
     samples = sample(
-        load_policy(str(policy)), prompt_tokens(tokenizer, prompts, 304), k=1, max_new_tokens=64, temperature=1.0,
+        load_policy(parent), prompt_tokens(tokenizer, prompts, 304), k=1, max_new_tokens=64, temperature=1.0,
         seeds=list(range(count)), eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, progress="rankings",
     )
     texts = tokenizer.batch_decode(samples.responses, skip_special_tokens=True)

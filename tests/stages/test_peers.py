@@ -1,7 +1,7 @@
 """The same numbers as trl. What the trl at hand has not is skipped, so this file runs in two environments:
 
-    python -m pytest tests/test_peers.py                    # requirements-dev.txt: trl's reward loss, log-probs, entropy
-    .venv-bench/bin/python -m pytest tests/test_peers.py     # requirements-bench.txt, which says how: trl's last PPO too
+    python -m pytest tests/stages/test_peers.py                  # trl's reward loss, log-probs, entropy
+    .venv-bench/bin/python -m pytest tests/stages/test_peers.py  # its last PPO too; requirements-bench.txt says how
 
 trl's GAE, token rewards and losses stand inside `PPOTrainer.train`, where no caller reaches them: they are not compared here.
 """
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from families import EOS, FAMILIES, PAD, VOCAB, policy, random_groups, scalar_model
 from utils.models.generation import _cut
-from utils.models.loading import hidden_states, logprobs_and_entropy, response_values, scores
+from utils.models.outputs import hidden_states, logprobs_and_entropy, response_values, scores
 from utils.models.prompt_groups import pack, response_states
 from utils.ppo import masked_moments, mean_var, whiten
 
@@ -83,12 +83,13 @@ def reward_trainer(tmp_path):
 def test_the_reward_loss(margin, centring_coef, reward_trainer):
     """trl: -log sigmoid(chosen - rejected - margin), plus coefficient * mean((chosen + rejected)^2), means over pairs."""
     pytest.importorskip("evaluate", reason="the reward stage needs requirements.txt")
-    from train_reward import pairwise_loss_sum
+    from train_reward import pairwise_loss
 
     (model, loss), (groups, single) = reward_trainer, in_rows()
     examples = [{"chosen_ids": sum(single[b], []), "rejected_ids": sum(single[w], []), "margin": margin} for b, w in PAIRS]
     better, worse = torch.tensor(PAIRS).T
-    ours = pairwise_loss_sum(model, groups, better, worse, margin, centring_coef) / len(PAIRS)
+    score = scores(model, groups)
+    ours = pairwise_loss(score[better], score[worse], margin, centring_coef).mean()
     theirs = loss(examples, centring_coef)
     torch.testing.assert_close(ours, theirs)
     named = dict(model.named_parameters())

@@ -11,6 +11,6 @@ def test_the_scripts_take_real_posts_unchanged(tmp_path):
     figures = real_posts.run_all(real_posts.data_folder(), tmp_path, quick=True)
     assert 0 < figures["first sentence"]["rouge_avg"] < 1 and 0 < figures["title"]["rouge_avg"] < 1
     for name in ("reward", "hh-rlhf"):
-        assert figures[name]["label_ceiling"] is None and figures[name]["pairs"] > 0
-    assert figures["ppo"]["episodes"] == 8 and figures["ppo"]["gold_after"] is None
+        assert "label_ceiling" not in figures[name] and figures[name]["pairs"] > 0
+    assert figures["ppo"]["episodes"] == 8 and not any(name.startswith("gold") for name in figures["ppo"])
     assert set(figures) == {"title", "first sentence", "sft", "reward", "ppo", "hh-rlhf", "small random OPT, sft"}
