@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -181,15 +182,15 @@ AttentionMaskInterface.register(_COUNTED, sdpa_mask)
 def kept_bytes(name: str, field: str, scalar: bool, length: int, dtype: torch.dtype) -> int:
     """Bytes that autograd keeps of one row of `length` tokens in the trunk, without the weights."""
     model = _build(config_of(name, field), scalar, dtype).train()
-    if model._supports_attention_backend:
+    if model.is_backend_compatible():
         model.set_attn_implementation(_COUNTED)
-    # on the meta device every data_ptr() is 0, so a storage is told by the address of its C++ object
-    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    # on the meta device every data_ptr() is 0, so storages are told apart by references to them
+    weights = {StorageWeakRef(weight.untyped_storage()) for weight in model.parameters()}
     saved = {}
 
     def keep(tensor):
         # holds a reference, because the address of a freed storage could be given to another one
-        saved[tensor.untyped_storage()._cdata] = tensor
+        saved[StorageWeakRef(tensor.untyped_storage())] = tensor
         return tensor
 
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
@@ -197,4 +198,4 @@ def kept_bytes(name: str, field: str, scalar: bool, length: int, dtype: torch.dt
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
     return sum(tensor.untyped_storage().nbytes()
-               for address, tensor in saved.items() if address not in weights)
+               for storage, tensor in saved.items() if storage not in weights)
