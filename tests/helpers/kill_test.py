@@ -31,6 +31,7 @@ import environment  # noqa: F401  where the scripts are, and no network
 import train_ppo
 import train_reward
 import train_sft  # noqa: F401  what the stages import, once for all runs
+from run_folders import checkpoints
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, key
 from utils.launch import start
@@ -102,12 +103,6 @@ def outcome(out: Path) -> dict:
     rows = [{name: value for name, value in row.items() if not name.startswith("time/")}
             for row in read_whole_rows(out / "metrics.jsonl")]
     return {"metrics.jsonl": rows, "samples.jsonl": (out / "samples.jsonl").read_text(), "final": checksums(out / "final")}
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Those that a resume could take, oldest first."""
-    found = [path for path in out.glob("checkpoints/*-*") if path.suffix != ".tmp" and path.name[:4] != "best"]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def progress(out: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which policies the PPO loop keeps, and what a run that goes on finds again."""
+"""Which weights a run keeps, and what a run that goes on finds again."""
 
 import json
 import math
@@ -6,35 +6,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from torch import nn
 
+import train_ppo
+from families import FAMILIES, policy, scalar_model
+from loops import bare_loop
+from utils import zero
 from utils.config import UserError
-from utils.runs.checkpoints import CheckpointFolder, Keeper
-
-
-class Policy(torch.nn.Linear):
-    """One weight, saved as a model is."""
-
-    def __init__(self, value=0.0):
-        super().__init__(1, 1, bias=False)
-        self.become(value)
-
-    def become(self, value):
-        torch.nn.init.constant_(self.weight, value)
-
-    def save_pretrained(self, folder, state_dict=None):
-        from safetensors.torch import save_model
-
-        folder.mkdir(exist_ok=True)
-        save_model(self, folder / "model.safetensors")
+from utils.loop import Schedule
+from utils.models.lora import add_adapter
+from utils.models.policy_value import Models, PolicyAndValue, averaged
+from utils.runs.checkpoints import CheckpointFolder, load_weights, save_weights, trainable_weights
 
 
 class FakeRun:
-    """What a checkpoint needs of a run: its folder, lines for people, and metrics of a size that it can go back to."""
+    """What a checkpoint needs of a run: its folder, lines for people, and metrics that it can cut off."""
 
     def __init__(self, folder):
-        self.folder, self.said, self.size = folder, [], 0
-        self.say = self.said.append
+        self.folder, self.lines, self.size = folder, [], 0
+        self.log = self.lines.append
 
     def metrics_bytes(self):
         return self.size
@@ -43,100 +33,199 @@ class FakeRun:
         self.size = size
 
 
-def keeper(folder, policy=None, kl_budget=5.0, save_total_limit=2):
-    accelerator = Accelerator(cpu=True)
-    policy = policy or Policy()
-    accelerator.prepare(policy)
-    config = SimpleNamespace(kl_budget=kl_budget, save_total_limit=save_total_limit, deepspeed=None)
-    run = FakeRun(folder)
-    return Keeper(run, config, accelerator, policy)
+def loop_of(folder, resume=False):
+    """A loop of PPO around one weight, which keeps two checkpoints."""
+    config = train_ppo.PPOStageConfig(output_dir=str(folder), save_total_limit=2, resume=resume, kl_budget=5.0)
+    return bare_loop(config, nn.Linear(1, 1, bias=False), Schedule(9, 9, "linear"))
 
 
-def offer(keeper, update, score, kl=0.0):
-    keeper.policy.become(float(update))
-    keeper.offer(update, score, kl)
+def become(loop, value):
+    nn.init.constant_(loop.module.weight, float(value))
 
 
-def kept(folder):
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+def offer(loop, update, score, kl=0.0):
+    """Offer the weights of an update, which are its number, by the stage's own evaluation."""
+    become(loop, update)
+    written = SimpleNamespace(tokens=[[5]], ended=[True])
+    judge = SimpleNamespace(summaries=lambda *_: written, scores=lambda *_: ([score], [0.0]), kls=lambda *_: [kl],
+                            rouge=lambda *_: None)
+    models = Models(SimpleNamespace(policy=loop.module), None, None)
+    train_ppo.evaluate(loop, models, None, judge, None, update)
+
+
+def save(loop, update):
+    loop.step = update
+    loop.save()
+
+
+def restored(loop) -> float:
+    """The weight after the best one was put back."""
+    loop.best.restore(loop.weights["trained"])
+    return loop.module.weight.item()
+
+
+def kept(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ the best weights
 
 
 def test_the_best_score_within_the_budget_is_restored(tmp_path):
-    ours = keeper(tmp_path)
+    loop = loop_of(tmp_path)
     for update, score, kl in [(0, 1.0, 0.0), (1, 3.0, 5.0), (2, 9.0, 5.1), (3, 2.0, 1.0), (4, 3.0, 0.0)]:
-        offer(ours, update, score, kl)
-    assert ours.best == {"update": 1, "score": 3.0, "kl": 5.0}
-    ours.restore_best()
-    assert ours.policy.weight.item() == 1
+        offer(loop, update, score, kl)
+    assert loop.best.found == {"step": 1, "score": 3.0, "kl": 5.0}
+    assert restored(loop) == 1
+    assert (loop.run.folder / "train.log").read_text().endswith(
+        " best weights: those of update 1, held-out score 3.000, kl 5.000\n")
 
 
 @pytest.mark.parametrize(("score", "kl"), [(math.nan, 0.0), (9.0, math.nan)])
 def test_nan_is_never_the_best(score, kl, tmp_path):
-    ours = keeper(tmp_path)
-    offer(ours, 0, score, kl)
-    assert ours.best["update"] == -1
-    offer(ours, 1, 1.0)
-    assert ours.best["update"] == 1
+    loop = loop_of(tmp_path)
+    offer(loop, 0, score, kl)
+    assert loop.best.found is None and restored(loop) == 0, "without a best one the weights stay"
+    offer(loop, 1, 1.0)
+    assert loop.best.found["step"] == 1
 
 
 def test_the_best_outlives_later_checkpoints(tmp_path):
-    """Later candidates of a checkpoint that is kept are worth keeping too; those nobody would go back to are not."""
-    ours = keeper(tmp_path)
-    for update in range(6):
-        offer(ours, update, score=float(update) if update < 3 else 0.0)
-        ours.save(update + 1, {})
-    assert kept(tmp_path) == ["best-2", "update-5", "update-6"]
-    ours.restore_best()
-    assert ours.policy.weight.item() == 2
+    """Best weights that neither the run nor a checkpoint that is kept would go back to are removed."""
+    loop = loop_of(tmp_path)
+    for update in range(1, 7):
+        offer(loop, update, score=float(update) if update < 4 else 0.0)
+        save(loop, update)
+    assert kept(loop.run.folder) == ["best-3", "update-5", "update-6"]
+    assert restored(loop) == 3
 
 
 def test_a_kept_checkpoints_best_is_kept_too(tmp_path):
-    ours = keeper(tmp_path)
-    for update in range(4):
-        offer(ours, update, score=float(update))
-        ours.save(update + 1, {})
-    assert kept(tmp_path) == ["best-2", "best-3", "update-3", "update-4"]
+    loop = loop_of(tmp_path)
+    for update in range(1, 5):
+        offer(loop, update, score=float(update))
+        save(loop, update)
+    assert kept(loop.run.folder) == ["best-3", "best-4", "update-3", "update-4"]
 
 
 def test_a_killed_runs_later_best_is_dropped_and_replaced(tmp_path):
-    first = keeper(tmp_path)
-    offer(first, 0, 1.0)
-    first.save(1, {"kl_coef": 0.25})
-    offer(first, 1, 5.0)  # and killed before its checkpoint
-    again = keeper(tmp_path)
-    assert again.load() == (1, {"kl_coef": 0.25})
-    assert again.best == {"update": 0, "score": 1.0, "kl": 0.0}
-    assert kept(tmp_path) == ["best-0", "update-1"]
-    again.policy.become(7.0)
-    again.offer(1, 2.0, 0.0)
-    again.restore_best()
-    assert again.policy.weight.item() == 7
+    first = loop_of(tmp_path)
+    offer(first, 1, 1.0)
+    first.carried = {"kl_coef": 0.25}
+    save(first, 2)
+    offer(first, 3, 5.0)  # and killed before its checkpoint
+    again = loop_of(first.run.folder, resume=True)
+    again.resume()
+    assert (again.step, again.carried, again.module.weight.item()) == (2, {"kl_coef": 0.25}, 1)
+    assert again.best.found == {"step": 1, "score": 1.0, "kl": 0.0}
+    assert kept(first.run.folder) == ["best-1", "update-2"]
+    offer(again, 3, 2.0)
+    become(again, 7)
+    assert restored(again) == 3
 
 
 def test_an_old_folder_of_the_same_name_is_replaced(tmp_path):
-    ours = keeper(tmp_path)
-    (tmp_path / "checkpoints" / "best-3").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "best-3" / "model.safetensors").write_text("of the run that was killed")
-    offer(ours, 3, 1.0)
-    assert kept(tmp_path) == ["best-3"]
-    ours.policy.become(0.0)
-    ours.restore_best()
-    assert ours.policy.weight.item() == 3
+    loop = loop_of(tmp_path)
+    old = loop.run.folder / "checkpoints" / "best-3"
+    old.mkdir(parents=True)
+    (old / "best-00002.safetensors").write_text("of the run that was killed")
+    offer(loop, 3, 1.0)
+    assert kept(loop.run.folder) == ["best-3"]
+    become(loop, 0)
+    assert restored(loop) == 3
+
+
+@pytest.mark.parametrize("file_bytes", [1, 2**30])
+@pytest.mark.parametrize("kind", ["whole", "adapters"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_and_loading_weights_are_each_others_inverse(family, kind, file_bytes, tmp_path, monkeypatch):
+    """Bit for bit, in one file or one for each weight, whatever stock checkpoints call the weights."""
+    monkeypatch.setattr(zero, "FILE_BYTES", file_bytes)
+    models = [PolicyAndValue(policy(family, seed), scalar_model(family, seed + 1)) for seed in (0, 5)]
+    if kind == "adapters":
+        for model in models:
+            add_adapter(model.policy, SimpleNamespace(lora_rank=2, lora_alpha=4))
+            add_adapter(model.value_model, SimpleNamespace(lora_rank=2, lora_alpha=4))
+            for weight in trainable_weights(model).values():
+                nn.init.normal_(weight)
+    ours, others = map(trainable_weights, models)
+    before = {name: weight.detach().clone() for name, weight in ours.items()}
+    untouched = {name: weight.clone() for name, weight in models[1].state_dict().items() if name not in others}
+    assert not any(weight.equal(others[name]) for name, weight in ours.items())
+    save_weights(ours, tmp_path / "kept", "best")
+    assert len(list((tmp_path / "kept").iterdir())) == (len(ours) if file_bytes == 1 else 1)
+    load_weights(others, tmp_path / "kept", "best")
+    for name, weight in before.items():
+        assert weight.equal(others[name]) and weight.equal(ours[name]), name
+    tied = {name for name in untouched if not untouched[name].equal(models[1].state_dict()[name])}
+    assert all(kind == "whole" and "lm_head" in name for name in tied), "a head that is tied to the embeddings"
+
+
+def test_other_weights_than_those_saved_are_refused(tmp_path):
+    weights = trainable_weights(nn.Linear(2, 2))
+    save_weights(weights, tmp_path, "best")
+    with pytest.raises(KeyError, match="lacks 1 weights .scale"):
+        load_weights({**weights, "scale": nn.Parameter(torch.ones(1))}, tmp_path, "best")
+    with pytest.raises(KeyError, match="bias"):
+        load_weights({"weight": weights["weight"]}, tmp_path, "best")
+
+
+def test_the_kept_weights_are_those_of_the_averaged_policy(tmp_path):
+    """Detail 35; and with adapters, which have other names than the stock weights, no others."""
+    model = policy("opt")
+    add_adapter(model, SimpleNamespace(lora_rank=2, lora_alpha=4))
+    models = Models(PolicyAndValue(model, None), None, None, averaged(model, 0.5))
+    with torch.no_grad():
+        for weight in trainable_weights(model).values():
+            weight += 1.0
+    models.average.update_parameters(model)
+    found = train_ppo.outcome_weights(models)
+    assert found.keys() == trainable_weights(model).keys() and all("lora" in name for name in found)
+    for name, weight in trainable_weights(model).items():
+        torch.testing.assert_close(found[name], weight - 0.5)
+
+
+# --------------------------------------------------------------------------------------------------- the checkpoints
 
 
 def test_progress_names_the_best(tmp_path):
-    ours = keeper(tmp_path)
-    offer(ours, 4, 1.5, 0.25)
-    ours.save(5, {"kl_coef": 0.5})
-    progress = json.loads((tmp_path / "checkpoints" / "update-5" / "progress.json").read_text())
-    assert progress == {"update": 5, "best": {"update": 4, "score": 1.5, "kl": 0.25}, "carried": {"kl_coef": 0.5}}
+    loop = loop_of(tmp_path)
+    offer(loop, 4, 1.5, 0.25)
+    loop.carried = {"kl_coef": 0.5}
+    save(loop, 5)
+    progress = json.loads((loop.run.folder / "checkpoints" / "update-5" / "progress.json").read_text())
+    names = ("step", "best", "carried", "scaler")
+    assert [progress[name] for name in names] == [5, {"step": 4, "score": 1.5, "kl": 0.25}, {"kl_coef": 0.5}, None]
+
+
+def test_the_losses_since_the_last_log_are_part_of_the_next(tmp_path):
+    first = loop_of(tmp_path)
+
+    def steps(loop, *losses):
+        for loss in losses:
+            for _ in loop.parts([None], spare=None):
+                loop.backward(loop.module.weight.sum() * 0 + loss, None)
+            loop.optimizer_step()
+
+    first.divergence.watch = lambda *_: None
+    steps(first, 1.0, 2.0)
+    assert first.mean_loss() == 1.5
+    steps(first, 4.0)
+    save(first, 3)
+    again = loop_of(first.run.folder, resume=True)
+    again.resume()
+    again.divergence.watch = lambda *_: None
+    steps(again, 7.0, 10.0)
+    assert again.mean_loss() == 7.0
 
 
 def test_a_run_without_a_checkpoint_starts_from_its_beginning(tmp_path):
-    ours = keeper(tmp_path)
-    ours.run.size = 7
-    assert ours.load() == (0, {}) and ours.run.size == 0
-    assert ours.run.said == ["no whole checkpoint: starting from the beginning"]
+    run = loop_of(tmp_path).run
+    run.metrics(1, {"objective/kl": 1.0})
+    loop = loop_of(run.folder, resume=True)
+    loop.resume()
+    assert loop.step == 0 and run.read_metrics() == []
+    assert "no complete checkpoint: starting from the beginning" in (run.folder / "train.log").read_text()
 
 
 def written(folder, steps, run=None):
@@ -144,7 +233,7 @@ def written(folder, steps, run=None):
     ours = CheckpointFolder(run or FakeRun(folder))
     for step in steps:
         ours.run.size = 10 * step
-        ours.write(f"checkpoint-{step}", lambda aside, step=step: (aside / "weights").write_text(f"of step {step}"))
+        ours.write(f"step-{step}", lambda aside, step=step: (aside / "weights").write_text(f"of step {step}"))
     return ours
 
 
@@ -161,11 +250,11 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", list(DAMAGE))
 def test_the_newest_checkpoint_whose_checksums_hold_is_taken(damage, tmp_path):
     ours = written(tmp_path, [8, 10, 9])
-    assert ours.newest("checkpoint").name == "checkpoint-10" and ours.run.size == 100
-    broken = tmp_path / "checkpoints" / "checkpoint-10"
+    assert ours.newest("step").name == "step-10" and ours.run.size == 100
+    broken = tmp_path / "checkpoints" / "step-10"
     DAMAGE[damage](broken)
-    assert ours.newest("checkpoint").name == "checkpoint-9" and ours.run.size == 90
-    assert ours.run.said == [f"'{broken}' is not what was written there; going back to the one before"]
+    assert ours.newest("step").name == "step-9" and ours.run.size == 90
+    assert ours.run.lines == [f"'{broken}' is not what was written there; going back to the one before"]
 
 
 def test_one_that_is_killed_while_writing_is_never_taken(tmp_path):
@@ -177,34 +266,35 @@ def test_one_that_is_killed_while_writing_is_never_taken(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ours.write("checkpoint-2", killed)
-    assert kept(tmp_path) == ["checkpoint-1", "checkpoint-2.tmp"]
-    assert ours.newest("checkpoint").name == "checkpoint-1"
+        ours.write("step-2", killed)
+    assert kept(tmp_path) == ["step-1", "step-2.tmp"]
+    assert ours.newest("step").name == "step-1"
     written(tmp_path, [2])  # the run that goes on comes here again
-    assert (ours.newest("checkpoint") / "weights").read_text() == "of step 2"
-    assert sorted(path.name for path in ours.newest("checkpoint").iterdir()) == ["manifest.json", "weights"]
-    assert kept(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert (ours.newest("step") / "weights").read_text() == "of step 2"
+    assert sorted(path.name for path in ours.newest("step").iterdir()) == ["manifest.json", "weights"]
+    assert kept(tmp_path) == ["step-1", "step-2"]
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     ours = written(tmp_path, range(1, 13))
-    ours.keep("checkpoint", 2, besides=tmp_path / "checkpoints" / "checkpoint-3")
-    assert kept(tmp_path) == ["checkpoint-11", "checkpoint-12", "checkpoint-3"]
+    ours.write("best-3", lambda aside: None)
+    ours.keep("step", 2)
+    assert kept(tmp_path) == ["best-3", "step-11", "step-12"]
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
     ours = written(tmp_path, [1])
-    manifest = tmp_path / "checkpoints" / "checkpoint-1" / "manifest.json"
+    manifest = tmp_path / "checkpoints" / "step-1" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 4'))
-    with pytest.raises(UserError, match="^resume: .*checkpoint-1' was written by 4 processes, here are 1; start as many"):
-        ours.newest("checkpoint")
+    with pytest.raises(UserError, match="^resume: .*step-1' was written by 4 processes, here are 1; start as many"):
+        ours.newest("step")
 
 
 def test_without_checkpoints_to_resume_from_only_the_best_policy_stays(tmp_path, monkeypatch):
     """As with an optimizer on NVMe."""
-    monkeypatch.setattr("utils.runs.checkpoints.resumable", lambda: False)
-    ours = keeper(tmp_path)
+    monkeypatch.setattr("utils.loop.resumable", lambda: False)
+    loop = loop_of(tmp_path)
     for update in (1, 2, 3):
-        offer(ours, update, score=float(update))
-        ours.save(update, {})
-    assert kept(tmp_path) == ["best-3"]
+        offer(loop, update, score=float(update))
+        save(loop, update)
+    assert kept(loop.run.folder) == ["best-3"]

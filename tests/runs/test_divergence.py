@@ -9,20 +9,23 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
-from utils.trainer import GroupLossMixin
 
 import kill_test
 import train_ppo
 import train_reward
 import train_sft
 from families import PAD, random_groups
+from run_folders import checkpoints
 from utils.config import PROJECT, UserError, parse_config
+from utils.loop import Loop
 from utils.models.prompt_groups import pack
 from utils.runs.divergence import Divergence
 
-STAGES = {"sft": (train_sft, "SFTStageConfig", "--max_steps 6 --eval_steps 1"),
-          "reward": (train_reward, "RewardStageConfig", "--max_steps 6 --eval_steps 2 --save_steps 1"),
-          "ppo": (train_ppo, "PPOStageConfig", "--total_episodes 24 --ppo_epochs 1 --num_minibatches 2 --save_steps 1")}
+STAGES = {
+    "sft": (train_sft, "SFTStageConfig", "--max_steps 6 --eval_steps 1 --save_steps 1 --logging_steps 1"),
+    "reward": (train_reward, "RewardStageConfig", "--max_steps 6 --eval_steps 2 --save_steps 1 --logging_steps 1"),
+    "ppo": (train_ppo, "PPOStageConfig", "--total_episodes 24 --ppo_epochs 1 --num_minibatches 2 --save_steps 1"),
+}
 BAD = 4  # the optimizer step that breaks first; in PPO it is the second of update 2
 
 
@@ -84,9 +87,9 @@ def test_one_bad_step_is_left_out_and_the_run_goes_on(stage, models, steps, tmp_
 
 
 def test_the_losses_logged_after_a_broken_one_are_their_own(models, steps, tmp_path, monkeypatch):
-    compute = GroupLossMixin.compute_loss
-    monkeypatch.setattr(GroupLossMixin, "compute_loss", lambda self, *args, **more: compute(self, *args, **more) * (
-        math.nan if len(steps) + 1 == BAD else 1.0))
+    backward = Loop.backward
+    monkeypatch.setattr(Loop, "backward", lambda self, loss, groups: backward(
+        self, loss * (math.nan if len(steps) + 1 == BAD else 1.0), groups))
     run("reward", models, tmp_path)
     logged = [row["reward/loss"] for row in rows_of(tmp_path / "metrics.jsonl") if "reward/loss" in row]
     assert [loss is None for loss in logged] == [number == BAD for number in range(1, 7)]
@@ -103,11 +106,12 @@ def test_three_bad_steps_end_the_run_before_it_saves_them(stage, models, steps, 
             self.param_groups[0]["params"][-1].data.fill_(math.inf)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
-    with pytest.raises(UserError, match=r"^step \d: the loss or the gradient is not finite .*, as in 2 before it: lower "
-                                        "learning_rate, .*broken_batch.jsonl'; the last checkpoint is intact$"):
+    unit = "update" if stage == "ppo" else "step"
+    with pytest.raises(UserError, match=rf"^{unit} \d: the loss or the gradient is not finite .*, as in 2 before it: "
+                                        "lower learning_rate, .*broken_batch.jsonl'; the last checkpoint is intact$"):
         run(stage, models, tmp_path)
     assert not (tmp_path / "final").exists() and len(steps) == BAD + 1
-    saved = [int(path.name.split("-")[1]) for kind in ("checkpoint", "update") for path in tmp_path.glob(f"checkpoints/{kind}-*")]
+    saved = [int(path.name.split("-")[1]) for path in checkpoints(tmp_path)]
     assert max(saved) == (BAD - 1 if stage != "ppo" else 1), "none since the first of them"
     rows = rows_of(tmp_path / "broken_batch.jsonl")
     assert any(not math.isfinite(float(row["loss"])) for row in rows)
@@ -116,10 +120,10 @@ def test_three_bad_steps_end_the_run_before_it_saves_them(stage, models, steps, 
 
 def divergence(folder, precision="no", kind=DistributedType.NO):
     class Run:
-        is_main, said = True, []
+        is_main, unit, lines = True, "step", []
 
-        def say(self, line):
-            self.said.append(line)
+        def log(self, line):
+            self.lines.append(line)
 
     class Tokenizer:
         decode = staticmethod(str)
@@ -145,7 +149,7 @@ def test_a_whole_step_in_between_starts_the_count_again(tmp_path):
     ours = divergence(tmp_path)
     losses = [math.nan, math.inf, 1.0, math.nan, 1.0, math.nan, -math.inf]
     assert [seen(ours, loss) for loss in losses] == [not math.isfinite(loss) for loss in losses]
-    assert len(ours.run.said) == 5
+    assert len(ours.run.lines) == 5
     with pytest.raises(UserError, match="as in 2 before it"):
         seen(ours, 1.0, math.inf)
     rows = rows_of(tmp_path / "broken_batch.jsonl")
@@ -173,7 +177,7 @@ def test_a_gradient_that_overflows_is_how_fp16_finds_its_scale(tmp_path):
 def test_a_rank_whose_own_numbers_are_whole_decides_like_the_others(kind, tmp_path, monkeypatch):
     """Else it would wait for ever for those that leave the step out."""
     ours = divergence(tmp_path, kind=kind)
-    monkeypatch.setattr("utils.runs.divergence.agreed", lambda number: 1)  # another rank found a NaN
+    monkeypatch.setattr("utils.runs.divergence.max_over_ranks", lambda number: 1)  # another rank found a NaN
     if kind == DistributedType.NO:
         assert seen(ours, 1.0)
     else:

@@ -4,20 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 import kill_test
-from utils.config import PROJECT
+from utils.config import UserError
 
 
 @pytest.mark.slow
 def test_killed_runs_end_like_the_undisturbed_one(tmp_path):
-    """One kill of each stage, in the second half of its time; a process of its own, for forks want one without threads."""
+    """One kill of each stage, in the second half of its time, in a process of its own: forks want no threads."""
     words = ["--kills", "1", "--seed", "26507", "--output", str(tmp_path / "kills.json")]
-    done = subprocess.run([sys.executable, PROJECT / "scripts" / "kill_test.py", *words], capture_output=True, text=True,
-                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, kill_test.__file__, *words], capture_output=True, text=True, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "kills.json").read_text())
     assert list(report) == list(kill_test.STAGES)
@@ -53,3 +54,17 @@ def test_a_difference_is_noticed(left, differs, tmp_path, monkeypatch):
     monkeypatch.setattr(kill_test, "started", started)
     row = kill_test.killed("sft", None, tmp_path / "run", 0.0, kill_test.outcome(tmp_path / "undisturbed"))
     assert row["differs"] == differs and asked == [(), ()]
+
+
+@pytest.mark.parametrize(("stage", "best", "refused"), [
+    ("ppo", 0, True), ("ppo", 6, False), ("ppo", 10, True), ("sft", 2, True), ("sft", 4, False), ("reward", None, False),
+])
+def test_runs_whose_best_weights_need_not_be_brought_back_are_refused(stage, best, refused, tmp_path):
+    """Those of the first look, or the last ones."""
+    for step in (8, 10):
+        folder = tmp_path / "checkpoints" / f"{'update' if stage == 'ppo' else 'step'}-{step}"
+        folder.mkdir(parents=True)
+        progress = {"step": step, "best": best if best is None else {"step": min(best, step)}}
+        (folder / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(UserError, match=f"^{stage}: the best .* step {best} of 10") if refused else nullcontext():
+        kill_test.refuse_one_best(stage, tmp_path)

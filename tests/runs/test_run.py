@@ -16,12 +16,14 @@ import torch
 from accelerate.state import AcceleratorState
 
 from families import policy, scalar_model
+from tiny_models import mini_tokenizer, save_opt
 from utils.config import StageConfig, UserError, read_yaml, save_config
 from utils.data.report import DataReport
 from utils.distributed import build_accelerator
-from utils.judge.evaluation import print_stages
-from utils.models.loading import load_policy, load_tokenizer
-from utils.runs.run import Run, check_task, refuse_impossible, refuse_used_folder, stage_folders
+from utils.models.loading import load_policy
+from utils.models.parents import Parent, check_task
+from utils.runs.ending import print_stages, stage_folders
+from utils.runs.run import Run, refuse_impossible, refuse_used_folder
 
 
 @dataclass
@@ -43,7 +45,7 @@ def start(folder, resume=False, stage="sft", notes=()):
 
 @pytest.fixture
 def tokenizer():
-    return load_tokenizer("assets/opt-mini")
+    return mini_tokenizer()
 
 
 def contents(folder):
@@ -87,10 +89,10 @@ def test_resume_needs_a_run(stray, tmp_path):
 def test_resume_goes_on_with_what_is_there(tmp_path):
     first = start(tmp_path)
     first.metrics(1, {"a": 1.0})
-    first.say("before")
+    first.log("before")
     second = start(tmp_path, resume=True, notes=["dropped"])
     second.metrics(2, {"a": 2.0})
-    second.say("after")
+    second.log("after")
     assert second.read_metrics() == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}]
     notes = ["before", "dropped", "after"]
     assert [line.split()[-1] for line in (tmp_path / "train.log").read_text().splitlines()] == notes
@@ -230,11 +232,11 @@ def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
         monkeypatch.setattr(f"{module}.world", lambda: SimpleNamespace(is_main_process=False))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     other = Run(Toy(output_dir=str(tmp_path)), "sft", report_of("a note"))
-    other.say("hello")
+    other.log("hello")
     other.metrics(1, {"a": 1})
     other.samples([{"a": 1}])
-    other.finish({"a": 1})
-    other.save_final(policy("opt"), tokenizer, {}, {})
+    other.write_summary({"a": 1})
+    other.save_final(policy("opt"), tokenizer, [], {})
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -259,9 +261,9 @@ def test_metrics_and_samples_append_one_json_object_a_line(tmp_path):
 
 
 def test_summary_is_flat(tmp_path):
-    start(tmp_path).finish({"score": 1 / 3, "note": None, "rows": 5})
+    start(tmp_path).write_summary({"score": 1 / 3, "note": None, "rows": 5})
     found = json.loads((tmp_path / "summary.json").read_text())
-    assert set(found) == {"score", "note", "rows", "peak_memory_mb", "seed"}
+    assert set(found) == {"score", "note", "rows", "seconds", "peak_memory_mb", "seed"}
     assert found["score"] == 0.333333 and found["rows"] == 5 and found["seed"] == 7
     assert found["peak_memory_mb"] > 1
     assert not list(tmp_path.glob("*.tmp"))
@@ -269,8 +271,8 @@ def test_summary_is_flat(tmp_path):
 
 def finished(folder, stage, tokenizer):
     run = start(folder, stage=stage)
-    run.finish({})
-    run.save_final(policy("opt"), tokenizer, {}, {})
+    run.write_summary({})
+    run.save_final(policy("opt"), tokenizer, [], {})
     return run
 
 
@@ -281,29 +283,33 @@ def test_the_table_shows_the_parents_and_the_run_itself_wherever_they_lie(tmp_pa
     finished(tmp_path / "else" / "sft_wide", "sft", tokenizer)
     finished(tmp_path / "mine" / "ppo", "ppo", tokenizer)
     run = finished(tmp_path / "mine" / "ppo_seed1", "ppo", tokenizer)
-    parents = [str(tmp_path / "else" / "sft_wide" / "final"), str(tmp_path / "mine" / "reward" / "final")]
-    assert stage_folders(run, parents) == {"sft": tmp_path / "else" / "sft_wide", "reward": tmp_path / "mine" / "reward",
-                                           "ppo": tmp_path / "mine" / "ppo_seed1"}
-    assert list(stage_folders(run, ["facebook/opt-125m", "assets/opt-mini"])) == ["ppo"]
+    parents = [Parent("model", str(tmp_path / "else" / "sft_wide" / "final")),
+               Parent("reward_model", str(tmp_path / "mine" / "reward" / "final"))]
+    assert stage_folders(run, parents) == {
+        "sft": tmp_path / "else" / "sft_wide", "reward": tmp_path / "mine" / "reward",
+        "ppo": tmp_path / "mine" / "ppo_seed1"}
+    untrained = [Parent("model", name) for name in ("facebook/opt-125m", "assets/opt-mini")]
+    assert list(stage_folders(run, untrained)) == ["ppo"]
 
 
 def test_the_table_prints_every_path_on_one_line(tmp_path, tokenizer, capsys):
     deep = tmp_path / ("long" * 30)
     run = start(deep, stage="sft")
-    run.finish({"base_rouge_avg": 0.25, "rouge_avg": 0.75, "seconds": 61.0})
+    run.started -= 61.0
+    run.write_summary({"base_rouge_avg": 0.25, "rouge_avg": 0.75})
     (deep / "plots" / "sft.png").touch()
     print_stages(stage_folders(run, []))
     printed = capsys.readouterr().out
-    assert "0.250" in printed and "0.750" in printed and "61" in printed
+    assert re.search(r" 0\.250 .* 0\.750 .* 6[1-9] ", printed)
     assert printed.splitlines()[-2:] == [f"sft: {deep}", f"sft: {deep / 'plots' / 'sft.png'}"]
 
 
 def test_the_table_keeps_units_in_brackets_and_is_printed_once(tmp_path, monkeypatch, capsys):
     run = start(tmp_path, stage="ppo")
-    run.finish({"score_before": 0.0, "score_after": 1.0, "gold_after": None, "kl": 2.5, "seconds": 1.0})
+    run.write_summary({"score_before": 0.0, "score_after": 1.0, "kl": 2.5})
     print_stages(stage_folders(run, []))
     assert "[nats a summary]" in capsys.readouterr().out
-    monkeypatch.setattr("utils.judge.evaluation.world", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr("utils.runs.ending.world", lambda: SimpleNamespace(is_main_process=False))
     print_stages(stage_folders(run, []))
     assert capsys.readouterr().out == ""
 
@@ -333,25 +339,27 @@ def test_final_holds_model_tokenizer_and_where_they_come_from(tmp_path, tokenize
     parent, model = policy("opt", seed=1), policy("opt", seed=2)
     parent.save_pretrained(tmp_path / "parent")
     run = start(tmp_path / "run")
-    run.save_final(model, tokenizer, {"model": str(tmp_path / "parent"), "hub": "facebook/opt-125m"}, {"score": 0.5})
+    parents = [Parent("model", str(tmp_path / "parent")), Parent("reward_model", "facebook/opt-125m")]
+    run.save_final(model, tokenizer, parents, {"score": 0.5})
     final = tmp_path / "run" / "final"
     stage = json.loads((final / "stage.json").read_text())
     digest = hashlib.sha256((tmp_path / "parent" / "model.safetensors").read_bytes()).hexdigest()
     assert stage["parents"] == {
         "model": {"name": str(tmp_path / "parent"), "sha256": {"model.safetensors": digest}},
-        "hub": {"name": "facebook/opt-125m"},
+        "reward_model": {"name": "facebook/opt-125m"},
     }
     assert (stage["stage"], stage["seed"], stage["score"]) == ("sft", 7, 0.5)
     assert (stage["eos_token_id"], stage["pad_token_id"]) == (2, 1)
     assert stage["prompt_template"].endswith("TL;DR:") and len(stage["tokenizer_sha256"]) == 64 and stage["commit"]
-    assert load_tokenizer(str(final)).get_vocab() == tokenizer.get_vocab()
-    for name, weight in load_policy(str(final)).named_parameters():
+    saved = Parent("model", str(final))
+    assert saved.tokenizer.get_vocab() == tokenizer.get_vocab()
+    for name, weight in load_policy(saved).named_parameters():
         assert torch.equal(weight, model.get_parameter(name))
 
 
 def test_a_machine_without_git_has_an_unknown_commit(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    start(tmp_path / "run").save_final(policy("opt"), tokenizer, {}, {})
+    start(tmp_path / "run").save_final(policy("opt"), tokenizer, [], {})
     assert json.loads((tmp_path / "run" / "final" / "stage.json").read_text())["commit"] == "unknown"
 
 
@@ -367,30 +375,38 @@ def test_final_appears_whole_or_not_at_all(tmp_path, tokenizer):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        run.save_final(model, Fails(), {}, {})
+        run.save_final(model, Fails(), [], {})
     assert not (tmp_path / "final").exists()
     (tmp_path / "final.tmp" / "leftover").write_text("of the killed run")
-    run.save_final(model, tokenizer, {}, {})
+    run.save_final(model, tokenizer, [], {})
     assert not (tmp_path / "final.tmp").exists() and not (tmp_path / "final" / "leftover").exists()
+
+
+def base_and(key, folder, tmp_path) -> list[Parent]:
+    """A base model that no stage has trained, and one of PPO's other parents."""
+    return [Parent("model", str(save_opt(tmp_path / "base"))), Parent(key, str(folder))]
 
 
 @pytest.mark.parametrize("item", ["tokenizer_sha256", "eos_token_id", "pad_token_id", "prompt_template"])
 def test_parents_of_another_task_are_refused(item, tmp_path, tokenizer):
-    start(tmp_path, stage="reward").save_final(scalar_model("opt"), tokenizer, {}, {})
-    final = tmp_path / "final"
-    check_task(tokenizer, {"reward_model": str(final)})
-    stage = json.loads((final / "stage.json").read_text())
-    (final / "stage.json").write_text(json.dumps({**stage, item: "other"}))
+    start(tmp_path / "run", stage="reward").save_final(scalar_model("opt"), tokenizer, [], {})
+    path = tmp_path / "run" / "final" / "stage.json"
+    check_task(*base_and("reward_model", path.parent, tmp_path))
+    path.write_text(json.dumps({**json.loads(path.read_text()), item: "other"}))
     with pytest.raises(UserError, match=f"^reward_model: .* another {item.replace('_', ' ')} .'other' there"):
-        check_task(tokenizer, {"reward_model": str(final)})
+        check_task(*base_and("reward_model", path.parent, tmp_path))
 
 
-def test_another_vocabulary_is_another_task_and_hub_models_are_not_known(tmp_path, tokenizer):
-    start(tmp_path).save_final(policy("opt"), tokenizer, {}, {})
+def test_another_vocabulary_is_another_task_and_other_models_are_not_known(tmp_path, tokenizer):
+    start(tmp_path / "run").save_final(policy("opt"), tokenizer, [], {})
+    final = tmp_path / "run" / "final"
+    check_task(Parent("model", str(final)))
     tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(final)
     with pytest.raises(UserError, match="^model: .* another tokenizer sha256"):
-        check_task(tokenizer, {"model": str(tmp_path / "final")})
-    check_task(tokenizer, {"model": "facebook/opt-125m"})
+        check_task(Parent("model", str(final)))
+    (final / "stage.json").unlink()
+    check_task(Parent("model", str(final)))
 
 
 @pytest.mark.parametrize(("field", "stage", "fits"), [
@@ -398,25 +414,28 @@ def test_another_vocabulary_is_another_task_and_hub_models_are_not_known(tmp_pat
     ("reward_model", "reward", True), ("reward_model", "sft", False), ("reward_model", "ppo", False),
 ])
 def test_a_parent_must_come_from_the_right_stage(field, stage, fits, tmp_path, tokenizer):
-    start(tmp_path, stage=stage).save_final(policy("opt"), tokenizer, {}, {})
+    start(tmp_path / "run", stage=stage).save_final(policy("opt"), tokenizer, [], {})
+    parents = base_and(field, tmp_path / "run" / "final", tmp_path)
     if fits:
-        check_task(tokenizer, {field: str(tmp_path / "final")})
+        check_task(*parents)
     else:
         with pytest.raises(UserError, match=f"^{field}: .* comes from the stage '{stage}'; needed is"):
-            check_task(tokenizer, {field: str(tmp_path / "final")})
+            check_task(*parents)
 
 
 def test_a_reward_model_from_elsewhere_must_have_our_tokenizer(tmp_path, tokenizer):
-    scalar_model("opt").save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    check_task(tokenizer, {"reward_model": str(tmp_path)})
+    scalar_model("opt").save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    check_task(*base_and("reward_model", tmp_path / "theirs", tmp_path))
     tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError, match="^reward_model: .* another tokenizer sha256"):
-        check_task(tokenizer, {"reward_model": str(tmp_path)})
+        check_task(*base_and("reward_model", tmp_path / "theirs", tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", '"sft"'])
-def test_a_broken_stage_file_is_said(text, tmp_path, tokenizer):
-    (tmp_path / "stage.json").write_text(text)
+def test_a_broken_stage_file_is_said(text, tmp_path):
+    folder = save_opt(tmp_path)
+    (folder / "stage.json").write_text(text)
     with pytest.raises(UserError, match=r"^model: .*stage.json' is no JSON object"):
-        check_task(tokenizer, {"model": str(tmp_path)})
+        check_task(Parent("model", str(folder)))
