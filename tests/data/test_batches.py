@@ -2,6 +2,7 @@
 
 from collections import Counter
 from random import Random
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from utils.data import batches
 from utils.data.batches import LengthGroupedBatches, PromptBatches, rows_at
+from utils.loop import Loop
 
 _DRAW = Random(0)
 LENGTHS = [_DRAW.randint(10, 500) for _ in range(1003)]
@@ -25,12 +27,13 @@ def test_every_row_comes_once_a_pass_in_steps_of_one_size(size):
     for epoch in (0, 1):
         steps = a_pass(grouped, epoch)
         assert sorted(row for step in steps for row in step) == list(range(1003))
-        assert Counter(map(len, steps)) == Counter([size] * (1003 // size) + [1003 % size] * (1003 % size > 0))
+        rest = [1003 % size] if 1003 % size else []
+        assert Counter(map(len, steps)) == Counter([size] * (1003 // size) + rest)
     assert grouped.steps_per_epoch == -(-1003 // size)
 
 
 def test_rows_of_like_length_are_together():
-    """Padding to the longest of a step: of 8 random rows about twice as much is computed as of 8 sorted ones."""
+    """Steps are padded to their longest row: 8 random rows compute 1.6 times their tokens and more, these 1.06."""
     def padded(steps):
         return sum(len(step) * max(LENGTHS[row] for row in step) for step in steps) / sum(LENGTHS)
 
@@ -48,17 +51,18 @@ def test_rows_meet_others_in_each_pass_and_with_each_seed():
 
 
 def test_the_order_of_steps_says_nothing_of_their_length():
-    """A run that went from long rows to short ones would train on short ones last, at the smallest learning rate."""
+    """Else a run would train on short rows last, at the smallest learning rate."""
     grouped = LengthGroupedBatches(LENGTHS, 8, seed=0)
     means = [np.mean([LENGTHS[row] for row in step]) for epoch in range(4) for step in a_pass(grouped, epoch)]
     # 504 steps: the standard error of a correlation is .045
     assert abs(np.corrcoef(means, np.arange(len(means)) % grouped.steps_per_epoch)[0, 1]) < 0.15
-    longest = [int(np.argmax([sum(LENGTHS[row] for row in step) for step in a_pass(grouped, n)])) for n in range(4)]
+    tokens = [[sum(LENGTHS[row] for row in step) for step in a_pass(grouped, epoch)] for epoch in range(4)]
+    longest = [int(np.argmax(of_steps)) for of_steps in tokens]
     assert len(set(longest)) > 1
 
 
 def test_the_rows_are_sorted_within_those_of_fifty_steps(monkeypatch):
-    """With one step sorted at a time no two rows are brought together: the batches are those of a plain shuffle."""
+    """When one step is sorted at a time, no two rows are brought together: a plain shuffle is left."""
     monkeypatch.setattr(batches, "_STEPS_SORTED", 1)
     drawn = [set(step) for step in a_pass(LengthGroupedBatches(LENGTHS, 8, seed=0))]
     order = Random("0-0").sample(range(1003), 1003)
@@ -66,24 +70,24 @@ def test_the_rows_are_sorted_within_those_of_fifty_steps(monkeypatch):
     assert sorted(map(sorted, drawn)) == sorted(map(sorted, plain))
 
 
-@pytest.mark.parametrize("make", [lambda seed: LengthGroupedBatches(LENGTHS, 8, seed), lambda seed: PromptBatches(1003, 8, seed)],
-                         ids=["length-grouped", "prompts"])
+MADE = {"length-grouped": lambda seed: LengthGroupedBatches(LENGTHS, 8, seed),
+        "prompts": lambda seed: PromptBatches(1003, 8, seed)}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_a_step_is_a_function_of_seed_and_number_alone(make):
-    """A run that goes on at step 200 finds the rows that it would have had; in whatever order steps are asked for."""
+    """A run that goes on at step 200 finds the rows that it would have had, in whatever order steps are asked for."""
     steps = [list(make(3)[step]) for step in range(300)]
     backwards, ours = make(3), {}
     for step in reversed(range(300)):
         ours[step] = list(backwards[step])
-    assert [ours[step] for step in range(300)] == steps == [list(batch) for batch in map(make(3).__getitem__, range(300))]
+    one_after_the_other = make(3)
+    assert [ours[step] for step in range(300)] == steps == [list(one_after_the_other[step]) for step in range(300)]
     assert steps != [list(make(4)[step]) for step in range(300)]
 
 
 def test_the_same_rows_for_any_number_of_processes():
-    """A step has the rows of all ranks, so it depends on their number only through its size: 2 x 4 rows are 1 x 8."""
-    from types import SimpleNamespace
-
-    from utils.loop import Loop
-
+    """The ranks share the rows of a step, each row on one of them, also of the last step, which has fewer rows."""
     grouped = LengthGroupedBatches(LENGTHS, 8, seed=0)
     for step in (0, grouped.steps_per_epoch - 1, *(n for n in range(126) if len(grouped[n]) < 8)):
         shares = []

@@ -1,9 +1,10 @@
-"""The scripts use the public names of other libraries: none of their private ones is called, imported or overridden.
+"""The scripts use the public names of other libraries. No private name is called, imported or overridden.
 
-A private name begins with one underscore, or is mangled. It may go or change its meaning in any release. The check reads
-syntax trees. Where a tree does not say whose an attribute is, the name counts as another's: only `self`, `cls` and
-`super()` may have private names, and only those that the project's own classes define. Base classes are found by
-importing them: what an own class defines must not be a private name of the library class that it extends.
+A private name begins with one underscore, or is mangled. It may go or change its meaning in any release.
+The check reads syntax trees. Where a tree does not say whose an attribute is, it counts as another's: only
+`self`, `cls` and `super()` may have private names, and only those that the project's own classes define. Base
+classes are found by importing them: what an own class defines must not be a private name of a library class
+that it extends.
 """
 
 import ast
@@ -20,7 +21,8 @@ from utils.config import PROJECT
 
 SCRIPTS = PROJECT / "scripts"
 FILES = sorted(SCRIPTS.rglob("*.py"))
-OWN = {path.stem if path.is_file() else path.name for path in SCRIPTS.iterdir()}  # first part of own modules' names
+# first parts of the names of own modules
+OWN = {path.stem if path.is_file() else path.name for path in SCRIPTS.iterdir()}
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller")
 
 # (file below scripts/ or any, name): why
@@ -31,7 +33,7 @@ EXCEPTIONS = {
     (ANY, "_fields"): "as _replace",
     ("utils/judge/metrics.py", "_info"): "evaluate documents it as what every Metric defines",
     ("utils/judge/metrics.py", "_compute"): "as _info",
-    ("utils/config.py", "_format_action_invocation"): "argparse has no public way to show one spelling of an option",
+    ("utils/config.py", "_format_action_invocation"): "argparse has no public way to show one spelling only",
 }
 
 
@@ -75,7 +77,8 @@ class _File:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Attribute) and is_private(child.attr):
                 if not (owner and _is_self(child.value) and child.attr in self._names(owner)):
-                    yield Finding(child.lineno, child.attr, f"{ast.unparse(child)} is not defined by an own class")
+                    what = f"{ast.unparse(child)} is not defined by an own class"
+                    yield Finding(child.lineno, child.attr, what)
             elif isinstance(child, ast.Import | ast.ImportFrom):
                 yield from self._imports(child)
             elif isinstance(child, ast.Call):
@@ -93,7 +96,8 @@ class _File:
     def _overrides(self, owner):
         for library in self._libraries(owner):
             for name in sorted(_defined(owner) & _names_of_class(library)):
-                yield Finding(owner.lineno, name, f"{owner.name} overrides it in {library.__module__}.{library.__name__}")
+                what = f"{owner.name} overrides {name} of {library.__module__}.{library.__name__}"
+                yield Finding(owner.lineno, name, what)
 
     def _names(self, owner) -> set[str]:
         """Private names that a class or its own bases define."""
@@ -128,12 +132,13 @@ class _File:
             if isinstance(base, type):
                 yield base
             else:
-                assert base is NamedTuple, f"line {owner.lineno}: {ast.unparse(expression)} is no class that is known here"
+                assert base is NamedTuple, f"line {owner.lineno}: {ast.unparse(expression)} is no class"
 
     def _object(self, expression):
         if isinstance(expression, ast.Attribute):
             return getattr(self._object(expression.value), expression.attr)
-        assert isinstance(expression, ast.Name), f"line {expression.lineno}: the base {ast.unparse(expression)} has no name"
+        known = isinstance(expression, ast.Name)
+        assert known, f"line {expression.lineno}: the base {ast.unparse(expression)} has no name"
         if expression.id not in self.imported:
             return getattr(builtins, expression.id)
         module, name = self.imported[expression.id]
@@ -150,8 +155,9 @@ def _names_in_text(call):
     called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
     if called in BY_NAME:
         for argument in call.args:
-            if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and is_private(argument.value):
-                yield Finding(call.lineno, argument.value, ast.unparse(call))
+            text = argument.value if isinstance(argument, ast.Constant) else None
+            if isinstance(text, str) and is_private(text):
+                yield Finding(call.lineno, text, ast.unparse(call))
 
 
 def _defined(owner: ast.ClassDef) -> set[str]:
@@ -180,7 +186,7 @@ def _is_own(kind: type) -> bool:
     return kind.__module__.split(".")[0] in OWN
 
 
-# ------------------------------------------------------------------------------------------------------ the scripts
+# ---------------------------------------------------------------------------------------------- the scripts
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.relative_to(SCRIPTS).as_posix() for path in FILES])
@@ -197,10 +203,10 @@ def test_every_exception_is_needed():
     assert not EXCEPTIONS.keys() - used and all(EXCEPTIONS.values())
 
 
-# ----------------------------------------------------------------------------------------- what the check would notice
+# ------------------------------------------------------------------------------- what the check notices
 
 NOTICED = {  # source: names that are found
-    "attribute of a model": ("def f(model):\n    return model._supports_attention_backend", ["_supports_attention_backend"]),
+    "attribute of a model": ("if model._supports_attention_backend:\n    pass", ["_supports_attention_backend"]),
     "called on a part": ("accelerator.gradient_state._set_sync_gradients(True)", ["_set_sync_gradients"]),
     "assigned": ("engine._config = 3", ["_config"]),
     "deleted": ("del engine._config", ["_config"]),
@@ -216,22 +222,26 @@ NOTICED = {  # source: names that are found
                 ["_tied", "_no_split", "_x"]),
     "in text, from a module": ("import operator\noperator.attrgetter('_tied')", ["_tied"]),
     "in text, called": ("from operator import methodcaller\nmethodcaller('_save')", ["_save"]),
-    "an overridden method": ("from transformers import Trainer\nclass X(Trainer):\n    def _save(self): pass", ["_save"]),
+    "an overridden method": (
+        "from transformers import Trainer\nclass X(Trainer):\n    def _save(self): pass", ["_save"]),
     "an overridden method of a base's base": (
         "from trl import RewardTrainer\nclass X(RewardTrainer):\n    def _inner_training_loop(self): pass",
         ["_inner_training_loop"]),
     "an overridden method in a grandchild": (
-        "import transformers as t\nclass A(t.Trainer): pass\nclass B(A):\n    def _save(self): pass", ["_save"]),
+        "import transformers as t\nclass A(t.Trainer): pass\nclass B(A):\n  def _save(self): pass", ["_save"]),
     "an overridden class attribute": (
         "import torch.nn as nn\nclass X(nn.Module):\n    _version = 2", ["_version"]),
     "an overridden annotated attribute": (
         "from torch import nn\nclass X(nn.Module):\n    _version: int = 2", ["_version"]),
     "an overridden attribute of the instance": (
-        "from accelerate import Accelerator\nclass X(Accelerator):\n    def f(self):\n        self._models = []", ["_models"]),
+        "from accelerate import Accelerator\nclass X(Accelerator):\n    def f(self): self._models = []",
+        ["_models"]),
     "of a local class": (
-        "def f():\n    from torch import nn\n    class X(nn.Module):\n        def _call_impl(self): pass", ["_call_impl"]),
-    "called on self": ("from transformers import Trainer\nclass X(Trainer):\n    def f(self): self._save('x')", ["_save"]),
-    "called on super": ("from transformers import Trainer\nclass X(Trainer):\n    def save(self): super()._save()", ["_save"]),
+        "def f():\n  from torch import nn\n  class X(nn.Module):\n    def _call_impl(self): pass", ["_call_impl"]),
+    "called on self": (
+        "from transformers import Trainer\nclass X(Trainer):\n    def f(self): self._save('x')", ["_save"]),
+    "called on super": (
+        "from transformers import Trainer\nclass X(Trainer):\n    def f(self): super()._save()", ["_save"]),
     "called on a class": ("from transformers import Trainer\nTrainer._save(None)", ["_save"]),
     "of a self that has no class": ("def f(self):\n    return self._save", ["_save"]),
 }
@@ -239,13 +249,15 @@ ALLOWED = {
     "own names on self": "class X:\n    _a = 1\n    def _b(self): self._c, self._d = self._a, self._b()\n"
                          "    def f(self): return self._c + self._d",
     "own names of a base": "class X:\n    def _a(self): pass\nclass Y(X):\n    def f(self): super()._a(); self._a()",
-    "own names of an imported base": "from utils.runs.run import Run\nclass X(Run):\n    def f(self): return self._tracker",
-    "own names beside a library's": "from torch import nn\nclass X(nn.Module):\n    def _mine(self): return self._mine",
-    "names of Python": "class X(Exception):\n    def __init__(self): self.__dict__, x = {}, type(self).__name__",
+    "own names of an imported base":
+        "from utils.runs.run import Run\nclass X(Run):\n    def f(self): return self._tracker",
+    "own names beside a library's":
+        "from torch import nn\nclass X(nn.Module):\n    def _mine(self): return self._mine",
+    "names of Python": "class X(Exception):\n    def f(self): return self.__dict__, type(self).__name__",
     "a variable that is not used": "for _ in range(3): _, x = 1, 2",
     "own functions and constants": "_LIMIT = 3\ndef _f(): return _LIMIT\n_f()",
-    "public bases": "from typing import NamedTuple\nfrom collections.abc import Sequence\nclass A(NamedTuple):\n    x: int\n"
-                    "class B(Sequence[int]): pass\nclass C(dict): pass",
+    "public bases": "from typing import NamedTuple\nfrom collections.abc import Sequence\n"
+                    "class A(NamedTuple):\n    x: int\nclass B(Sequence[int]): pass\nclass C(dict): pass",
 }
 
 

@@ -15,7 +15,8 @@ from utils.judge.gold import GoldJudge, labeller_figures, load_rules, refuse_mis
 from utils.judge.metrics import length_controlled_win_rate
 
 RULES = {"slots": {"who": {"weight": 1.0, "values": ["my sister", "my brother"]}}, "need_words": 5,
-         "penalties": {"extra_word": 0.1, "repeated_trigram": 0.1, "repeated_trigram_cap": 0.2, "no_proper_end": 0.2}}
+         "penalties": {"extra_word": 0.1, "repeated_trigram": 0.1, "repeated_trigram_cap": 0.2,
+                       "no_proper_end": 0.2}}
 RIGHT, WRONG, NOTHING = "My sister.", "My brother.", "Nobody."  # 1, -1 and 0 where the fact is my sister
 POSTS = [SimpleNamespace(prompt="p", facts={"who": "my sister"}) for _ in range(3)]
 
@@ -35,7 +36,8 @@ def test_each_summary_is_held_against_the_facts_of_its_own_post(rules):
     posts = [*POSTS[:2], SimpleNamespace(prompt="p", facts={"who": "my brother"})]
     judge = GoldJudge(rules, posts)
     assert judge.scores(posts, written([RIGHT, WRONG, WRONG])) == [1.0, -1.0, 1.0]
-    assert judge.scores(posts, written([RIGHT] * 3, ended=[False, True, True])) == pytest.approx([0.8, 1.0, -1.0])
+    cut = written([RIGHT] * 3, ended=[False, True, True])
+    assert judge.scores(posts, cut) == pytest.approx([0.8, 1.0, -1.0])
 
 
 def test_figures_of_two_policies_by_hand(rules):
@@ -58,16 +60,19 @@ def test_figures_of_two_policies_by_hand(rules):
 def test_the_table_has_rows_for_what_is_known_of_a_stage():
     gold = {"gold_before": 0.5, "gold_after": 0.75, "gold_win_rate": 0.8, "gold_win_rate_low": 0.7,
             "gold_win_rate_high": 0.9, "gold_win_rate_greedy": 0.85}
-    assert list(table_rows({"accuracy": 0.6, "label_ceiling": 0.8})) == [("  of the labels' ceiling", "", "75%", "")]
+    reward = {"accuracy": 0.6, "label_ceiling": 0.8}
+    assert list(table_rows(reward)) == [("  of the labels' ceiling", "", "75%", "")]
     assert list(table_rows(gold)) == [
-        ("gold score", "0.500", "0.750", ""), ("gold win rate over SFT, sampled", "", "0.800", "0.700 - 0.900"),
+        ("gold score", "0.500", "0.750", ""),
+        ("gold win rate over SFT, sampled", "", "0.800", "0.700 - 0.900"),
         ("gold win rate over SFT, greedy", "", "0.850", "")]
     assert list(table_rows({"accuracy": 0.6, "score_after": 1.0, "kl": 2.0})) == []
 
 
 def test_a_known_labeller_has_a_ceiling_and_a_curve():
-    """Differences of ln 3, 0 and -ln 3: the labeller is right with 3/4, 1/2, 3/4. The model is right, wrong, right."""
-    rows = {"label_scores": [[math.log(3), 0.0, 0.0], [0.0, math.log(3)]], "pairs": [[(0, 1), (1, 2)], [(0, 1)]]}
+    """Differences of ln 3, 0, -ln 3: the labeller is right with 3/4, 1/2, 3/4. The model: right, wrong, right."""
+    rows = {"label_scores": [[math.log(3), 0.0, 0.0], [0.0, math.log(3)]],
+            "pairs": [[(0, 1), (1, 2)], [(0, 1)]]}
     figures, curves = labeller_figures(rows, [[2.0, 0.0, 1.0], [5.0, 0.0]])
     assert figures == {"label_ceiling": pytest.approx((0.75 + 0.5 + 0.75) / 3)}
     assert curves == {"labeller's confidence": [(0.5, 0.0, 1), (pytest.approx(0.75), 1.0, 2)]}
@@ -79,7 +84,7 @@ def test_of_an_unknown_labeller_nothing_is_said(label_scores):
     assert labeller_figures(rows, [[1.0, 0.0]] * 2) == ({}, {})
 
 
-# ----------------------------------------------------------------------------------------------- rules and facts
+# ------------------------------------------------------------------------------------------ rules and facts
 
 
 def test_rules_of_the_gold_score_are_read(rules):
@@ -87,7 +92,8 @@ def test_rules_of_the_gold_score_are_read(rules):
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "null", "[]", '{"slots": {"who": {}}}', '{"slots": {}}',
-                                  json.dumps({**RULES, "penalties": {}}), json.dumps({**RULES, "need_words": "five"})])
+                                  json.dumps({**RULES, "penalties": {}}),
+                                  json.dumps({**RULES, "need_words": "five"})])
 def test_rules_that_are_none_are_refused_before_they_are_needed(text, tmp_path):
     (tmp_path / "gold.json").write_text(text)
     with pytest.raises(UserError, match="^gold_rules: .* holds no rules of a gold score"):

@@ -64,12 +64,13 @@ def test_each_policys_summaries_are_scored_and_one_without_eos_gets_the_fixed_sc
     assert any(not ended for summaries in found for ended in summaries.ended)
 
 
-def evaluated(trained, judge, gold=None, config=CONFIG):
+def evaluated(trained, judge, gold=None):
     """What an evaluation of PPO logs, and what it offers as the best policy."""
     figures, offered = {}, []
     run = SimpleNamespace(metrics=lambda step, values: figures.update(values), log=lambda line: None)
     best = SimpleNamespace(offer=lambda step, score, weights, kl: offered.append((step, score, kl)))
-    loop = SimpleNamespace(config=config, run=run, best=best, accelerator=SimpleNamespace(autocast=nullcontext))
+    accelerator = SimpleNamespace(autocast=nullcontext)
+    loop = SimpleNamespace(config=CONFIG, run=run, best=best, accelerator=accelerator)
     models = Models(PolicyAndValue(trained, None), None, None)
     train_ppo.evaluate(loop, models, POSTS, judge, gold, 3)
     return figures, offered

@@ -1,4 +1,4 @@
-"""Scores of rankings, pair by pair. What the reward stage makes of them is tested in tests/stages/test_reward.py."""
+"""Scores of rankings, pair by pair. tests/stages/test_reward.py has what the reward stage makes of them."""
 
 import math
 import random
@@ -6,7 +6,13 @@ import random
 import numpy as np
 import pytest
 
-from utils.judge.rankings import accuracy_by_note, confidence, gaps_of, longest_accuracy, reliability_by_confidence
+from utils.judge.rankings import (
+    accuracy_by_note,
+    confidence,
+    gaps_of,
+    longest_accuracy,
+    reliability_by_confidence,
+)
 
 SCORES = [[2.0, 0.0, 0.5], [1.0, 1.0]]
 PAIRS = [[(0, 1), (1, 2)], [(1, 0)]]
@@ -42,7 +48,8 @@ def test_the_most_frequent_values_of_a_note_are_shown():
     batches = ["d"] * 3 + ["a"] * 2 + ["b"] * 3 + ["c"]
     rows = {"pairs": [[(0, 1)]] * 9, "notes": [[{"batch": batch}] for batch in batches]}
     scores = [[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 7
-    assert accuracy_by_note(scores, rows, most=2) == {"batch": [("b", 0.0, 3), ("d", pytest.approx(2 / 3), 3)]}
+    frequent = [("b", 0.0, 3), ("d", pytest.approx(2 / 3), 3)]
+    assert accuracy_by_note(scores, rows, most=2) == {"batch": frequent}
 
 
 def test_the_longest_one_wins_by_hand():
