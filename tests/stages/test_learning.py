@@ -63,8 +63,8 @@ OTHERS = [{"value_model": "shared"}, {"advantage": "rloo"}, {"advantage": "grpo"
 def test_ppo_solves_a_bandit(options, ppo):
     """It must find one token of 31, say it all the time, and end: no EOS pays -0.5.
 
-    The last score with seeds 0 to 4 for models and samples: 1.000, 0.978, 0.998, 1.000, 1.000; with the
-    other options and seed 0: .998 to 1.000.
+    The last score with seeds 0 to 4 for models and samples: 1.000, 0.978, 0.998, 1.000, 1.000; with each
+    other option and seed 0: 1.000.
     """
     said = played(replace(ppo, kl_coef=0.0, learning_rate=3e-2, **options))
     score = [figures["objective/score"] for figures in said]
