@@ -402,7 +402,7 @@ def load_posts(config: PPOStageConfig, tokenizer, report: DataReport) -> Posts:
     supervised = loaded.get("actor_training_data")
     if supervised is not None:
         supervised = supervised_examples(config, supervised, [validation, test], report)
-    training, validation, test = (tokenised(rows, None, report.say) for rows in (training, validation, test))
+    training, validation, test = (tokenised(rows, None, report.log) for rows in (training, validation, test))
     return Posts(training.prompts, validation, test, supervised)
 
 
@@ -411,12 +411,12 @@ def supervised_examples(config, examples: Rows, held_out: list[Rows], report) ->
     judged = {mark for rows in held_out for mark in rows.prompts()}
     kept = examples.select([mark not in judged for mark in examples.prompts()])
     if len(kept) < len(examples):
-        report.say(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} examples, whose prompts "
+        report.log(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} examples, whose prompts "
                    "are held out for validation or test")
     if not len(kept):
         raise UserError(f"actor_training_data: every prompt in '{config.actor_training_data}' is held out for validation or "
                         "test; name the data that train_sft.py learnt from")
-    return tokenised(kept.weighed(config.seed), config.max_completion_tokens, report.say)
+    return tokenised(kept.weighed(config.seed), config.max_completion_tokens, report.log)
 
 
 def refuse_contradictions(config: PPOStageConfig) -> None:

@@ -185,10 +185,10 @@ def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
     report.groups("reward_training_data", parts[0])
     references = loaded.get("centring_data")
     if references is not None:
-        references = tokenised(references.first(config.test_rows), config.max_completion_tokens, report.say)
+        references = tokenised(references.first(config.test_rows), config.max_completion_tokens, report.log)
     ratings = loaded.get("rating_data")
     if ratings is not None:
-        refuse_overlap({"reward_training_data": parts[0], "rating_data": ratings}, config.allow_overlap, report.say)
+        refuse_overlap({"reward_training_data": parts[0], "rating_data": ratings}, config.allow_overlap, report.log)
         ratings = usable(ratings, config, "rating_data", report).dataset()
     return *(rows.dataset() for rows in parts), references, ratings
 
@@ -197,7 +197,7 @@ def usable(rows, config, name, report):
     """Rankings or ratings without those that have a completion over the limit, which are counted."""
     kept = rows.select(rows.token_column("longest") <= config.max_completion_tokens)
     if len(kept) < len(rows):
-        report.say(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with a completion of more "
+        report.log(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with a completion of more "
                    f"than {config.max_completion_tokens} tokens")
     if not len(kept):
         raise UserError(f"{name}: no group is left; raise max_completion_tokens ({config.max_completion_tokens})")

@@ -128,7 +128,7 @@ def load_splits(config: SFTStageConfig, tokenizer, report: DataReport) -> list[T
         "actor_test_data": NamedSet(config.actor_test_data, "examples"),
     }, tokenizer, report)
     parts = split_rows(config, loaded, "actor_training_data", "actor_validation_data", "actor_test_data", report)
-    return [tokenised(rows, config.max_completion_tokens, report.say) for rows in parts]
+    return [tokenised(rows, config.max_completion_tokens, report.log) for rows in parts]
 
 
 def main(config: SFTStageConfig) -> None:

@@ -18,7 +18,7 @@ class DataReport:
         self.figures: dict[str, dict] = {}  # by data key
         self._left_out: list[tuple[str, Callable]] = []  # (data key, function that yields its findings)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.notes.append(line)
 
     def read(self, field: str, rows) -> None:
@@ -28,12 +28,12 @@ class DataReport:
             counts = {reason: dropped["rows"] for reason, dropped in stored.meta["dropped"].items()}
             if counts:
                 why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-                self.say(f"{stored.label}: dropped {sum(counts.values())} rows ({why})")
+                self.log(f"{stored.label}: dropped {sum(counts.values())} rows ({why})")
 
     def leave_out(self, field: str, count: int, findings: Callable[[], Iterator[dict]]) -> None:
         """Record rows that `on_bad_rows: skip` leaves out."""
         first = next(findings())
-        self.say(f"{field}: left out {count} bad rows (on_bad_rows: skip), see rejected_rows.jsonl; the "
+        self.log(f"{field}: left out {count} bad rows (on_bad_rows: skip), see rejected_rows.jsonl; the "
                  f"first is {first['place']}: {first['reason']}")
         self._left_out.append((field, findings))
 
@@ -61,7 +61,7 @@ class DataReport:
         rows = rows.once()
         groups = group_statistics(rows.dataset(), len(set(rows.prompts())))
         self.figures.setdefault(field, {})["groups"] = groups
-        self.say(f"{field}: {groups['posts']} posts in {groups['groups']} prompt groups, "
+        self.log(f"{field}: {groups['posts']} posts in {groups['groups']} prompt groups, "
                  f"{groups['completions_per_post']:.2f} completions and {groups['pairs_per_post']:.2f} pairs "
                  f"a post, {groups['contradictions']} pairs labelled both ways; {groups['tokens_grouped']} "
                  f"tokens in place of {groups['tokens_ungrouped']}, a factor of {groups['factor']:.2f}")

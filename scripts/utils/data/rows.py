@@ -183,12 +183,12 @@ def load_examples(value, field: str, need_completion: bool = True) -> Rows:
     return load_data(SimpleNamespace(on_bad_rows="error"), {field: NamedSet(value, kind)}, None, DataReport())[field]
 
 
-def load_rankings(value, field: str, max_completions: int, say, min_score_ratio: float = 1.0,
+def load_rankings(value, field: str, max_completions: int, log, min_score_ratio: float = 1.0,
                   max_pairs_per_prompt: int | None = None) -> Rows:
     """The text of every ranking of a data set; pairwise rows are grouped by prompt. The limits are those of `_Rankings`.
 
     Args:
-        say: called with a line about what was dropped and why (detail 6).
+        log: called with a line about what was dropped and why (detail 6).
 
     Raises:
         UserError: naming file and line, for anything that is not a comparison.
@@ -199,7 +199,7 @@ def load_rankings(value, field: str, max_completions: int, say, min_score_ratio:
     config = SimpleNamespace(on_bad_rows="error")
     rows = load_data(config, {field: NamedSet(value, "rankings")}, None, report, limits)[field]
     for note in report.notes:
-        say(note)
+        log(note)
     return rows
 
 
@@ -217,7 +217,7 @@ def split_rows(config, loaded: dict[str, Rows], training: str, validation: str, 
         if held[field] is None:
             train, held[field] = split_off(train, min(0.1, most / len(train)), config.seed)
         held[field] = held[field].first(most)
-    refuse_overlap({training: train, **held}, config.allow_overlap, report.say)
+    refuse_overlap({training: train, **held}, config.allow_overlap, report.log)
     train = train.weighed(config.seed)
     if not len(train):
         raise UserError(f"{training}: its weights leave no row to train on; raise them")
@@ -238,8 +238,8 @@ def split_off(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     return rows.select(~mask), rows.select(mask)
 
 
-def refuse_overlap(splits: dict[str, Rows], allow: bool, say) -> None:
-    """Raise UserError, or `say` when it is allowed, when one prompt stands in two of the named splits (detail 7)."""
+def refuse_overlap(splits: dict[str, Rows], allow: bool, log) -> None:
+    """Raise UserError, or `log` it when that is allowed, when one prompt stands in two of the named splits (detail 7)."""
     owner, clashes = {}, {}
     for name, rows in splits.items():
         for index, mark in enumerate(rows.prompts()):
@@ -255,12 +255,12 @@ def refuse_overlap(splits: dict[str, Rows], allow: bool, say) -> None:
         more = f" and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
         lines.append(f"the same prompt stands in {first} and in {second}: {', '.join(shown)}{more}")
     if allow:
-        say("; ".join(lines) + " (allow_overlap)")
+        log("; ".join(lines) + " (allow_overlap)")
     else:
         raise UserError("; ".join(lines) + "; remove it from one, or accept it with allow_overlap: true")
 
 
-def tokenised(rows: Rows, max_completion_tokens: int | None, say) -> Tokenised:
+def tokenised(rows: Rows, max_completion_tokens: int | None, log) -> Tokenised:
     """Examples with their tokens; those whose completion is longer than the limit are dropped and counted.
 
     Args:
@@ -270,7 +270,7 @@ def tokenised(rows: Rows, max_completion_tokens: int | None, say) -> Tokenised:
         return Tokenised(rows, rows.dataset()["prompt"], None)
     kept = rows.select(rows.token_column("longest") <= max_completion_tokens)
     if len(kept) < len(rows):
-        say(f"dropped {len(rows) - len(kept)} of {len(rows)} examples with more than {max_completion_tokens} completion tokens")
+        log(f"dropped {len(rows) - len(kept)} of {len(rows)} examples with more than {max_completion_tokens} completion tokens")
     if not len(kept):
         raise UserError(f"max_completion_tokens: no completion has {max_completion_tokens} tokens or fewer; raise it")
     table = kept.dataset()
