@@ -206,7 +206,7 @@ def test_every_exception_is_needed():
 # ------------------------------------------------------------------------------- what the check notices
 
 NOTICED = {  # source: names that are found
-    "attribute of a model": ("if model._supports_attention_backend:\n    pass", ["_supports_attention_backend"]),
+    "attribute of a model": ("if model._supports_sdpa:\n    pass", ["_supports_sdpa"]),
     "called on a part": ("accelerator.gradient_state._set_sync_gradients(True)", ["_set_sync_gradients"]),
     "assigned": ("engine._config = 3", ["_config"]),
     "deleted": ("del engine._config", ["_config"]),
@@ -228,7 +228,8 @@ NOTICED = {  # source: names that are found
         "from trl import RewardTrainer\nclass X(RewardTrainer):\n    def _inner_training_loop(self): pass",
         ["_inner_training_loop"]),
     "an overridden method in a grandchild": (
-        "import transformers as t\nclass A(t.Trainer): pass\nclass B(A):\n  def _save(self): pass", ["_save"]),
+        "import transformers as t\nclass A(t.Trainer): pass\nclass B(A):\n  def _save(self): pass",
+        ["_save"]),
     "an overridden class attribute": (
         "import torch.nn as nn\nclass X(nn.Module):\n    _version = 2", ["_version"]),
     "an overridden annotated attribute": (
@@ -237,7 +238,8 @@ NOTICED = {  # source: names that are found
         "from accelerate import Accelerator\nclass X(Accelerator):\n    def f(self): self._models = []",
         ["_models"]),
     "of a local class": (
-        "def f():\n  from torch import nn\n  class X(nn.Module):\n    def _call_impl(self): pass", ["_call_impl"]),
+        "def f():\n  from torch import nn\n  class X(nn.Module):\n    def _call_impl(self): pass",
+        ["_call_impl"]),
     "called on self": (
         "from transformers import Trainer\nclass X(Trainer):\n    def f(self): self._save('x')", ["_save"]),
     "called on super": (

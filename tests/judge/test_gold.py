@@ -70,7 +70,7 @@ def test_the_table_has_rows_for_what_is_known_of_a_stage():
 
 
 def test_a_known_labeller_has_a_ceiling_and_a_curve():
-    """Differences of ln 3, 0, -ln 3: the labeller is right with 3/4, 1/2, 3/4. The model: right, wrong, right."""
+    """Differences of ln 3, 0, -ln 3: the labeller is right with 3/4, 1/2, 3/4; the model is, is not, is."""
     rows = {"label_scores": [[math.log(3), 0.0, 0.0], [0.0, math.log(3)]],
             "pairs": [[(0, 1), (1, 2)], [(0, 1)]]}
     figures, curves = labeller_figures(rows, [[2.0, 0.0, 1.0], [5.0, 0.0]])

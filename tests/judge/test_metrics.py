@@ -14,7 +14,7 @@ from rouge_score import rouge_scorer
 
 from utils.judge import metrics
 
-SCRIPTS = Path(metrics.__file__).resolve().parent.parent
+SCRIPTS = Path(metrics.__file__).resolve().parents[2]
 
 # ----------------------------------------------------------------------------------------------------------- ROUGE
 

@@ -1,7 +1,7 @@
 """The same numbers as trl. What the trl at hand has not is skipped, so this file runs in two environments:
 
     python -m pytest tests/stages/test_peers.py                  # trl's reward loss, log-probs, entropy
-    .venv-bench/bin/python -m pytest tests/stages/test_peers.py  # its last PPO too, see requirements-bench.txt
+    .venv-bench/bin/python -m pytest tests/stages/test_peers.py  # its last PPO too (requirements-bench.txt)
 
 trl's GAE, token rewards and losses stand inside `PPOTrainer.train`, where no caller reaches them: they are not compared here.
 """
