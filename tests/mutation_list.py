@@ -328,7 +328,7 @@ MUTATIONS = [
     ]),
     *_of("utils/data/batches.py", "ppo_update:prompts_come_once", [
         ("SFT and reward take the rows in the same order in every pass", 11, "LengthGroupedBatches._order",
-         'f"{self.seed}-{epoch}"', 'f"{self.seed}"', "loop:rows_come_once"),
+         'f"{self.seed}-{epoch}"', 'f"{self.seed}"', "batches:rows_meet_others"),
         ("every run draws the same prompts whatever its seed", 11, "PromptBatches._row",
          'f"{self.seed}-{epoch}"', 'f"{epoch}"'),
         ("the training prompts are those of the first pass in every pass", 31, "PromptBatches._row",
@@ -386,7 +386,7 @@ MUTATIONS = [
         ("a group may get larger than max_completions", 18, "split_group",
          "max_completions)", "max_completions + 1)", "validation:groups_hold_the_pairs"),
     ]),
-    *_of("utils/judge/gold.py", "ppo_update:gold_figures_are_those", [
+    *_of("utils/judge/gold.py", "gold:figures_of_two_policies", [
         ("the win rate is that of SFT over PPO", 37, "GoldJudge.compare",
          'win_rate(gold["after", "sampled"], gold["before", "sampled"], seed)',
          'win_rate(gold["before", "sampled"], gold["after", "sampled"], seed)'),

@@ -18,7 +18,6 @@ from families import EOS, PAD, policy, random_groups, scalar_model
 from loops import PROMPTS as PPO_PROMPTS
 from loops import bare_loop, epoch_loop, posts_of, ppo_loop, save_parents, step_by_sgd, weights_of
 from utils.config import UserError
-from utils.data.batches import LengthGroupedBatches
 from utils.loop import Loop, Schedule
 from utils.models.loading import without_dropout
 from utils.models.prompt_groups import pack, unpack
@@ -265,28 +264,6 @@ def test_dropout_is_another_one_in_each_step_and_on_each_rank_and_comes_again(tm
 
     assert kept() == kept()
     assert len({*kept(), *kept(seed=1), *kept(rank=1)}) == 12
-
-
-def test_rows_come_once_a_pass_in_another_order_in_each_pass_and_for_each_seed():
-    lengths = np.random.default_rng(0).integers(1, 99, 107)
-    steps = {seed: LengthGroupedBatches(lengths, 5, seed) for seed in (0, 1)}
-    passes = [[steps[seed][number].tolist() for number in range(first, first + 22)] for seed in (0, 1)
-              for first in (0, 22)]
-    assert all(sorted(sum(order, [])) == list(range(107)) for order in passes)
-    assert all(sorted(map(len, order)) == [2] + [5] * 21 for order in passes)
-    assert len({str(order) for order in passes}) == 4
-    again = [steps[0][number].tolist() for number in range(22, 44)]
-    assert again == passes[1], "in whatever order they are asked for"
-
-
-def test_rows_of_a_step_have_like_lengths_and_steps_come_in_any_order():
-    """Fifty steps are sorted together, so that little padding is computed; but not from long to short."""
-    lengths = np.random.default_rng(0).integers(1, 999, 400)
-    steps = LengthGroupedBatches(lengths, 8, 0)
-    mean = np.array([lengths[steps[number]].mean() for number in range(50)])
-    spread = np.array([np.ptp(lengths[steps[number]]) for number in range(50)])
-    assert spread.max() < 100 and np.ptp(mean) > 900
-    assert abs(np.corrcoef(mean, np.arange(50))[0, 1]) < 0.5
 
 
 # -------------------------------------------------------------------------------------------- SFT's own parts

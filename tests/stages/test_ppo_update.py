@@ -15,7 +15,6 @@ from loops import PROMPTS, posts_of, ppo_loop, rolled_out, save_parents, step_by
 from utils.config import UserError
 from utils.data.batches import PromptBatches
 from utils.episodes import Episodes, Pass, minibatches, passes_of
-from utils.judge.gold import GoldJudge
 from utils.models.outputs import response_logprobs, response_values, scores
 from utils.models.prompt_groups import pack, unpack
 from utils.ppo import Rollout
@@ -323,17 +322,6 @@ def test_evaluations_judge_the_average_where_there_is_one(config, monkeypatch):
     kept, average = train_ppo.outcome_weights(models), models.average.module
     assert kept.keys() == {name for name, _ in models.policy.named_parameters()}
     assert all(weight is average.get_parameter(name) for name, weight in kept.items()), "and it is kept"
-
-
-def test_gold_figures_are_those_of_ppo_over_sft(monkeypatch):
-    gold = {("before", "sampled"): [0.0, 0.5, 0.5, 1.0], ("after", "sampled"): [1.0, 0.5, 0.75, 0.75],
-            ("before", "greedy"): [0.5] * 4, ("after", "greedy"): [1.0, 1.0, 1.0, 0.5]}
-    written = {key: SimpleNamespace(gold=gold[key], tokens=[[5] * n for n in (3, 5, 4, 6)]) for key in gold}
-    judge = GoldJudge("data/tldr_mini/gold.json", [])
-    monkeypatch.setattr(judge, "scores", lambda _, summaries: summaries.gold)
-    found = judge.compare([], written, seed=0)
-    assert (found["gold_before"], found["gold_after"]) == (0.5, 0.75)
-    assert found["gold_win_rate"] == (2 + 0.5) / 4 and found["gold_win_rate_greedy"] == 3.5 / 4
 
 
 def test_gradient_checkpointing_recomputes_in_the_update(config, monkeypatch):
