@@ -10,6 +10,7 @@ from transformers import (
     OPTConfig,
 )
 
+from utils.models.generation import sample
 from utils.models.loading import with_our_heads
 
 VOCAB, PAD, EOS = 31, 1, 2
@@ -68,3 +69,9 @@ def random_groups(prompt_sizes, completion_sizes, seed=0):
     prompts = [random_tokens(size, generator) for size in prompt_sizes]
     completions = [[random_tokens(size - 1, generator) + [EOS] for size in sizes] for sizes in completion_sizes]
     return prompts, completions
+
+
+def draw(model, prompts, k=3, seeds=None, **options):
+    """Samples of eight tokens at most, the seeds counted from 0."""
+    settings = {"max_new_tokens": 8, "temperature": 0.7, "eos_id": EOS, "pad_id": PAD, **options}
+    return sample(model, prompts, k=k, seeds=seeds or list(range(len(prompts) * k)), **settings)

@@ -28,9 +28,9 @@ from pathlib import Path
 import datasets.config
 
 import environment  # noqa: F401  where the scripts are, and no network
-import train_ppo
-import train_reward
-import train_sft  # noqa: F401  what the stages import, once for all runs
+import train_ppo  # noqa: F401  what the stages import, once for all runs
+import train_reward  # noqa: F401
+import train_sft  # noqa: F401
 from run_folders import checkpoints
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, key
@@ -68,7 +68,7 @@ class KillConfig:
 def make_models(folder: Path) -> None:
     """base/ and reward/ in `folder`: random weights, the mini tokenizer. Some responses end, and scores differ."""
     save_opt(folder / "base", eos_logit=3.0)
-    save_opt(folder / "reward", "reward", head_std=1.0)
+    save_opt(folder / "reward", "reward", head_scale=50)
 
 
 def train(stage: str, models: Path, out: Path, more: list[str]) -> None:

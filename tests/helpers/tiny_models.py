@@ -25,20 +25,24 @@ def opt_config(tokenizer, **changes) -> OPTConfig:
     return OPTConfig(**sizes | special | changes)
 
 
-def save_opt(folder: Path, kind: str = "policy", seed: int = 0, eos_logit: float = 0.0, head_std: float = 0.02,
-             **changes) -> Path:
-    """Write a model with random weights and its tokenizer to `folder`, and return it. `kind` is a key of `KINDS`.
+def save_opt(folder: Path, kind: str = "policy", seed: int = 0, eos_logit: float = 0.0,
+             head_scale: float = 1.0, std: float | None = None, **changes) -> Path:
+    """Write a random model and its tokenizer to `folder`, and return it.
 
     Args:
+        kind: a key of `KINDS`.
         eos_logit: added to the logit of EOS everywhere, so that some responses end.
-        head_std: of the weights of a reward model's head.
+        head_scale: of the weights of a reward model's head, so that scores differ.
+        std: of all weights, with biases and norms; None: OPT's own first weights.
     """
     tokenizer = mini_tokenizer()
     torch.manual_seed(seed)
     model = KINDS[kind].from_config(opt_config(tokenizer, **changes))
     with torch.no_grad():
+        for weight in model.parameters() if std else ():
+            weight.normal_(std=std)
         if kind == "reward":
-            model.score.weight *= head_std / 0.02  # OPT's init_std
+            model.score.weight *= head_scale
         if eos_logit:
             eos = model.get_input_embeddings().weight[tokenizer.eos_token_id]
             model.base_model.decoder.final_layer_norm.bias += eos_logit * eos / eos.square().sum()

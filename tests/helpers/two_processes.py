@@ -1,9 +1,9 @@
 """One of two processes that run the SFT stage with dropout, started by torchrun from test_invariances.py.
 
-    torchrun --standalone --nproc_per_node 2 tests/two_processes.py FOLDER OUTPUT_DIR
+    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py FOLDER OUTPUT_DIR
 
-FOLDER holds base/ and sft.yaml. Each rank writes rank<r>.json there: the prompts it was given, in order, and its exit
-status. A signal comes to rank 1 alone, when its twelfth step is done.
+FOLDER holds base/ and sft.yaml. Each rank writes rank<r>.json there: the numbers of its rows in each step, and its exit
+status. A signal comes to rank 1 alone, while the metrics of its twelfth step are written.
 """
 
 import json
@@ -12,37 +12,38 @@ import signal
 import sys
 from pathlib import Path
 
-from utils.trainer import RunCallback
-
 import environment  # noqa: F401  where the scripts are, and no network
 import train_sft
 from utils.config import parse_config
+from utils.loop import Loop
+from utils.runs.run import Run
 
 RANK = int(os.environ["RANK"])
 
 
 def main(folder: Path, out: str) -> None:
-    rows, collate, log = [], train_sft.collate, RunCallback.on_log
-    load = train_sft.load_policy
+    rows, share, metrics, load = [], Loop.share, Run.metrics, train_sft.load_policy
 
-    def recorded(batch, **more):
-        rows.extend(str(row["prompt"]) for row in batch)
-        return collate(batch, **more)
+    def recorded(self, places):
+        mine = share(self, places)
+        rows.append(list(map(int, mine)))
+        return mine
 
-    def with_dropout(*args, **more):
-        model = load(*args, **more)
+    def with_dropout(parent):
+        model = load(parent)
         for module in model.modules():
             if hasattr(module, "dropout"):
                 module.dropout = 0.1
         return model
 
-    def signalled(self, args, state, control, **more):
-        if RANK == 1 and state.global_step == 12:
+    def signalled(self, step, values):
+        if RANK == 1 and step == 12:
             signal.raise_signal(signal.SIGTERM)
-        log(self, args, state, control, **more)
+        metrics(self, step, values)
 
-    train_sft.collate, train_sft.load_policy, RunCallback.on_log = recorded, with_dropout, signalled
-    words = ["--output_dir", out, "--per_device_batch_size", "4", "--max_steps", "20", "--eval_steps", "20"]
+    Loop.share, train_sft.load_policy, Run.metrics = recorded, with_dropout, signalled
+    words = ["--output_dir", out, "--per_device_batch_size", "4", "--max_steps", "20", "--eval_steps", "20",
+             "--save_steps", "20"]
     stopped = None
     try:
         train_sft.main(parse_config(train_sft.SFTStageConfig, folder / "sft.yaml", words))

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from families import EOS, FAMILIES, PAD, VOCAB, policy, random_groups
+from families import EOS, FAMILIES, PAD, VOCAB, draw, policy, random_groups
 from utils.models import generation
-from utils.models.generation import _draw, _truncated, sample
+from utils.models.generation import _draw, _truncated
 from utils.models.outputs import response_logprobs
 from utils.models.prompt_groups import pack
 
@@ -19,11 +19,6 @@ PROMPTS = random_groups([5, 1, 8, 3], [[1]] * 4)[0]
 def block(request, monkeypatch):
     """Words summed at once: all 31 fit into the last size, 4 leaves a rest of 3."""
     monkeypatch.setattr(generation, "_BLOCK", request.param)
-
-
-def draw(model, prompts, k=3, seeds=None, **options):
-    settings = {"max_new_tokens": 8, "temperature": 0.7, "eos_id": EOS, "pad_id": PAD, **options}
-    return sample(model, prompts, k=k, seeds=seeds or list(range(len(prompts) * k)), **settings)
 
 
 @every_family

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from families import CONFIGS, FAMILIES, PAD, VOCAB, policy, random_groups, scalar_model
+from oracle import TEMPERATURE, each_row, stock_logprobs, stock_scores
 from utils.config import UserError
 from utils.models.loading import ScalarHead, centre_scores, load_policy, load_scalar_model, without_dropout
 from utils.models.outputs import (
@@ -26,7 +27,6 @@ from utils.models.parents import Parent
 from utils.models.policy_value import PolicyAndValue, new_value_head
 from utils.models.prompt_groups import pack, response_states
 
-TEMPERATURE = 0.7
 SIZES = [4, 1, 7], [[3, 1, 5], [2], [4, 4]]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -35,25 +35,6 @@ def close(actual, expected, tolerance=1e-4):
     """To `tolerance` relative to the largest number of the tensor."""
     limit = tolerance * max(expected.abs().max().item(), 1e-3)
     torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
-
-
-def each_row(prompts, completions):
-    return [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
-
-
-def stock_logprobs(model, prompt, completion):
-    """Log-probs of the completion's tokens and entropies, (R,) each, from one plain row."""
-    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
-    logits = logits[len(prompt) - 1 : -1] / TEMPERATURE
-    entropy = torch.distributions.Categorical(logits=logits).entropy().detach()
-    return logits.log_softmax(-1)[torch.arange(len(completion)), completion], entropy
-
-
-def stock_scores(model, rows):
-    """(N,) scores by the stock forward on right-padded rows; it finds the last token by `pad_token_id`."""
-    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-    return model(input_ids=padded, attention_mask=mask).logits[:, 0]
 
 
 def padded(values):

@@ -1,10 +1,10 @@
-"""What must not change a number: padding, order, rows shared or apart, micro-batches, recomputing, number of processes.
+"""What must not change a number: padding, order, rows shared or apart, micro-batches, recomputing, processes.
 
 To 1e-5 in float32, relative to the largest number. What other files hold and is not repeated here: the layout of a
 prompt group and its mask by brute force (test_prompt_groups); log-probs, entropies, scores and values with their
 gradients against plain rows of the stock forward (test_models); sampled tokens in one or several batches, and their
-log-probs against the update's forward pass (test_generation); micro-batches of the `Trainer` against an oracle for
-tokens (test_trainer); micro-batches of PPO (test_ppo_update).
+log-probs against the update's forward pass (test_generation); micro-batches of a step against an oracle for tokens
+(test_loop); micro-batches of PPO (test_ppo_update).
 """
 
 import json
@@ -13,33 +13,43 @@ import random
 import signal
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from test_generation import draw
-from test_models import TEMPERATURE, each_row, stock_logprobs, stock_scores
-from test_stages import checkpoints
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, modeling_utils
-from utils.trainer import GroupLossMixin
+from datasets import Dataset
+from transformers import modeling_utils
 
 import train_ppo
 import train_reward
 import train_sft
-from families import FAMILIES, PAD, VOCAB, _random, policy, random_groups, scalar_model
-from train_reward import pairwise_loss_sum
-from train_sft import completion_loss_sum
+from families import FAMILIES, PAD, VOCAB, draw, policy, random_groups, scalar_model
+from oracle import TEMPERATURE, each_row, stock_logprobs, stock_scores
+from run_folders import checkpoints, last_trained, metrics, weights
+from tiny_models import save_opt
 from utils.config import PROJECT, UserError, parse_config
 from utils.distributed import world
-from utils.models.loading import PolicyAndValue, hidden_states, logprobs_and_entropy, response_values, scores, without_dropout
+from utils.episodes import Pass
+from utils.loop import Loop
+from utils.models.loading import without_dropout
+from utils.models.outputs import (
+    GroupModel,
+    hidden_states,
+    logprobs_and_entropy,
+    response_logprobs,
+    response_values,
+    scores,
+)
+from utils.models.policy_value import Models, PolicyAndValue
 from utils.models.prompt_groups import PromptGroups, pack, response_states
 from utils.ppo import Rollout
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-PPO = train_ppo.PPOStageConfig(temperature=TEMPERATURE, vf_coef=0.5)
+PPO = train_ppo.PPOStageConfig(temperature=TEMPERATURE, vf_coef=0.5, ppo_epochs=1, prompts_per_update=3)
 LOSSES = ("sft", "reward", "ppo")
 
 PROMPTS, COMPLETIONS = random_groups([4, 1, 7], [[3, 1, 6], [2], [5, 4]])
@@ -73,24 +83,58 @@ def of_tokens(model, groups):
     return logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups), groups, TEMPERATURE)
 
 
+class OneStep:
+    """In place of a `Loop`: one optimizer step, whose loss is kept and not taken."""
+
+    step, part_counts, grad_norm, learning_rate = 0, 1.0, 0.0, 0.0
+
+    def __init__(self, config, model):
+        self.config, self.model, self.run, self.loss = config, model, None, 0.0
+        self.accelerator = SimpleNamespace(reduce=lambda number, how: number)
+        self.total, self.share = torch.as_tensor, lambda rows: rows
+        self.optimizer_step = self.logs = self.evaluates = lambda *_: False
+
+    def steps(self, batches):
+        return [(1, batches[0])]
+
+    def parts(self, parts, spare):
+        return parts
+
+    def backward(self, loss, groups):
+        self.loss = self.loss + loss
+
+
+def loss_of(script, config, model, part):
+    """The loss of one step of SFT or the reward stage by its own `train`, on a part as its `collate` would make it."""
+    loop = OneStep(config, model)
+    with mock.patch.object(script, "collate", lambda *_: part):
+        script.train(loop, Dataset.from_list([{"length": 1}]), None)
+    return loop.loss
+
+
 def losses(models, groups, pairs, numbers) -> dict:
-    """Each stage's own loss function on a batch."""
+    """Each stage's own loss on a batch."""
     chosen, scalar = models
     mask, width = groups.response_mask, groups.response_mask.shape[1]
 
     def padded(column):
-        return torch.stack([torch.nn.functional.pad(row[column], (0, width - len(row[column]))) for row in numbers])
+        rows = [torch.nn.functional.pad(row[column], (0, width - len(row[column]))) for row in numbers]
+        return torch.stack(rows)
 
     # the samples come from a policy near this one
     with torch.no_grad():
         old = of_tokens(chosen, groups)[0] + padded("logprobs")
-    rollout = Rollout(mask, old, old, padded("values"), None, advantages=padded("advantages"), returns=padded("returns"))
-    trained = PolicyAndValue(chosen, scalar)
-    better, worse = torch.tensor(pairs).T
+    rollout = Rollout(mask, old, old, padded("values"), None, None, padded("advantages"), padded("returns"))
+    models = Models(PolicyAndValue(chosen, scalar), None, None)
+    ppo = OneStep(PPO, models.trained)
+    episodes = SimpleNamespace(passes=[Pass(groups, torch.arange(len(numbers)))])
+    train_ppo.optimise(ppo, models, episodes, rollout, None)
+    completions = GroupModel(chosen, partial(response_logprobs, temperature=1.0))
     return {
-        "sft": completion_loss_sum(chosen, groups) / mask.sum(),
-        "reward": pairwise_loss_sum(scalar, groups, better, worse) / len(pairs),
-        "ppo": train_ppo.batch_loss(trained, train_ppo.MicroBatch(groups, rollout, None), mask.sum(), PPO)[0],
+        "sft": loss_of(train_sft, train_sft.SFTStageConfig(), completions, groups),
+        "reward": loss_of(train_reward, train_reward.RewardStageConfig(), GroupModel(scalar, scores),
+                          (groups, torch.tensor(pairs))),
+        "ppo": ppo.loss,
     }
 
 
@@ -121,8 +165,9 @@ def wider(groups, columns: int, tokens: int) -> PromptGroups:
 
     return groups._replace(
         input_ids=pad(groups.input_ids, columns, VOCAB - 1), position_ids=pad(groups.position_ids, columns, 3),
-        owners=pad(groups.owners, columns, -1), segments=pad(groups.segments, columns, -1), states=pad(groups.states, tokens, 1),
-        responses=pad(groups.responses, tokens, VOCAB - 1), response_mask=pad(groups.response_mask, tokens, False),
+        owners=pad(groups.owners, columns, -1), segments=pad(groups.segments, columns, -1),
+        states=pad(groups.states, tokens, 1), responses=pad(groups.responses, tokens, VOCAB - 1),
+        response_mask=pad(groups.response_mask, tokens, False),
     )
 
 
@@ -262,23 +307,19 @@ def test_gradient_checkpointing_changes_nothing(family, numbers):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny OPT and a reward model of it, data whose lengths differ a lot, and a configuration for each stage."""
+    """A tiny OPT and a reward model, data whose lengths differ a lot, and a configuration for each stage."""
     folder = tmp_path_factory.mktemp("invariances")
-    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets" / "opt-mini")
-    for name, kind in (("base", AutoModelForCausalLM), ("reward_model", AutoModelForSequenceClassification)):
-        config = OPTConfig(vocab_size=len(tokenizer), hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2,
-                           num_attention_heads=4, max_position_embeddings=96, dropout=0.0, num_labels=1)
-        model = _random(kind.from_config(config), seed=len(name))
-        with torch.no_grad():  # so that responses end, and differ in length
-            eos = model.base_model.get_input_embeddings().weight[tokenizer.eos_token_id]
-            model.base_model.decoder.final_layer_norm.bias.copy_(6 * eos / eos.square().sum())
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "max_position_embeddings": 96,
+             "dropout": 0.0, "std": 0.2}
+    # responses end, and differ in length
+    save_opt(folder / "base", eos_logit=6.0, **sizes)
+    save_opt(folder / "reward_model", "reward", seed=1, **sizes)
     write_data(folder)
     for stage, more in STAGES.items():
-        shared = {"adam_eps": 1.0, "learning_rate": 0.3, "per_device_batch_size": 8, "eval_rows": 5, "test_rows": 5, "seed": 3,
-                  "max_prompt_tokens": 32, "report_to": ["none"], "output_dir": str(folder / "alone" / stage)}
-        named = {key: str(folder / value) if key.endswith("_data") or "model" in key else value for key, value in more.items()}
+        shared = {"adam_eps": 1.0, "learning_rate": 0.3, "per_device_batch_size": 8, "eval_rows": 5, "test_rows": 5,
+                  "seed": 3, "max_prompt_tokens": 32, "report_to": ["none"]}
+        named = {key: str(folder / value) if key.endswith("_data") or "model" in key else value
+                 for key, value in more.items()}
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump({**shared, **named}))
     return folder
 
@@ -286,16 +327,18 @@ def folder(tmp_path_factory):
 # Adam's first steps are the gradient's sign, which rounding may turn: with an eps of 1 they are the gradient
 STAGES = {
     "sft": {"model": "base", "actor_training_data": "train.jsonl", "actor_validation_data": "validation.jsonl",
-            "actor_test_data": "test.jsonl", "max_new_tokens": 8, "max_steps": 8, "eval_steps": 4, "logging_steps": 1,
-            "eval_temperature": 1.0},
-    "reward": {"model": "base", "reward_training_data": "rankings.jsonl", "reward_validation_data": "rankings_validation.jsonl",
-               "reward_test_data": "rankings_test.jsonl", "centring_data": "validation.jsonl", "max_completion_tokens": 32,
-               "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 1},
+            "actor_test_data": "test.jsonl", "max_new_tokens": 8, "max_steps": 8, "eval_steps": 4, "save_steps": 4,
+            "logging_steps": 1, "eval_temperature": 1.0},
+    "reward": {"model": "base", "reward_training_data": "rankings.jsonl",
+               "reward_validation_data": "rankings_validation.jsonl", "reward_test_data": "rankings_test.jsonl",
+               "centring_data": "validation.jsonl", "max_completion_tokens": 32, "max_steps": 8, "eval_steps": 4,
+               "save_steps": 4, "logging_steps": 1},
     "ppo": {"model": "base", "reward_model": "reward_model", "rlhf_training_data": "train.jsonl",
             "rlhf_validation_data": "validation.jsonl", "rlhf_test_data": "test.jsonl", "max_new_tokens": 8,
-            "prompts_per_update": 8, "responses_per_prompt": 3, "total_episodes": 72, "ppo_epochs": 2, "eval_steps": 1,
-            "save_steps": 3, "eval_temperature": 1.0},
+            "prompts_per_update": 8, "responses_per_prompt": 3, "total_episodes": 72, "ppo_epochs": 2,
+            "eval_steps": 1, "save_steps": 3, "eval_temperature": 1.0},
 }
+ROWS = 41  # to train on: five steps of 8, and one of a single row, of which a second process has none
 KINDS = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig, "ppo": train_ppo.PPOStageConfig}
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
 
@@ -308,7 +351,7 @@ def write_data(folder):
     def text(low, high):
         return " ".join(drawn.choices(words, k=drawn.randint(low, high)))
 
-    for name, count in (("train", 48), ("validation", 5), ("test", 5)):
+    for name, count in (("train", ROWS), ("validation", 5), ("test", 5)):
         rows = [{"prompt": f"{name} {i} {text(2, 20)}", "completion": text(1, 24)} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         rows = [{"prompt": row["prompt"], "completions": [f"{text(1, 12)} {j}" for j in range(drawn.randint(2, 5))]}
@@ -331,44 +374,47 @@ def alone(folder):
     return cache(lambda stage: run_main(folder, stage, "alone"))
 
 
-def metrics(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
-
-
-def weights(run):
-    """final/ and the last checkpoint, which holds the value model of PPO too."""
-    final, checkpoint = run / "final" / "model.safetensors", checkpoints(run)[-1]
-    return {f"{path.parent.name}: {name}": tensor for path in (final, checkpoint) for name, tensor in load_file(path).items()}
-
-
 def same_runs(ours, theirs):
     """Every figure that was logged, and every weight."""
     assert len(metrics(ours)) == len(metrics(theirs)) > 3
     for found, expected in zip(metrics(ours), metrics(theirs), strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    found, expected = weights(ours), weights(theirs)
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        close(found[name], weight)
+    for found, expected in ((weights(ours / "final"), weights(theirs / "final")),
+                            (last_trained(ours), last_trained(theirs))):  # of PPO, this has the value model too
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            close(found[name], weight)
+
+
+class MeanOfMeans(Loop):
+    """The wrong loss: the mean of the micro-batches' means."""
+
+    def parts(self, parts, spare):
+        self.count = len(parts)
+        for part in super().parts(parts, spare):
+            self.items = len(part[1]) if self.run.stage == "reward" else int(part.response_mask.sum())
+            yield part
+
+    def total(self, count):
+        self.all = super().total(count)
+        return self.all
+
+    def backward(self, loss, groups):
+        super().backward(loss * self.all / self.items / self.count, groups)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_micro_batches_of_the_trainer_change_nothing(stage, alone, folder, monkeypatch):
-    """Detail 12, with the stages' own samplers and collators; the mean of micro-batch means is another number."""
+def test_micro_batches_of_a_step_change_nothing(stage, alone, folder, monkeypatch):
+    """Detail 12, with the stages' own batches and collators; the mean of micro-batch means is another number."""
     split = "--per_device_batch_size", 2, "--gradient_accumulation_steps", 4
     same_runs(run_main(folder, stage, "split", *split), alone(stage))
-
-    def mean_of_means(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        items = inputs.pop("items")
-        return model(**inputs) / items / 4
-
-    monkeypatch.setattr(GroupLossMixin, "compute_loss", mean_of_means)
+    monkeypatch.setattr(SCRIPTS[stage], "Loop", MeanOfMeans)
     wrong, right = (next(row for row in metrics(run) if f"{stage}/loss" in row)
                     for run in (run_main(folder, stage, "wrong", *split), alone(stage)))
     assert wrong["step"] == right["step"] == 1
     for name in ("loss", "grad_norm"):
-        assert abs(wrong[f"{stage}/{name}"] / right[f"{stage}/{name}"] - 1) > 1e-3, "the test would not see a wrong mean"
+        off = abs(wrong[f"{stage}/{name}"] / right[f"{stage}/{name}"] - 1)
+        assert off > 1e-3, "the test would not see a wrong mean"
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -380,10 +426,10 @@ def test_gradient_checkpointing_in_a_run_changes_nothing(stage, alone, folder, m
 
 
 def test_training_moves_the_weights_that_are_compared(alone, folder):
-    start = load_file(folder / "base" / "model.safetensors")["model.decoder.layers.0.fc1.weight"]
+    start = weights(folder / "base")["model.decoder.layers.0.fc1.weight"]
     for stage in STAGES:
-        found = load_file(checkpoints(alone(stage))[-1])
-        after = found["policy.model.decoder.layers.0.fc1.weight" if stage == "ppo" else "model.decoder.layers.0.fc1.weight"]
+        prefix = "policy" if stage == "ppo" else "model"
+        after = last_trained(alone(stage))[f"{prefix}.model.decoder.layers.0.fc1.weight"]
         assert (after - start).abs().max() > 1e-3, stage
 
 
@@ -406,7 +452,7 @@ def torchrun(file, *words):
 
 
 # what the processes must agree on from update to update
-OPTIONS = ("--scale_scores true --whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0.5 --lora_rank 2 "
+OPTIONS = ("--whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0.5 --lora_rank 2 "
            "--value_model shared --target_kl 0.02")
 
 
@@ -415,7 +461,8 @@ OPTIONS = ("--scale_scores true --whiten_rewards true --kl_target 0.05 --kl_hori
     ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2), ""),
     ("ppo", ("--per_device_batch_size", 2), ""),  # two micro-batches on each
     ("ppo", ("--per_device_batch_size", 2), OPTIONS),
-    ("sft", ("--per_device_batch_size", 4, "--micro_batch_tokens", 40), ""),  # as many parts as the rows of each rank need
+    # as many parts as the rows of each rank need
+    ("sft", ("--per_device_batch_size", 4, "--micro_batch_tokens", 40), ""),
 ])
 def test_two_processes_make_the_run_of_one(stage, split, options, alone, folder):
     run, one = folder / f"two{bool(options)}{len(split)}" / stage, alone(stage)
@@ -437,11 +484,12 @@ def test_two_processes_share_out_every_epoch_and_stop_together(folder):
     status, output = torchrun(Path(__file__).parents[1] / "helpers" / "two_processes.py", folder, folder / "dropout")
     assert status != 0
     seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    for epoch in range(2):  # 24 of the 48 rows are each rank's
-        rows = [row for rank in seen for row in rank["rows"][24 * epoch : 24 * epoch + 24]]
-        assert len(set(rows)) == len(rows) == 48, "a row twice and another never"
+    for epoch in range(2):
+        rows = [row for rank in seen for step in rank["rows"][6 * epoch : 6 * epoch + 6] for row in step]
+        assert sorted(rows) == list(range(ROWS)), "a row twice or never"
+    assert [min(map(len, rank["rows"])) for rank in seen] == [1, 0]
     assert [rank["stopped"] for rank in seen] == [128 + signal.SIGTERM] * 2, output[-3000:]
-    assert [path.parent.name for path in checkpoints(folder / "dropout")] == ["checkpoint-13"], "both stop at one step"
+    assert [path.name for path in checkpoints(folder / "dropout")] == ["step-12"], "both stop at one step"
 
 
 def test_processes_that_form_no_group_are_refused(monkeypatch):
