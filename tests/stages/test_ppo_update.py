@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import train_ppo
-from families import PAD, policy, scalar_model
+from families import EOS, PAD, policy, scalar_model
 from loops import PROMPTS, posts_of, ppo_loop, rolled_out, save_parents, step_by_sgd, updated, weights_of
 from utils.config import UserError
 from utils.data.batches import PromptBatches
 from utils.episodes import Episodes, Pass, minibatches, passes_of
+from utils.judge.evaluation import Summaries
 from utils.models.outputs import response_logprobs, response_values, scores
 from utils.models.prompt_groups import pack, unpack
 from utils.ppo import Rollout
@@ -312,13 +313,14 @@ def test_a_run_stops_at_such_an_update_before_it_trains_on_it(config, monkeypatc
     assert all(map(torch.equal, start, weights_of(loop)))
 
 
-def test_evaluations_judge_the_average_where_there_is_one(config, monkeypatch):
-    judged = []
-    monkeypatch.setattr(train_ppo, "evaluate", lambda loop, models, *_: judged.append(models.outcome))
+def test_evaluations_judge_the_average_where_there_is_one(config):
+    judged, written = [], Summaries([[EOS]], [""], [True], [[0.0]])
+    judge = SimpleNamespace(summaries=lambda policy, *_: (judged.append(policy), written)[1],
+                            scores=lambda *_: [[0.0], [0.0]], kls=lambda *_: [0.0], rouge=lambda *_: None)
     loop, models = ppo_loop(replace(config, ema_decay=0.5, eval_steps=1))
-    judged.clear()
-    train_ppo.train(loop, models, posts_of(PROMPTS), None, None)
-    assert len(judged) == loop.config.updates and all(outcome is models.average.module for outcome in judged)
+    train_ppo.train(loop, models, posts_of(PROMPTS), judge, None)
+    assert len(judged) == 2 * loop.config.updates, "greedy and sampled, after each update"
+    assert all(outcome is models.average.module for outcome in judged)
     kept, average = train_ppo.outcome_weights(models), models.average.module
     assert kept.keys() == {name for name, _ in models.policy.named_parameters()}
     assert all(weight is average.get_parameter(name) for name, weight in kept.items()), "and it is kept"
