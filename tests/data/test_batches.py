@@ -76,7 +76,7 @@ MADE = {"length-grouped": lambda seed: LengthGroupedBatches(LENGTHS, 8, seed),
 
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_a_step_is_a_function_of_seed_and_number_alone(make):
-    """A run that goes on at step 200 finds the rows it would have had, in whatever order they are asked for."""
+    """A run that goes on at step 200 finds the rows it would have had, in whatever order."""
     steps = [list(make(3)[step]) for step in range(300)]
     backwards, ours = make(3), {}
     for step in reversed(range(300)):

@@ -45,10 +45,10 @@ def test_reliability_by_its_definition():
 
 def test_the_most_frequent_values_of_a_note_are_shown():
     """Of 4 batches the 2 with the most pairs, in the order of their names."""
-    batches = ["d"] * 3 + ["a"] * 2 + ["b"] * 3 + ["c"]
-    rows = {"pairs": [[(0, 1)]] * 9, "notes": [[{"batch": batch}] for batch in batches]}
-    scores = [[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 7
-    frequent = [("b", 0.0, 3), ("d", pytest.approx(2 / 3), 3)]
+    batches = ["d"] * 4 + ["a"] * 2 + ["b"] * 3 + ["c"]
+    rows = {"pairs": [[(0, 1)]] * 10, "notes": [[{"batch": batch}] for batch in batches]}
+    scores = [[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 8
+    frequent = [("b", 0.0, 3), ("d", 0.5, 4)]
     assert accuracy_by_note(scores, rows, most=2) == {"batch": frequent}
 
 
