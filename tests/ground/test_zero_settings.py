@@ -12,6 +12,7 @@ import train_ppo
 import train_sft
 from utils import zero
 from utils.config import PROJECT, UserError, parse_config
+from utils.models.parents import Parent
 from utils.zero import load_settings, use_engine
 
 FOLDER = PROJECT / "configs" / "deepspeed"
@@ -32,6 +33,10 @@ def active(monkeypatch):
 
 def config_of(*words, script=train_sft, kind="SFTStageConfig", stage="sft"):
     return parse_config(getattr(script, kind), PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", list(words))
+
+
+def settings_of(config):
+    return load_settings(config, Parent("model", "assets/opt-mini"))
 
 
 def filled_by_transformers(settings, config):
@@ -61,7 +66,7 @@ def test_auto_is_what_transformers_makes_of_it(name, precision, active):
     settings = json.loads((FOLDER / f"{name}.json").read_text())
     assert '"auto"' in json.dumps(settings)
     expected = filled_by_transformers(settings, config)
-    found = load_settings(config)
+    found = settings_of(config)
     assert found == expected and '"auto"' not in json.dumps(found)
     assert active["settings"] == found and active["kept"].config == found
 
@@ -70,7 +75,7 @@ def test_ppo_accumulates_nothing():
     """The loop counts its micro-batches itself."""
     config = config_of("--deepspeed", "configs/deepspeed/zero2.json", "--per_device_batch_size", "5",
                        "--model", str(PROJECT / "assets" / "opt-mini"), script=train_ppo, kind="PPOStageConfig", stage="ppo")
-    found = load_settings(config)
+    found = settings_of(config)
     assert (found["train_batch_size"], found["gradient_accumulation_steps"]) == (5 * PROCESSES, 1)
 
 
@@ -81,7 +86,7 @@ def test_a_place_is_that_of_the_whole_path():
 
 
 def test_without_the_key_nothing_is_loaded(active):
-    assert load_settings(config_of()) is None and not active
+    assert settings_of(config_of()) is None and not active
 
 
 BROKEN = {
@@ -109,7 +114,7 @@ def test_a_broken_configuration_is_refused(case, tmp_path):
         path.write_text(text)
     config = config_of("--deepspeed", str(path))
     with pytest.raises(UserError, match=f"^deepspeed: .*{message}" if text else message):
-        load_settings(config)
+        settings_of(config)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -119,7 +124,7 @@ def test_a_broken_configuration_is_refused(case, tmp_path):
 def test_what_an_engine_cannot_do_is_refused(words, message):
     config = config_of(*words.split(), script=train_ppo, kind="PPOStageConfig", stage="ppo")
     with pytest.raises(UserError, match=message):
-        load_settings(config)
+        settings_of(config)
 
 
 def test_launchers_may_add_their_local_rank():

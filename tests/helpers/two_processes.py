@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py FOLDER
 
-FOLDER holds base/ and sft.yaml. One run goes to FOLDER/whole; another, in FOLDER/stopped, gets a signal on rank 1 alone
-in its thirteenth step, and is resumed. Each rank writes rank<r>.json: the numbers of its rows in each step of the three
-runs, and the exit status of the stopped one.
+FOLDER holds base/ and sft.yaml. One run goes to FOLDER/whole; another, in FOLDER/stopped, gets a signal on
+rank 1 alone in its thirteenth step, and is resumed. Each rank writes rank<r>.json: the numbers of its rows in each
+step of the three runs, and the exit status of the stopped one.
 """
 
 import json
@@ -26,12 +26,12 @@ WORDS = "--per_device_batch_size 4 --max_steps 20 --eval_steps 20 --save_steps 2
 
 def main(folder: Path) -> None:
     share, load = Loop.share, train_sft.load_policy
-    seen = {"whole": [], "stopped": [], "resumed": []}
+    runs, status = [], None
 
     def recorded(self, places):
         mine = share(self, places)
-        seen[name].append(list(map(int, mine)))
-        if name == "stopped" and RANK == 1 and len(seen[name]) == 13:
+        runs[-1].append(list(map(int, mine)))
+        if len(runs) == 2 and len(runs[-1]) == 13 and RANK == 1:
             signal.raise_signal(signal.SIGTERM)
         return mine
 
@@ -43,14 +43,16 @@ def main(folder: Path) -> None:
         return model
 
     Loop.share, train_sft.load_policy = recorded, with_dropout
-    torch.distributed.destroy_process_group = lambda *group: None  # at the end of a run; the next run needs it
-    for name, out, more in (("whole", "whole", []), ("stopped", "stopped", []), ("resumed", "stopped", ["--resume"])):
+    # a run ends with this, and the next one needs the group
+    torch.distributed.destroy_process_group = lambda *group: None
+    for out, more in (("whole", []), ("stopped", []), ("stopped", ["--resume"])):
+        runs.append([])
         words = [*WORDS, "--output_dir", str(folder / out), *more]
         try:
             train_sft.main(parse_config(train_sft.SFTStageConfig, folder / "sft.yaml", words))
         except SystemExit as error:
-            seen["status"] = error.code
-    (folder / f"rank{RANK}.json").write_text(json.dumps(seen))
+            status = error.code
+    (folder / f"rank{RANK}.json").write_text(json.dumps({"runs": runs, "status": status}))
 
 
 if __name__ == "__main__":

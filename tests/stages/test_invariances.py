@@ -483,14 +483,16 @@ def test_two_processes_share_out_every_epoch_stop_together_and_go_on(folder):
     """Dropout draws other numbers on each rank, and a signal comes to one of them: see two_processes.py."""
     status, output = torchrun(Path(__file__).parents[1] / "helpers" / "two_processes.py", folder)
     assert status == 0, output[-3000:]
-    seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     for epoch in range(3):
-        rows = [row for rank in seen for step in rank["whole"][6 * epoch : 6 * epoch + 6] for row in step]
+        steps = slice(6 * epoch, 6 * epoch + 6)
+        rows = [row for rank in ranks for step in rank["runs"][0][steps] for row in step]
         assert sorted(rows) == list(range(ROWS)), "a row twice or never"
-    assert [min(map(len, rank["whole"])) for rank in seen] == [1, 0], "of the last row"
-    assert [rank["status"] for rank in seen] == [128 + signal.SIGTERM] * 2
-    assert [len(rank["stopped"]) for rank in seen] == [13] * 2, "both stop after one step"
-    assert all(rank["stopped"] + rank["resumed"] == rank["whole"] for rank in seen)
+    assert [min(map(len, rank["runs"][0])) for rank in ranks] == [1, 0], "of the last row"
+    for rank in ranks:
+        whole, stopped, resumed = rank["runs"]
+        assert stopped + resumed == whole and len(stopped) == 13, "both stop after one step"
+        assert rank["status"] == 128 + signal.SIGTERM
     whole, stopped = folder / "whole", folder / "stopped"
     assert metrics(stopped) == metrics(whole)
     assert furthest(last_trained(stopped), last_trained(whole)) == 0
