@@ -1,6 +1,5 @@
-"""Two launchers on this machine are two nodes; and what is left of a run when one of its processes is gone."""
+"""Two launchers on this machine are two nodes; what is left of a run when one of its processes is gone."""
 
-import json
 import os
 import re
 import socket
@@ -15,10 +14,11 @@ from run_folders import furthest, metrics, weights
 from utils.config import PROJECT
 
 WORDS = ("--model {models}/base --reward_model {models}/reward --total_episodes 32 --prompts_per_update 4 "
-         "--responses_per_prompt 2 --ppo_epochs 1 --eval_steps 2 --save_steps 1 --max_new_tokens 8 --per_device_batch_size 2 "
-         "--eval_rows 4 --test_rows 4")
+         "--responses_per_prompt 2 --ppo_epochs 1 --eval_steps 2 --save_steps 1 --max_new_tokens 8 "
+         "--per_device_batch_size 2 --eval_rows 4 --test_rows 4")
 DYING = Path(__file__).parents[1] / "helpers" / "dying_process.py"
-LOST = r"error: another process of this run died or hung \([\w ]+\); the last checkpoint is intact: .* go on with --resume"
+LOST = (r"error: another process of this run died or hung \([\w ]+\); the last checkpoint is intact: "
+        ".* go on with --resume")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,11 @@ def free_port():
 
 def launched(nodes, file, *words, models, out):
     """Exit status and output of the launcher of each node; a hang ends in an error."""
-    port, command = free_port(), [*map(str, [file, *words]), *WORDS.format(models=models).split(), "--output_dir", str(out)]
+    port, command = free_port(), [file, *words, *WORDS.format(models=models).split(), "--output_dir", out]
     started = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--node_rank", str(node), "--nproc_per_node",
-         str(2 // nodes), "--master_addr", "127.0.0.1", "--master_port", str(port), *command],
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--node_rank", str(node),
+         "--nproc_per_node", str(2 // nodes), "--master_addr", "127.0.0.1", "--master_port", str(port),
+         *map(str, command)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     ) for node in range(nodes)]
@@ -79,7 +80,8 @@ def test_a_node_that_is_gone_ends_the_other(rank, models, tmp_path):
 def test_one_process_that_is_gone_ends_the_other(rank, how, models, tmp_path):
     [(status, output)] = launched(1, DYING, rank, how, models=models, out=tmp_path / "run")
     assert status == 1 and re.search(LOST, output), output[-3000:]
-    assert how != "full" or "error: metrics.jsonl: No space left on device; what was saved so far is intact" in output
+    full = "error: metrics.jsonl: No space left on device; what was saved so far is intact"
+    assert how != "full" or full in output
     ours = output[: output.index("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")]
     assert ours.count("Traceback") == 1, "that of the launcher"
     assert (tmp_path / "run" / "checkpoints" / "update-1").exists()

@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py FOLDER
 
 FOLDER holds base/ and sft.yaml. One run goes to FOLDER/whole; another, in FOLDER/stopped, gets a signal on
-rank 1 alone in its thirteenth step, and is resumed. Each rank writes rank<r>.json: the numbers of its rows in each
-step of the three runs, and the exit status of the stopped one.
+rank 1 alone in its thirteenth step, and is resumed. Each rank writes rank<r>.json: the numbers of its rows in
+each step of the three runs, and the exit status of the stopped one.
 """
 
 import json
