@@ -1,4 +1,4 @@
-"""The three stages under DeepSpeed end like runs without it: every ZeRO stage and offload, processes, accumulation."""
+"""The stages under DeepSpeed end like runs without it: ZeRO stages, offload, processes, accumulation."""
 
 import os
 
@@ -9,11 +9,11 @@ from zero_cases import FILES, HAS_AIO, ROWS, STAGES, launch, losses, make_models
 
 pytestmark = pytest.mark.slow
 STEPS = 20
-# processes, and micro-batches of each in an optimizer step: both ends, or with ALL_SPLITS=1 all; without an engine is ZeRO 0
+# processes, and micro-batches of each in an optimizer step: both ends, or with ALL_SPLITS=1 all
 SPLITS = [(1, 1), (1, 4), (2, 1), (2, 4)] if os.environ.get("ALL_SPLITS") else [(1, 1), (2, 4)]
 TABLE = [(stage, engine, *split) for engine in [None, *FILES] for stage in STAGES for split in
          (SPLITS if engine != "zero3_nvme" else [(2, 1)])]
-aio = pytest.mark.skipif(not HAS_AIO, reason="DeepSpeed's file access has not been compiled in this environment")
+aio = pytest.mark.skipif(not HAS_AIO, reason="DeepSpeed's file access has not been compiled here")
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,14 @@ def table(tmp_path_factory):
         launch(folder, processes, unclipped * (processes == 1) + [
             (stage, folder / f"{stage}-{engine}-{processes}-{accumulation}",
              words_of(folder, stage, ROWS // processes // accumulation, accumulation, engine, STEPS), None)
-            for stage, engine, count, accumulation in TABLE if count == processes and (HAS_AIO or engine != "zero3_nvme")
+            for stage, engine, count, accumulation in TABLE
+            if count == processes and (HAS_AIO or engine != "zero3_nvme")
         ])
     return folder
 
 
-@pytest.mark.parametrize(("stage", "engine", "processes", "accumulation"),
-                         [pytest.param(*case, marks=aio) if case[1] == "zero3_nvme" else case for case in TABLE])
+@pytest.mark.parametrize(("stage", "engine", "processes", "accumulation"), [
+    pytest.param(*case, marks=aio) if case[1] == "zero3_nvme" else case for case in TABLE])
 def test_the_same_losses_and_weights(table, stage, engine, processes, accumulation):
     plain, ours = table / f"{stage}-None-1-1", table / f"{stage}-{engine}-{processes}-{accumulation}"
     # PPO: policy and value loss of five updates of four steps

@@ -1,4 +1,4 @@
-"""Under DeepSpeed, beside the table of test_zero.py: adapters, parts, shared trunks, bfloat16, best weights, resume."""
+"""DeepSpeed beside test_zero.py's table: adapters, parts, shared trunks, bfloat16, best weights, resume."""
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def others(models):
          [*words_of(models, stage, 4, 1, engine, STEPS, "350m" if kind == "350m" else "usual"), *WORDS[kind],
           *(IN_PARTS[stage] if kind == "350m" else []),
           *(["--gradient_checkpointing", "true"] if kind == "350m" and engine else [])], None)
-        for engine in (None, "zero2", "zero3") for kind in WORDS if engine in [None, *ENGINES[kind]] for stage in STAGES
+        for engine in (None, "zero2", "zero3") for kind in WORDS if engine in [None, *ENGINES[kind]]
+        for stage in STAGES
     ])
     return models
 
@@ -56,7 +57,7 @@ def test_a_large_model_becomes_files_that_transformers_reads(others):
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_engines_16_bit_weights_stay_close_to_autocast(others, stage, engine):
-    """Two ways to compute in bfloat16: float32 weights cast for a product, or cast weights and a float32 optimizer."""
+    """Two ways to compute in bfloat16: weights cast for a product, or cast ones and a float32 optimizer."""
     plain, ours = others / f"bf16-{stage}-None", others / f"bf16-{stage}-{engine}"
     assert losses(ours) == pytest.approx(losses(plain), rel=0.05, abs=5e-3)
     assert all(weight.isfinite().all() for weight in weights_of(ours / "final").values())
@@ -65,7 +66,7 @@ def test_an_engines_16_bit_weights_stay_close_to_autocast(others, stage, engine)
 @pytest.mark.parametrize(("kind", "engine"), [(kind, engine) for kind in ENGINES for engine in ENGINES[kind]])
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_the_best_weights_come_back_exactly(others, stage, kind, engine):
-    """PPO's are those before the first update: `zero_runs.py` writes them, what was put back, and the last ones."""
+    """PPO's are those before the first update. zero_runs.py writes them, what was put back, and the last."""
     [best] = (others / f"{kind}-{stage}-{engine}" / "checkpoints").glob("best-*")
     kept, restored, last = (weights(best, name) for name in ("best", "restored", "last"))
     assert kept.keys() == restored.keys() and all(torch.equal(kept[name], restored[name]) for name in kept)

@@ -1,4 +1,4 @@
-"""What DeepSpeed's files become: "auto" filled in as transformers fills it in, and what is refused. No engine is made here."""
+"""What DeepSpeed's files become: "auto" filled in as transformers does it; what is refused."""
 
 import copy
 import json
@@ -12,11 +12,13 @@ import train_ppo
 import train_sft
 from utils import zero
 from utils.config import PROJECT, UserError, parse_config
+from utils.models.parents import Parent
 from utils.zero import load_settings, use_engine
 
 FOLDER = PROJECT / "configs" / "deepspeed"
 FILES = sorted(path.stem for path in FOLDER.glob("*.json"))
 PROCESSES = 3
+MODEL = str(PROJECT / "assets" / "opt-mini")
 
 
 @pytest.fixture(autouse=True)
@@ -31,19 +33,26 @@ def active(monkeypatch):
 
 
 def config_of(*words, script=train_sft, kind="SFTStageConfig", stage="sft"):
-    return parse_config(getattr(script, kind), PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", list(words))
+    default = PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml"
+    return parse_config(getattr(script, kind), default, list(words))
+
+
+def settings_of(config):
+    return load_settings(config, Parent("model", MODEL))
 
 
 def filled_by_transformers(settings, config):
-    """And by hand what its `Trainer` leaves to DeepSpeed: the bucket of gathered weights is as large as that of gradients."""
+    """By hand what its `Trainer` leaves to DeepSpeed: gathered weights get as large a bucket as gradients."""
     arguments = SimpleNamespace(
-        world_size=PROCESSES, per_device_train_batch_size=config.per_device_batch_size, max_grad_norm=config.max_grad_norm,
-        gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=1.0, adam_beta1=0.9, adam_beta2=0.99,
-        adam_epsilon=1.0, weight_decay=0.0, save_on_each_node=False, fp16=config.mixed_precision == "fp16",
-        bf16=config.mixed_precision == "bf16", fp16_full_eval=False, bf16_full_eval=False, get_warmup_steps=lambda steps: 1)
+        world_size=PROCESSES, per_device_train_batch_size=config.per_device_batch_size,
+        max_grad_norm=config.max_grad_norm, gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=1.0, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1.0, weight_decay=0.0,
+        save_on_each_node=False, fp16=config.mixed_precision == "fp16", bf16=config.mixed_precision == "bf16",
+        fp16_full_eval=False, bf16_full_eval=False, get_warmup_steps=lambda steps: 1)
     theirs = HfTrainerDeepSpeedConfig(copy.deepcopy(settings))
     theirs.trainer_config_process(arguments)
-    theirs.trainer_config_finalize(arguments, SimpleNamespace(config=AutoConfig.from_pretrained(config.model)), 10)
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(config.model))
+    theirs.trainer_config_finalize(arguments, model, 10)
     engine = theirs.config["zero_optimization"]
     if "allgather_bucket_size" in engine:
         engine["allgather_bucket_size"] = engine["reduce_bucket_size"]
@@ -55,13 +64,13 @@ def filled_by_transformers(settings, config):
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("name", FILES)
 def test_auto_is_what_transformers_makes_of_it(name, precision, active):
-    config = config_of("--deepspeed", str(FOLDER / f"{name}.json"), "--model", str(PROJECT / "assets" / "opt-mini"),
-                       "--per_device_batch_size", "5", "--gradient_accumulation_steps", "7", "--max_grad_norm", "0.3",
-                       "--mixed_precision", precision)
+    words = "--per_device_batch_size 5 --gradient_accumulation_steps 7 --max_grad_norm 0.3"
+    config = config_of("--deepspeed", str(FOLDER / f"{name}.json"), "--model", MODEL,
+                       *words.split(), "--mixed_precision", precision)
     settings = json.loads((FOLDER / f"{name}.json").read_text())
     assert '"auto"' in json.dumps(settings)
     expected = filled_by_transformers(settings, config)
-    found = load_settings(config)
+    found = settings_of(config)
     assert found == expected and '"auto"' not in json.dumps(found)
     assert active["settings"] == found and active["kept"].config == found
 
@@ -69,8 +78,8 @@ def test_auto_is_what_transformers_makes_of_it(name, precision, active):
 def test_ppo_accumulates_nothing():
     """The loop counts its micro-batches itself."""
     config = config_of("--deepspeed", "configs/deepspeed/zero2.json", "--per_device_batch_size", "5",
-                       "--model", str(PROJECT / "assets" / "opt-mini"), script=train_ppo, kind="PPOStageConfig", stage="ppo")
-    found = load_settings(config)
+                       "--model", MODEL, script=train_ppo, kind="PPOStageConfig", stage="ppo")
+    found = settings_of(config)
     assert (found["train_batch_size"], found["gradient_accumulation_steps"]) == (5 * PROCESSES, 1)
 
 
@@ -81,7 +90,7 @@ def test_a_place_is_that_of_the_whole_path():
 
 
 def test_without_the_key_nothing_is_loaded(active):
-    assert load_settings(config_of()) is None and not active
+    assert settings_of(config_of()) is None and not active
 
 
 BROKEN = {
@@ -90,14 +99,19 @@ BROKEN = {
     "a list": ("[]", "is no DeepSpeed configuration"),
     "no stage": ('{"zero_optimization": {}}', "is no DeepSpeed configuration"),
     "no such stage": ('{"zero_optimization": {"stage": 4}}', "must be one of 1, 2, 3, found 4"),
-    "no sharding": ('{"zero_optimization": {"stage": 0}}', "found 0; for no sharding leave the key deepspeed out"),
-    "an optimizer": ('{"zero_optimization": {"stage": 1}, "optimizer": {}}', "leave optimizer and scheduler out"),
-    "another key": ('{"zero_optimization": {"stage": 1, "overlap_com": true}}', "zero_optimization.overlap_com: Extra inputs"),
+    "no sharding": ('{"zero_optimization": {"stage": 0}}',
+                    "found 0; for no sharding leave the key deepspeed out"),
+    "an optimizer": ('{"zero_optimization": {"stage": 1}, "optimizer": {}}',
+                     "leave optimizer and scheduler out"),
+    "another key": ('{"zero_optimization": {"stage": 1, "overlap_com": true}}',
+                    "zero_optimization.overlap_com: Extra inputs"),
     "no device": ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}',
                   "zero_optimization.offload_param.device: Input should be 'none', 'cpu' or 'nvme'"),
-    "a device alone": ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', "zero_optimization.offload_optimizer:"),
+    "a device alone": ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
+                       "zero_optimization.offload_optimizer:"),
     "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 1, 2, 3, found 'auto'"),
-    "auto for another": ('{"zero_optimization": {"stage": 1, "mine": "auto"}}', "'zero_optimization.mine' cannot be \"auto\""),
+    "auto for another": ('{"zero_optimization": {"stage": 1, "mine": "auto"}}',
+                         "'zero_optimization.mine' cannot be \"auto\""),
 }
 
 
@@ -109,17 +123,17 @@ def test_a_broken_configuration_is_refused(case, tmp_path):
         path.write_text(text)
     config = config_of("--deepspeed", str(path))
     with pytest.raises(UserError, match=f"^deepspeed: .*{message}" if text else message):
-        load_settings(config)
+        settings_of(config)
 
 
 @pytest.mark.parametrize(("words", "message"), [
     ("--deepspeed configs/deepspeed/zero3.json --ema_decay 0.9", "^ema_decay: .* ZeRO-3"),
-    ("--deepspeed configs/deepspeed/zero3_nvme.json --model assets/opt-mini --resume", "^resume: DeepSpeed does not bring back"),
+    ("--deepspeed configs/deepspeed/zero3_nvme.json --resume", "^resume: DeepSpeed does not bring back"),
 ])
 def test_what_an_engine_cannot_do_is_refused(words, message):
     config = config_of(*words.split(), script=train_ppo, kind="PPOStageConfig", stage="ppo")
     with pytest.raises(UserError, match=message):
-        load_settings(config)
+        settings_of(config)
 
 
 def test_launchers_may_add_their_local_rank():
@@ -134,7 +148,7 @@ def test_an_engine_that_is_not_in_force_is_refused(active):
     use_engine(object())  # it was not asked for
     active["settings"] = {}
     for engine in (SimpleNamespace(world_size=PROCESSES), engine_of(world_size=1)):
-        with pytest.raises(UserError, match="^deepspeed: it was asked for, but the model was not put into its engine"):
+        with pytest.raises(UserError, match="^deepspeed: it was asked for, but the model was not put into"):
             use_engine(engine)
     use_engine(ours := engine_of())
     assert active["engine"] is ours
@@ -144,7 +158,7 @@ def test_a_lock_that_a_killed_run_left_is_named(tmp_path, monkeypatch):
     zero._wait_for_lock(tmp_path / "no folder" / "lock")
     (tmp_path / "lock").touch()
     monkeypatch.setattr(zero, "LOCK_SECONDS", -1)
-    with pytest.raises(UserError, match=r"^deepspeed: '.*/lock' is there, but nothing has been written beside it .*; remove it"):
+    with pytest.raises(UserError, match="^deepspeed: '.*/lock' is there, but nothing has been .*; remove it"):
         zero._wait_for_lock(tmp_path / "lock")
 
 

@@ -1,9 +1,9 @@
 """One of two processes that train, of which one dies, hangs or meets a full disk; started by torchrun.
 
-    torchrun --nproc_per_node 2 tests/dying_process.py RANK HOW WORDS...
+    torchrun --nproc_per_node 2 tests/helpers/dying_process.py RANK HOW WORDS...
 
-The process of this rank, after the metrics of its second update: `kill` dies, `node` dies with its launcher, `hang` waits,
-`full` finds the disk full. WORDS go to scripts/train_ppo.py.
+The process of this rank, after the metrics of its second update: `kill` dies, `node` dies with its launcher,
+`hang` waits, `full` finds the disk full. WORDS go to scripts/train_ppo.py.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Tests and their helpers import as the scripts do: `scripts/` is the import root. Nothing may reach for a network."""
+"""Tests and helpers import as the scripts do: `scripts/` is the import root. Nothing may use a network."""
 
 import os
 import sys

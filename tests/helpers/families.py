@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures we support, for tests. (Not `utils.py`: that would shadow scripts/utils.)"""
+"""Tiny random models of the architectures we support, for tests."""
 
 import torch
 from transformers import (
@@ -27,7 +27,8 @@ CONFIGS = {
         attention_dropout=0.5,
     ),
     "gpt2": lambda: GPT2Config(
-        **_SPECIAL, n_embd=16, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5
+        **_SPECIAL, n_embd=16, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5,
+        attn_pdrop=0.5
     ),
     "gpt-neox": lambda: GPTNeoXConfig(
         **_SIZES, **_SPECIAL, intermediate_size=24, hidden_dropout=0.5, attention_dropout=0.5, rotary_pct=0.5
@@ -67,7 +68,8 @@ def random_groups(prompt_sizes, completion_sizes, seed=0):
     """Prompts of these sizes, each with completions of the sizes listed for it, as token ids."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [random_tokens(size, generator) for size in prompt_sizes]
-    completions = [[random_tokens(size - 1, generator) + [EOS] for size in sizes] for sizes in completion_sizes]
+    completions = [[random_tokens(size - 1, generator) + [EOS] for size in sizes]
+                   for sizes in completion_sizes]
     return prompts, completions
 
 

@@ -1,17 +1,18 @@
-"""Does a run survive a kill at any moment? Tiny runs are killed with SIGKILL, go on with --resume, and must end alike.
+"""Does a run survive a kill at any moment? Tiny runs are killed, go on with --resume, and must end alike.
 
     python tests/helpers/kill_test.py --stage ppo --kills 3                    # a minute on one core
     python tests/helpers/kill_test.py --output outputs/kills.json              # 30 kills of each stage
 
-Each stage trains a random OPT of two layers on data/tldr_mini, with a checkpoint every step or two: SFT with dropout,
-PPO with every option that hands something on from update to update. The best weights change during the run and are not
-the last ones. Two undisturbed runs come first; the second must equal the first and says how long a run is. Then, again
-and again, a new run is killed at a moment drawn from all of that time and resumed (started again when it had not written
-config.yaml yet; left alone when it had final/). In the end its metrics.jsonl without `time/*`, its samples.jsonl and
-every file in final/ must be the undisturbed run's, bit for bit.
+Each stage trains a random OPT of two layers on data/tldr_mini, with a checkpoint every step or two: SFT
+with dropout, PPO with every option that hands something on from update to update. The best weights change
+during the run and are not the last ones. Two undisturbed runs come first; the second must equal the first
+and says how long a run is. Then, again and again, a new run is killed with SIGKILL at a moment drawn from
+all of that time and resumed (started again when it had not written config.yaml yet; left alone when it had
+final/). In the end its metrics.jsonl without `time/*`, its samples.jsonl and every file in final/ must be
+the undisturbed run's, bit for bit.
 
-Runs are forks of this process, which has imported what they need, so that most of a run is its own work. It does not
-try several processes or DeepSpeed. Exit status 1 when a run ended in another way.
+Runs are forks of this process, which has imported what they need, so that most of a run is its own work. It
+does not try several processes or DeepSpeed. Exit status 1 when a run ended in another way.
 """
 
 import json
@@ -39,16 +40,17 @@ from utils.runs.checkpoints import checksums
 from utils.runs.run import output_file, read_whole_rows
 
 STAGES = {
-    "sft": "--model {models}/base --max_steps 16 --eval_steps 2 --save_steps 2 --logging_steps 3 --max_new_tokens 8 "
-           "--eval_temperature 1.0 --learning_rate 0.01",
+    "sft": "--model {models}/base --max_steps 16 --eval_steps 2 --save_steps 2 --logging_steps 3 "
+           "--max_new_tokens 8 --eval_temperature 1.0 --learning_rate 0.01",
     "reward": "--model {models}/base --max_steps 24 --eval_steps 3 --save_steps 2 --logging_steps 3",
     "ppo": "--model {models}/base --reward_model {models}/reward --total_episodes 80 --prompts_per_update 4 "
-           "--responses_per_prompt 2 --ppo_epochs 2 --eval_steps 2 --save_steps 1 --max_new_tokens 8 --kl_target 0.01 "
-           "--kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 --eval_temperature 1.0 --kl_budget 99 "
-           "--actor_training_data data/tldr_mini/actor_train.jsonl.gz --learning_rate 0.003",
+           "--responses_per_prompt 2 --ppo_epochs 2 --eval_steps 2 --save_steps 1 --max_new_tokens 8 "
+           "--kl_target 0.01 --kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
+           "--actor_training_data data/tldr_mini/actor_train.jsonl.gz --learning_rate 0.003 "
+           "--eval_temperature 1.0 --kl_budget 99",
 }
 SAVE_STEPS = {"sft": 2, "reward": 2, "ppo": 1}
-FIRST_OFFER = {"sft": 2, "ppo": 0}  # the step at which weights are offered as the best ones for the first time
+FIRST_OFFER = {"sft": 2, "ppo": 0}  # the step after which weights may first be the best ones
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -66,7 +68,7 @@ class KillConfig:
 
 
 def make_models(folder: Path) -> None:
-    """base/ and reward/ in `folder`: random weights, the mini tokenizer. Some responses end, and scores differ."""
+    """base/ and reward/ in `folder`, with random weights. Some responses end, and scores differ."""
     save_opt(folder / "base", eos_logit=3.0)
     save_opt(folder / "reward", "reward", head_scale=50)
 
@@ -77,8 +79,8 @@ def train(stage: str, models: Path, out: Path, more: list[str]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     script = str(PROJECT / "scripts" / f"train_{stage}.py")
-    words = STAGES[stage].format(models=models).split() + "--per_device_batch_size 4 --eval_rows 4 --test_rows 8".split()
-    sys.argv = [script, *words, "--output_dir", str(out), *more]
+    words = STAGES[stage].format(models=models) + " --per_device_batch_size 4 --eval_rows 4 --test_rows 8"
+    sys.argv = [script, *words.split(), "--output_dir", str(out), *more]
     runpy.run_path(script, run_name="__main__")
 
 
@@ -95,14 +97,15 @@ def finished(process, out: Path) -> None:
         raise UserError(f"a run failed; the last that it said: {Path(f'{out}.log').read_text()[-2000:]}")
 
 
-# ---------------------------------------------------------------------------------------------- what a run leaves
+# ------------------------------------------------------------------------------------------ what a run leaves
 
 
 def outcome(out: Path) -> dict:
     """What two runs must have in common, by the name that a difference is reported under."""
     rows = [{name: value for name, value in row.items() if not name.startswith("time/")}
             for row in read_whole_rows(out / "metrics.jsonl")]
-    return {"metrics.jsonl": rows, "samples.jsonl": (out / "samples.jsonl").read_text(), "final": checksums(out / "final")}
+    return {"metrics.jsonl": rows, "samples.jsonl": (out / "samples.jsonl").read_text(),
+            "final": checksums(out / "final")}
 
 
 def progress(out: Path) -> tuple[int, int]:
@@ -113,11 +116,11 @@ def progress(out: Path) -> tuple[int, int]:
 
 
 def refuse_one_best(stage: str, out: Path) -> None:
-    """Raise UserError unless the best weights changed on the way and are not the last: else none need be brought back."""
+    """Raise UserError when the best weights are the first ones or the last: no resume brings those back."""
     left = json.loads((checkpoints(out)[-1] / "progress.json").read_text())
     if stage in FIRST_OFFER and not FIRST_OFFER[stage] < left["best"]["step"] < left["step"]:
-        raise UserError(f"{stage}: the best weights are those of step {left['best']['step']} of {left['step']}; give the "
-                        "tiny models scores that move")
+        raise UserError(f"{stage}: the best weights are those of step {left['best']['step']} of "
+                        f"{left['step']}; give the tiny models scores that move")
 
 
 def killed(stage: str, models: Path, out: Path, moment: float, expected: dict) -> dict:
@@ -138,7 +141,7 @@ def killed(stage: str, models: Path, out: Path, moment: float, expected: dict) -
 
 
 def kill_runs(stage: str, kills: int, seed: int, folder: Path):
-    """Rows of `killed`, one for each kill, at moments that are drawn from all of an undisturbed run's time."""
+    """Rows of `killed`, one for each kill, at moments drawn from all of an undisturbed run's time."""
     models = folder / "models"
     if not models.exists():
         process = _FORK.Process(target=make_models, args=(models,))
@@ -150,7 +153,7 @@ def kill_runs(stage: str, kills: int, seed: int, folder: Path):
         finished(started(stage, models, out), out)
         seconds = time.time() - began  # the second finds tokens in the cache, as those that are killed do
         if expected not in (None, outcome(out)):
-            raise UserError(f"{stage}: two undisturbed runs differ; nothing can be said of those that are killed")
+            raise UserError(f"{stage}: two undisturbed runs differ, so nothing can be said of killed ones")
         expected = outcome(out)
     refuse_one_best(stage, out)
     draw = random.Random(f"{seed}-{stage}")

@@ -10,7 +10,8 @@ TEMPERATURE = 0.7
 
 def each_row(prompts, completions):
     """(prompt, completion) of each completion of each prompt."""
-    return [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
+    groups = zip(prompts, completions, strict=True)
+    return [(prompt, completion) for prompt, group in groups for completion in group]
 
 
 def stock_logprobs(model, prompt, completion):

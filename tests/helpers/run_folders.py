@@ -23,7 +23,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def weights(folder: Path, name: str = "model") -> Tensors:
-    """Weights in the safetensors files of a folder: a model's; or those a checkpoint has as `trained` or `best`."""
+    """Weights in a folder's safetensors files: a model's, or what a checkpoint has as `trained` or `best`."""
     files = sorted(folder.glob(f"{name}*.safetensors"))
     assert files, f"no {name}*.safetensors in {folder}"
     return {key: weight for path in files for key, weight in load_file(path).items()}

@@ -1,4 +1,4 @@
-"""A tiny OPT with the mini tokenizer, for runs of whole stages. families.py has models for single functions."""
+"""A tiny OPT with the mini tokenizer, for runs of whole stages. families.py has models for functions."""
 
 from pathlib import Path
 

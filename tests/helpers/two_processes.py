@@ -1,9 +1,10 @@
 """One of two processes that run the SFT stage with dropout, started by torchrun from test_invariances.py.
 
-    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py FOLDER OUTPUT_DIR
+    torchrun --standalone --nproc_per_node 2 tests/helpers/two_processes.py FOLDER
 
-FOLDER holds base/ and sft.yaml. Each rank writes rank<r>.json there: the numbers of its rows in each step, and its exit
-status. A signal comes to rank 1 alone, while the metrics of its twelfth step are written.
+FOLDER holds base/ and sft.yaml. One run goes to FOLDER/whole; another, in FOLDER/stopped, gets a signal on
+rank 1 alone in its thirteenth step, and is resumed. Each rank writes rank<r>.json: the numbers of its rows in
+each step of the three runs, and the exit status of the stopped one.
 """
 
 import json
@@ -12,21 +13,26 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import environment  # noqa: F401  where the scripts are, and no network
 import train_sft
 from utils.config import parse_config
 from utils.loop import Loop
-from utils.runs.run import Run
 
 RANK = int(os.environ["RANK"])
+WORDS = "--per_device_batch_size 4 --max_steps 20 --eval_steps 20 --save_steps 20 --logging_steps 5".split()
 
 
-def main(folder: Path, out: str) -> None:
-    rows, share, metrics, load = [], Loop.share, Run.metrics, train_sft.load_policy
+def main(folder: Path) -> None:
+    share, load = Loop.share, train_sft.load_policy
+    runs, status = [], None
 
     def recorded(self, places):
         mine = share(self, places)
-        rows.append(list(map(int, mine)))
+        runs[-1].append(list(map(int, mine)))
+        if len(runs) == 2 and len(runs[-1]) == 13 and RANK == 1:
+            signal.raise_signal(signal.SIGTERM)
         return mine
 
     def with_dropout(parent):
@@ -36,22 +42,18 @@ def main(folder: Path, out: str) -> None:
                 module.dropout = 0.1
         return model
 
-    def signalled(self, step, values):
-        if RANK == 1 and step == 12:
-            signal.raise_signal(signal.SIGTERM)
-        metrics(self, step, values)
-
-    Loop.share, train_sft.load_policy, Run.metrics = recorded, with_dropout, signalled
-    words = ["--output_dir", out, "--per_device_batch_size", "4", "--max_steps", "20", "--eval_steps", "20",
-             "--save_steps", "20"]
-    stopped = None
-    try:
-        train_sft.main(parse_config(train_sft.SFTStageConfig, folder / "sft.yaml", words))
-    except SystemExit as error:
-        stopped = error.code
-    (folder / f"rank{RANK}.json").write_text(json.dumps({"rows": rows, "stopped": stopped}))
-    sys.exit(stopped)
+    Loop.share, train_sft.load_policy = recorded, with_dropout
+    # a run ends with this, and the next one needs the group
+    torch.distributed.destroy_process_group = lambda *group: None
+    for out, more in (("whole", []), ("stopped", []), ("stopped", ["--resume"])):
+        runs.append([])
+        words = [*WORDS, "--output_dir", str(folder / out), *more]
+        try:
+            train_sft.main(parse_config(train_sft.SFTStageConfig, folder / "sft.yaml", words))
+        except SystemExit as error:
+            status = error.code
+    (folder / f"rank{RANK}.json").write_text(json.dumps({"runs": runs, "status": status}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

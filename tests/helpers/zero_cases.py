@@ -21,7 +21,7 @@ HAS_AIO = (zero._extensions_folder() / "async_io" / "async_io.so").exists()
 
 
 def make_models(folder: Path) -> None:
-    """A tiny OPT and a reward model; and both as OPT-350m: projections around the layers, norms behind them."""
+    """A tiny OPT and a reward model; and both as OPT-350m: projections around layers, norms behind them."""
     # the first without biases
     for name, layers, width, before in (("usual", 1, 32, True), ("350m", 2, 16, False)):
         for kind in ("policy", "reward"):

@@ -2,9 +2,10 @@
 
     torchrun --standalone --nproc_per_node 2 tests/zero_runs.py CASES
 
-CASES is a JSON file: a list of [stage, output folder, words of the command line, step to stop at or null]. One start of
-Python for all of them saves minutes. A run ends with its last weights, so that weights after all steps can be compared;
-but first it goes back to its best ones, and writes what it then has to restored-*.safetensors in their folder.
+CASES is a JSON file: a list of [stage, output folder, words of the command line, step to stop at or null].
+One start of Python for all of them saves minutes. A run ends with its last weights, so that weights after
+all steps can be compared; but first it goes back to its best ones, and writes what it then has into their
+folder.
 """
 
 import gc
@@ -30,7 +31,8 @@ from utils.distributed import world
 from utils.runs.checkpoints import Best, load_weights, save_weights
 from utils.runs.run import Run
 
-STAGES = {"sft": (train_sft, train_sft.SFTStageConfig), "reward": (train_reward, train_reward.RewardStageConfig),
+STAGES = {"sft": (train_sft, train_sft.SFTStageConfig),
+          "reward": (train_reward, train_reward.RewardStageConfig),
           "ppo": (train_ppo, train_ppo.PPOStageConfig)}
 write_metrics, restore = Run.metrics, Best.restore
 
@@ -48,7 +50,8 @@ def forget_engine() -> None:
 
 def run(stage: str, out: str, words: list[str]) -> None:
     script, kind = STAGES[stage]
-    script.main(parse_config(kind, PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml", [*words, "--output_dir", out]))
+    default = PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml"
+    script.main(parse_config(kind, default, [*words, "--output_dir", out]))
 
 
 def stop_at(step: int | None) -> None:
@@ -62,6 +65,7 @@ def stop_at(step: int | None) -> None:
 
 
 def restore_and_come_back(best: Best, weights: dict) -> None:
+    """Leave last-*, restored-* and best-* in the folder of the best weights, and the weights as they were."""
     folder = best.checkpoints.folder / f"best-{best.found['step']}"
     save_weights(weights, folder, "last")
     restore(best, weights)
@@ -76,7 +80,8 @@ def main(cases: Path) -> None:
     Figure.savefig = lambda *args, **kwargs: None  # half a second a run, and not what is tested here
     zero.FILE_BYTES = 50_000
     Best.restore = restore_and_come_back
-    torch.distributed.destroy_process_group = lambda *group: None  # at the end of a run; the next run needs it
+    # a run ends with this, and the next one needs the group
+    torch.distributed.destroy_process_group = lambda *group: None
     for stage, out, words, step in json.loads(cases.read_text()):
         stop_at(step)
         try:

@@ -35,7 +35,8 @@ class FakeRun:
 
 def loop_of(folder, resume=False):
     """A loop of PPO around one weight, which keeps two checkpoints."""
-    config = train_ppo.PPOStageConfig(output_dir=str(folder), save_total_limit=2, resume=resume, kl_budget=5.0)
+    config = train_ppo.PPOStageConfig(output_dir=str(folder), save_total_limit=2, resume=resume,
+                                      kl_budget=5.0)
     return bare_loop(config, nn.Linear(1, 1, bias=False), Schedule(9, 9, "linear"))
 
 
@@ -47,8 +48,8 @@ def offer(loop, update, score, kl=0.0):
     """Offer the weights of an update, which are its number, by the stage's own evaluation."""
     become(loop, update)
     written = SimpleNamespace(tokens=[[5]], ended=[True])
-    judge = SimpleNamespace(summaries=lambda *_: written, scores=lambda *_: ([score], [0.0]), kls=lambda *_: [kl],
-                            rouge=lambda *_: None)
+    judge = SimpleNamespace(summaries=lambda *_: written, scores=lambda *_: ([score], [0.0]),
+                            kls=lambda *_: [kl], rouge=lambda *_: None)
     models = Models(SimpleNamespace(policy=loop.module), None, None)
     train_ppo.evaluate(loop, models, None, judge, None, update)
 
@@ -68,7 +69,7 @@ def kept(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ the best weights
+# ------------------------------------------------------------------------------------------- the best weights
 
 
 def test_the_best_score_within_the_budget_is_restored(tmp_path):
@@ -150,7 +151,8 @@ def test_saving_and_loading_weights_are_each_others_inverse(family, kind, file_b
                 nn.init.normal_(weight)
     ours, others = map(trainable_weights, models)
     before = {name: weight.detach().clone() for name, weight in ours.items()}
-    untouched = {name: weight.clone() for name, weight in models[1].state_dict().items() if name not in others}
+    untouched = {name: weight.clone() for name, weight in models[1].state_dict().items()
+                 if name not in others}
     assert not any(weight.equal(others[name]) for name, weight in ours.items())
     save_weights(ours, tmp_path / "kept", "best")
     assert len(list((tmp_path / "kept").iterdir())) == (len(ours) if file_bytes == 1 else 1)
@@ -158,7 +160,7 @@ def test_saving_and_loading_weights_are_each_others_inverse(family, kind, file_b
     for name, weight in before.items():
         assert weight.equal(others[name]) and weight.equal(ours[name]), name
     tied = {name for name in untouched if not untouched[name].equal(models[1].state_dict()[name])}
-    assert all(kind == "whole" and "lm_head" in name for name in tied), "a head that is tied to the embeddings"
+    assert all(kind == "whole" and "lm_head" in name for name in tied), "a head tied to the embeddings"
 
 
 def test_other_weights_than_those_saved_are_refused(tmp_path):
@@ -185,7 +187,7 @@ def test_the_kept_weights_are_those_of_the_averaged_policy(tmp_path):
         torch.testing.assert_close(found[name], weight - 0.5)
 
 
-# --------------------------------------------------------------------------------------------------- the checkpoints
+# -------------------------------------------------------------------------------------------- the checkpoints
 
 
 def test_progress_names_the_best(tmp_path):
@@ -194,8 +196,8 @@ def test_progress_names_the_best(tmp_path):
     loop.carried = {"kl_coef": 0.5}
     save(loop, 5)
     progress = json.loads((loop.run.folder / "checkpoints" / "update-5" / "progress.json").read_text())
-    names = ("step", "best", "carried", "scaler")
-    assert [progress[name] for name in names] == [5, {"step": 4, "score": 1.5, "kl": 0.25}, {"kl_coef": 0.5}, None]
+    assert progress.items() >= {"step": 5, "best": {"step": 4, "score": 1.5, "kl": 0.25},
+                                "carried": {"kl_coef": 0.5}, "scaler": None}.items()
 
 
 def test_the_losses_since_the_last_log_are_part_of_the_next(tmp_path):
@@ -286,7 +288,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
     ours = written(tmp_path, [1])
     manifest = tmp_path / "checkpoints" / "step-1" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 4'))
-    with pytest.raises(UserError, match="^resume: .*step-1' was written by 4 processes, here are 1; start as many"):
+    with pytest.raises(UserError, match="^resume: .*step-1' was written by 4 processes, here are 1; start"):
         ours.newest("step")
 
 

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite, in the real `main()` of each stage: one is left out, three end the run."""
+"""Steps whose loss or gradient is not finite, in each stage: one is left out, three end the run."""
 
 import json
 import math
@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
 import kill_test
@@ -15,16 +14,19 @@ import train_ppo
 import train_reward
 import train_sft
 from families import PAD, random_groups
-from run_folders import checkpoints
+from run_folders import checkpoints, metrics, weights
 from utils.config import PROJECT, UserError, parse_config
 from utils.loop import Loop
 from utils.models.prompt_groups import pack
 from utils.runs.divergence import Divergence
 
 STAGES = {
-    "sft": (train_sft, "SFTStageConfig", "--max_steps 6 --eval_steps 1 --save_steps 1 --logging_steps 1"),
-    "reward": (train_reward, "RewardStageConfig", "--max_steps 6 --eval_steps 2 --save_steps 1 --logging_steps 1"),
-    "ppo": (train_ppo, "PPOStageConfig", "--total_episodes 24 --ppo_epochs 1 --num_minibatches 2 --save_steps 1"),
+    "sft": (train_sft, train_sft.SFTStageConfig,
+            "--max_steps 6 --eval_steps 1 --save_steps 1 --logging_steps 1"),
+    "reward": (train_reward, train_reward.RewardStageConfig,
+               "--max_steps 6 --eval_steps 2 --save_steps 1 --logging_steps 1"),
+    "ppo": (train_ppo, train_ppo.PPOStageConfig,
+            "--total_episodes 24 --ppo_epochs 1 --num_minibatches 2 --save_steps 1"),
 }
 BAD = 4  # the optimizer step that breaks first; in PPO it is the second of update 2
 
@@ -59,10 +61,10 @@ def broken_gradients(monkeypatch, steps, bad):
 
 def run(stage, models, out):
     script, kind, more = STAGES[stage]
-    words = f"{kill_test.STAGES[stage].format(models=models)} {more} --output_dir {out} --report_to none --eval_rows 4"
-    config = parse_config(getattr(script, kind), PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml",
-                          f"{words} --test_rows 8 --per_device_batch_size 2 --warmup_steps 0".split())
-    script.main(config)
+    words = (f"{kill_test.STAGES[stage].format(models=models)} {more} --output_dir {out} --report_to none "
+             "--eval_rows 4 --test_rows 8 --per_device_batch_size 2 --warmup_steps 0")
+    default = PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml"
+    script.main(parse_config(kind, default, words.split()))
 
 
 def rows_of(path):
@@ -72,18 +74,23 @@ def rows_of(path):
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_one_bad_step_is_left_out_and_the_run_goes_on(stage, models, steps, tmp_path, monkeypatch):
     averaged, update = [], AveragedModel.update_parameters
-    monkeypatch.setattr(AveragedModel, "update_parameters", lambda self, model: (averaged.append(1), update(self, model)))
+    monkeypatch.setattr(AveragedModel, "update_parameters",
+                        lambda self, model: (averaged.append(1), update(self, model)))
     broken_gradients(monkeypatch, steps, {BAD})
     run(stage, models, tmp_path)
     assert steps == [number != BAD for number in range(1, 7)]
-    assert all(weight.isfinite().all() for weight in load_file(tmp_path / "final" / "model.safetensors").values())
-    assert len(averaged) == (1 + 5 if stage == "ppo" else 0), "the average copies the SFT model, then takes in each whole step"
-    [norm] = {name for row in rows_of(tmp_path / "metrics.jsonl") for name in row if name.endswith("grad_norm")}
-    norms = [row[norm] for row in rows_of(tmp_path / "metrics.jsonl") if norm in row]
-    assert [number for number, found in enumerate(norms, start=1) if found is None] == [BAD if stage != "ppo" else 2]
+    assert all(weight.isfinite().all() for weight in weights(tmp_path / "final").values())
+    # the average copies the SFT model, then takes in each finite step
+    assert len(averaged) == (1 + 5 if stage == "ppo" else 0)
+    logged = metrics(tmp_path)
+    [norm] = {name for row in logged for name in row if name.endswith("grad_norm")}
+    norms = [row[norm] for row in logged if norm in row]
+    broken = BAD if stage != "ppo" else 2
+    assert [number for number, found in enumerate(norms, start=1) if found is None] == [broken]
     rows = rows_of(tmp_path / "broken_batch.jsonl")
-    assert rows and {row["step"] for row in rows} == {BAD if stage != "ppo" else 2}
-    assert all(math.isfinite(float(row["loss"])) and "TL;DR:" in row["prompt"] and row["completions"] for row in rows)
+    assert rows and {row["step"] for row in rows} == {broken}
+    assert all(math.isfinite(float(row["loss"])) for row in rows)
+    assert all("TL;DR:" in row["prompt"] and row["completions"] for row in rows)
 
 
 def test_the_losses_logged_after_a_broken_one_are_their_own(models, steps, tmp_path, monkeypatch):
@@ -91,7 +98,7 @@ def test_the_losses_logged_after_a_broken_one_are_their_own(models, steps, tmp_p
     monkeypatch.setattr(Loop, "backward", lambda self, loss, groups: backward(
         self, loss * (math.nan if len(steps) + 1 == BAD else 1.0), groups))
     run("reward", models, tmp_path)
-    logged = [row["reward/loss"] for row in rows_of(tmp_path / "metrics.jsonl") if "reward/loss" in row]
+    logged = [row["reward/loss"] for row in metrics(tmp_path) if "reward/loss" in row]
     assert [loss is None for loss in logged] == [number == BAD for number in range(1, 7)]
 
 
@@ -107,8 +114,9 @@ def test_three_bad_steps_end_the_run_before_it_saves_them(stage, models, steps, 
 
     monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
     unit = "update" if stage == "ppo" else "step"
-    with pytest.raises(UserError, match=rf"^{unit} \d: the loss or the gradient is not finite .*, as in 2 before it: "
-                                        "lower learning_rate, .*broken_batch.jsonl'; the last checkpoint is intact$"):
+    message = (rf"^{unit} \d: the loss or the gradient is not finite .*, as in 2 before it: lower "
+               "learning_rate, .*broken_batch.jsonl'; the last checkpoint is intact$")
+    with pytest.raises(UserError, match=message):
         run(stage, models, tmp_path)
     assert not (tmp_path / "final").exists() and len(steps) == BAD + 1
     saved = [int(path.name.split("-")[1]) for path in checkpoints(tmp_path)]
@@ -153,7 +161,7 @@ def test_a_whole_step_in_between_starts_the_count_again(tmp_path):
     with pytest.raises(UserError, match="as in 2 before it"):
         seen(ours, 1.0, math.inf)
     rows = rows_of(tmp_path / "broken_batch.jsonl")
-    assert [row["loss"] for row in rows] == ["nan"] * 2 + ["-inf"] * 2 + ["1.0"] * 2, "those of the last three steps"
+    assert [row["loss"] for row in rows] == ["nan"] * 2 + ["-inf"] * 2 + ["1.0"] * 2, "the last three"
     assert [(row["prompt"], row["completions"]) for row in rows[:2]] == [
         (str(prompt), list(map(str, group))) for prompt, group in zip(PROMPTS, COMPLETIONS, strict=True)]
 
@@ -188,6 +196,6 @@ def test_a_rank_whose_own_numbers_are_whole_decides_like_the_others(kind, tmp_pa
 def test_under_deepspeed_the_first_loss_ends_the_run_before_the_engine_steps(tmp_path):
     ours = divergence(tmp_path, kind=DistributedType.DEEPSPEED)
     assert not seen(ours, 1.0)
-    with pytest.raises(UserError, match=r"^step 0: the loss or the gradient is not finite \(NaN or infinite\): lower"):
+    with pytest.raises(UserError, match=r"^step 0: the loss .* is not finite \(NaN or infinite\): lower"):
         ours.watch(torch.tensor(math.nan), GROUPS)
     assert rows_of(tmp_path / "broken_batch.jsonl")[0]["loss"] == "nan"

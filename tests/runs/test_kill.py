@@ -1,4 +1,4 @@
-"""Runs that are killed without warning, and go on as if nothing had been; what the kill test itself would notice."""
+"""Runs that are killed without warning, and go on as if nothing had been; what the kill test would notice."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from utils.config import UserError
 
 @pytest.mark.slow
 def test_killed_runs_end_like_the_undisturbed_one(tmp_path):
-    """One kill of each stage, in the second half of its time, in a process of its own: forks want no threads."""
+    """One kill of each stage, in the second half of its time. A process of its own: forks want no threads."""
     words = ["--kills", "1", "--seed", "26507", "--output", str(tmp_path / "kills.json")]
-    done = subprocess.run([sys.executable, kill_test.__file__, *words], capture_output=True, text=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, kill_test.__file__, *words], capture_output=True, text=True,
+                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "kills.json").read_text())
     assert list(report) == list(kill_test.STAGES)
@@ -30,7 +30,8 @@ def test_killed_runs_end_like_the_undisturbed_one(tmp_path):
 def left_by_a_run(folder, loss=1.0, seconds=1.0, weights="abc"):
     (folder / "final").mkdir(parents=True)
     (folder / "final" / "model.safetensors").write_text(weights)
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "time/update": seconds}) + "\n")
+    row = {"step": 1, "loss": loss, "time/update": seconds}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "samples.jsonl").write_text("")
 
 
@@ -57,7 +58,8 @@ def test_a_difference_is_noticed(left, differs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("stage", "best", "refused"), [
-    ("ppo", 0, True), ("ppo", 6, False), ("ppo", 10, True), ("sft", 2, True), ("sft", 4, False), ("reward", None, False),
+    ("ppo", 0, True), ("ppo", 6, False), ("ppo", 10, True), ("sft", 2, True), ("sft", 4, False),
+    ("reward", None, False),
 ])
 def test_runs_whose_best_weights_need_not_be_brought_back_are_refused(stage, best, refused, tmp_path):
     """Those of the first look, or the last ones."""
@@ -66,5 +68,6 @@ def test_runs_whose_best_weights_need_not_be_brought_back_are_refused(stage, bes
         folder.mkdir(parents=True)
         progress = {"step": step, "best": best if best is None else {"step": min(best, step)}}
         (folder / "progress.json").write_text(json.dumps(progress))
-    with pytest.raises(UserError, match=f"^{stage}: the best .* step {best} of 10") if refused else nullcontext():
+    raises = pytest.raises(UserError, match=f"^{stage}: the best .* step {best} of 10")
+    with raises if refused else nullcontext():
         kill_test.refuse_one_best(stage, tmp_path)

@@ -126,7 +126,8 @@ def test_a_run_that_ended_before_its_first_step_does_not_block_the_next(tmp_path
 
 
 @pytest.mark.parametrize("moment", ["config.tmp", "config.yaml", "data.tmp"])
-def test_a_run_that_was_killed_while_it_opened_its_folder_does_not_block_the_next(moment, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_while_it_opened_its_folder_does_not_block_the_next(
+        moment, tmp_path, monkeypatch):
     """The folder is either as good as new or can be resumed, whichever file is being written."""
     replace = os.replace
 
@@ -177,7 +178,8 @@ def test_the_trackers_call_the_project_by_the_run(tmp_path):
 
 @pytest.mark.parametrize("tracker", ["foo", "Tensorboard", ""])
 def test_a_tracker_that_is_not_there_is_refused(tracker, tmp_path):
-    with pytest.raises(UserError, match=f"^report_to: '{tracker}' is not installed, or no tracker; here are: .*tensorboard"):
+    message = f"^report_to: '{tracker}' is not installed, or no tracker; here are: .*tensorboard"
+    with pytest.raises(UserError, match=message):
         refuse_impossible(Toy(output_dir=str(tmp_path / "run"), report_to=["tensorboard", tracker]))
     refuse_impossible(Toy(output_dir=str(tmp_path / "run"), report_to=["tensorboard", "none"]))
     assert not (tmp_path / "run").exists()
@@ -202,9 +204,10 @@ def test_the_line_that_says_how_to_go_on_can_be_pasted(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(("environment", "nvme", "message"), [
-    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, False, "go on with: .* -m torch.distributed.run --nproc_per_node 2 train.py "
-                                                          "--resume"),
-    ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False, "go on with the same command on each node, and --resume"),
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, False,
+     "go on with: .* -m torch.distributed.run --nproc_per_node 2 train.py --resume"),
+    ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False,
+     "go on with the same command on each node, and --resume"),
     ({}, True, "optimizer on NVMe cannot go on .*: start a new one"),
 ])
 def test_what_a_stopped_run_says_is_true(environment, nvme, message, tmp_path, monkeypatch, capsys):
@@ -350,7 +353,8 @@ def test_final_holds_model_tokenizer_and_where_they_come_from(tmp_path, tokenize
     }
     assert (stage["stage"], stage["seed"], stage["score"]) == ("sft", 7, 0.5)
     assert (stage["eos_token_id"], stage["pad_token_id"]) == (2, 1)
-    assert stage["prompt_template"].endswith("TL;DR:") and len(stage["tokenizer_sha256"]) == 64 and stage["commit"]
+    assert stage["prompt_template"].endswith("TL;DR:") and stage["commit"]
+    assert len(stage["tokenizer_sha256"]) == 64
     saved = Parent("model", str(final))
     assert saved.tokenizer.get_vocab() == tokenizer.get_vocab()
     for name, weight in load_policy(saved).named_parameters():

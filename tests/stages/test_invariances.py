@@ -1,10 +1,10 @@
 """What must not change a number: padding, order, rows shared or apart, micro-batches, recomputing, processes.
 
-To 1e-5 in float32, relative to the largest number. What other files hold and is not repeated here: the layout of a
-prompt group and its mask by brute force (test_prompt_groups); log-probs, entropies, scores and values with their
-gradients against plain rows of the stock forward (test_models); sampled tokens in one or several batches, and their
-log-probs against the update's forward pass (test_generation); micro-batches of a step against an oracle for tokens
-(test_loop); micro-batches of PPO (test_ppo_update).
+To 1e-5 in float32, relative to the largest number. What other files hold and is not repeated here: the
+layout of a prompt group and its mask by brute force (test_prompt_groups); log-probs, entropies, scores and
+values with their gradients against plain rows of the stock forward (test_models); sampled tokens in one or
+several batches, and their log-probs against the update's forward pass (test_generation); micro-batches of a
+step against an oracle for tokens (test_loop); micro-batches of PPO (test_ppo_update).
 """
 
 import json
@@ -29,7 +29,7 @@ import train_reward
 import train_sft
 from families import FAMILIES, PAD, VOCAB, draw, policy, random_groups, scalar_model
 from oracle import TEMPERATURE, each_row, stock_logprobs, stock_scores
-from run_folders import checkpoints, last_trained, metrics, weights
+from run_folders import furthest, last_trained, metrics, weights
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, parse_config
 from utils.distributed import world
@@ -57,7 +57,7 @@ PAIRS = [(0, 1), (2, 0), (2, 1), (5, 4)]  # (better, worse) of the six completio
 SIZES = [len(completion) for group in COMPLETIONS for completion in group]
 
 
-# ------------------------------------------------------------------------------------- the losses of the three stages
+# ----------------------------------------------------------------------------- the losses of the three stages
 
 
 def close(actual, expected, largest=None):
@@ -75,12 +75,14 @@ def numbers():
     """What a rollout holds of each completion, (R,) each, so that it can follow its completion anywhere."""
     generator = torch.Generator().manual_seed(2)
     columns = ("logprobs", "values", "advantages", "returns")
-    return [dict(zip(columns, torch.randn(4, size, generator=generator) * 0.3, strict=True)) for size in SIZES]
+    drawn = [torch.randn(4, size, generator=generator) * 0.3 for size in SIZES]
+    return [dict(zip(columns, rows, strict=True)) for rows in drawn]
 
 
 def of_tokens(model, groups):
     """Log-probs and entropies, (N, R) each."""
-    return logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups), groups, TEMPERATURE)
+    states = response_states(hidden_states(model, groups), groups)
+    return logprobs_and_entropy(model, states, groups, TEMPERATURE)
 
 
 class OneStep:
@@ -105,7 +107,7 @@ class OneStep:
 
 
 def loss_of(script, config, model, part):
-    """The loss of one step of SFT or the reward stage by its own `train`, on a part as its `collate` would make it."""
+    """The loss of one step of SFT or the reward stage by its own `train`, on a part as `collate` makes it."""
     loop = OneStep(config, model)
     with mock.patch.object(script, "collate", lambda *_: part):
         script.train(loop, Dataset.from_list([{"length": 1}]), None)
@@ -142,8 +144,8 @@ def gradients(models, loss) -> dict:
     for model in models:
         model.zero_grad()
     loss.backward(retain_graph=True)
-    return {f"{i}.{name}": p.grad.clone() for i, model in enumerate(models) for name, p in model.named_parameters()
-            if p.grad is not None}
+    return {f"{i}.{name}": p.grad.clone() for i, model in enumerate(models)
+            for name, p in model.named_parameters() if p.grad is not None}
 
 
 def same_losses(models, ours: dict, theirs: dict, their_models=None) -> None:
@@ -164,14 +166,15 @@ def wider(groups, columns: int, tokens: int) -> PromptGroups:
         return torch.cat([tensor, torch.full((len(tensor), size), value)], 1)
 
     return groups._replace(
-        input_ids=pad(groups.input_ids, columns, VOCAB - 1), position_ids=pad(groups.position_ids, columns, 3),
+        input_ids=pad(groups.input_ids, columns, VOCAB - 1),
+        position_ids=pad(groups.position_ids, columns, 3),
         owners=pad(groups.owners, columns, -1), segments=pad(groups.segments, columns, -1),
         states=pad(groups.states, tokens, 1), responses=pad(groups.responses, tokens, VOCAB - 1),
         response_mask=pad(groups.response_mask, tokens, False),
     )
 
 
-# ------------------------------------------------------------------------------------------------- padding and order
+# ------------------------------------------------------------------------------------------ padding and order
 
 
 @every_family
@@ -179,7 +182,8 @@ def test_padding_on_the_right_changes_nothing_in_training_and_scoring(family, nu
     models, groups = models_of(family), pack(PROMPTS, COMPLETIONS, PAD)
     for columns, tokens in ((1, 0), (9, 4)):
         more = wider(groups, columns, tokens)
-        for value, function in ((0, lambda g: scores(models[1], g)), (1, lambda g: response_values(models[1], g)),
+        for value, function in ((0, lambda g: scores(models[1], g)),
+                                (1, lambda g: response_values(models[1], g)),
                                 (1, lambda g: of_tokens(models[0], g)[0]),
                                 (1, lambda g: of_tokens(models[0], g)[1])):
             with torch.no_grad():
@@ -191,14 +195,15 @@ def test_padding_on_the_right_changes_nothing_in_training_and_scoring(family, nu
 
 @every_family
 def test_groups_in_a_row_or_apart_are_the_same(family):
-    """Three short groups stand beside each other in the second row of the batch; apart each is a batch of its own."""
+    """Three short groups share the batch's second row; apart each is a batch of its own."""
     models = models_of(family)
     prompts, completions = random_groups([9, 2, 3, 1], [[6, 4], [3], [2, 2], [4]], seed=7)
     shared = pack(prompts, completions, PAD)
     assert shared.input_ids.shape == (2, 19)
     apart = [pack([prompt], [group], PAD) for prompt, group in zip(prompts, completions, strict=True)]
     measures = (lambda g: scores(models[1], g), lambda g: response_values(models[1], g)[g.response_mask],
-                lambda g: of_tokens(models[0], g)[0][g.response_mask], lambda g: of_tokens(models[0], g)[1][g.response_mask])
+                lambda g: of_tokens(models[0], g)[0][g.response_mask],
+                lambda g: of_tokens(models[0], g)[1][g.response_mask])
     for measure in measures:
         close(measure(shared), torch.cat([measure(groups) for groups in apart]))
     # squares, so that every number has a weight of its own in the gradient
@@ -213,9 +218,10 @@ def test_groups_in_a_row_or_apart_are_the_same(family):
 
 @every_family
 def test_padding_on_the_left_and_the_batch_change_no_sample(family):
-    """A long prompt in the batch pads the others on the left; a batch of their own pads them less, or not at all."""
+    """A long prompt in the batch pads the others on the left; a batch of their own pads them less or not."""
     model = policy(family)
-    alone = [draw(model, [prompt], k=3, seeds=[10 * i, 10 * i + 1, 10 * i + 2]) for i, prompt in enumerate(PROMPTS)]
+    alone = [draw(model, [prompt], k=3, seeds=[10 * i, 10 * i + 1, 10 * i + 2])
+             for i, prompt in enumerate(PROMPTS)]
     seeds = [10 * i + j for i in range(len(PROMPTS)) for j in range(3)]
     for longest in (8, 9, 24):
         more = random_groups([longest], [[1]], seed=5)[0]
@@ -253,7 +259,7 @@ def test_order_of_prompts_and_branches_changes_no_sample(family):
     close(torch.tensor(sum(turned.logprobs[::-1], [])), torch.tensor(sum(plain.logprobs, [])))
 
 
-# -------------------------------------------------------------------------------- a prompt once, or once a completion
+# ------------------------------------------------------------------------ a prompt once, or once a completion
 
 
 def stock_losses(models, numbers) -> dict:
@@ -281,10 +287,11 @@ def stock_losses(models, numbers) -> dict:
 @every_family
 def test_a_shared_prompt_trains_like_plain_rows_of_the_stock_forward(family, numbers):
     models = models_of(family)
-    same_losses(models, losses(models, pack(PROMPTS, COMPLETIONS, PAD), PAIRS, numbers), stock_losses(models, numbers))
+    shared = losses(models, pack(PROMPTS, COMPLETIONS, PAD), PAIRS, numbers)
+    same_losses(models, shared, stock_losses(models, numbers))
 
 
-# -------------------------------------------------------------------------------------------------------- recomputing
+# ------------------------------------------------------------------------------------------------ recomputing
 
 
 @every_family
@@ -293,16 +300,17 @@ def test_gradient_checkpointing_changes_nothing(family, numbers):
     calls = []
     for model in recomputing:
         model.gradient_checkpointing_enable()
-        layer = next(m for m in model.modules() if type(m).__name__.endswith(("DecoderLayer", "Block", "NeoXLayer")))
+        kinds = ("DecoderLayer", "Block", "NeoXLayer")
+        layer = next(module for module in model.modules() if type(module).__name__.endswith(kinds))
         next(layer.children()).register_forward_pre_hook(lambda *_: calls.append(1))
     groups = pack(PROMPTS, COMPLETIONS, PAD)
     plain, again = (losses(both, groups, PAIRS, numbers) for both in (models, recomputing))
     before = len(calls)
     same_losses(recomputing, again, plain, models)
-    assert len(calls) - before == 4, "one policy in SFT, one reward model, policy and value model in PPO: each once more"
+    assert len(calls) - before == 4, "SFT's policy, the reward model, PPO's policy and value model: once more"
 
 
-# -------------------------------------------------------------------- the real main() of each stage, split differently
+# ----------------------------------------------------------- the real main() of each stage, split differently
 
 
 @pytest.fixture(scope="module")
@@ -316,8 +324,8 @@ def folder(tmp_path_factory):
     save_opt(folder / "reward_model", "reward", seed=1, **sizes)
     write_data(folder)
     for stage, more in STAGES.items():
-        shared = {"adam_eps": 1.0, "learning_rate": 0.3, "per_device_batch_size": 8, "eval_rows": 5, "test_rows": 5,
-                  "seed": 3, "max_prompt_tokens": 32, "report_to": ["none"]}
+        shared = {"adam_eps": 1.0, "learning_rate": 0.3, "per_device_batch_size": 8, "eval_rows": 5,
+                  "test_rows": 5, "seed": 3, "max_prompt_tokens": 32, "report_to": ["none"]}
         named = {key: str(folder / value) if key.endswith("_data") or "model" in key else value
                  for key, value in more.items()}
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump({**shared, **named}))
@@ -326,27 +334,29 @@ def folder(tmp_path_factory):
 
 # Adam's first steps are the gradient's sign, which rounding may turn: with an eps of 1 they are the gradient
 STAGES = {
-    "sft": {"model": "base", "actor_training_data": "train.jsonl", "actor_validation_data": "validation.jsonl",
-            "actor_test_data": "test.jsonl", "max_new_tokens": 8, "max_steps": 8, "eval_steps": 4, "save_steps": 4,
-            "logging_steps": 1, "eval_temperature": 1.0},
+    "sft": {"model": "base", "actor_training_data": "train.jsonl",
+            "actor_validation_data": "validation.jsonl", "actor_test_data": "test.jsonl", "max_new_tokens": 8,
+            "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 1, "eval_temperature": 1.0},
     "reward": {"model": "base", "reward_training_data": "rankings.jsonl",
-               "reward_validation_data": "rankings_validation.jsonl", "reward_test_data": "rankings_test.jsonl",
-               "centring_data": "validation.jsonl", "max_completion_tokens": 32, "max_steps": 8, "eval_steps": 4,
-               "save_steps": 4, "logging_steps": 1},
+               "reward_validation_data": "rankings_validation.jsonl",
+               "reward_test_data": "rankings_test.jsonl", "centring_data": "validation.jsonl",
+               "max_completion_tokens": 32, "max_steps": 8, "eval_steps": 4, "save_steps": 4,
+               "logging_steps": 1},
     "ppo": {"model": "base", "reward_model": "reward_model", "rlhf_training_data": "train.jsonl",
             "rlhf_validation_data": "validation.jsonl", "rlhf_test_data": "test.jsonl", "max_new_tokens": 8,
             "prompts_per_update": 8, "responses_per_prompt": 3, "total_episodes": 72, "ppo_epochs": 2,
             "eval_steps": 1, "save_steps": 3, "eval_temperature": 1.0},
 }
 ROWS = 41  # to train on: five steps of 8, and one of a single row, of which a second process has none
-KINDS = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig, "ppo": train_ppo.PPOStageConfig}
+KINDS = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig,
+         "ppo": train_ppo.PPOStageConfig}
 SCRIPTS = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
 
 
 def write_data(folder):
     """Prompts of 2 to 20 words with completions of 1 to 24, and rankings of 2 to 5 such completions."""
     drawn = random.Random(0)
-    words = "the my a dog house friend work told me wants to go new old time day with what should i do about".split()
+    words = "the my a dog house friend work told me wants to go new old time day with what should i".split()
 
     def text(low, high):
         return " ".join(drawn.choices(words, k=drawn.randint(low, high)))
@@ -354,8 +364,8 @@ def write_data(folder):
     for name, count in (("train", ROWS), ("validation", 5), ("test", 5)):
         rows = [{"prompt": f"{name} {i} {text(2, 20)}", "completion": text(1, 24)} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        rows = [{"prompt": row["prompt"], "completions": [f"{text(1, 12)} {j}" for j in range(drawn.randint(2, 5))]}
-                for row in rows]
+        rows = [{"prompt": row["prompt"],
+                 "completions": [f"{text(1, 12)} {j}" for j in range(drawn.randint(2, 5))]} for row in rows]
         file = "rankings.jsonl" if name == "train" else f"rankings_{name}.jsonl"
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -380,7 +390,7 @@ def same_runs(ours, theirs):
     for found, expected in zip(metrics(ours), metrics(theirs), strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     for found, expected in ((weights(ours / "final"), weights(theirs / "final")),
-                            (last_trained(ours), last_trained(theirs))):  # of PPO, this has the value model too
+                            (last_trained(ours), last_trained(theirs))):  # with the value model
         assert found.keys() == expected.keys()
         for name, weight in expected.items():
             close(found[name], weight)
@@ -405,7 +415,7 @@ class MeanOfMeans(Loop):
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_micro_batches_of_a_step_change_nothing(stage, alone, folder, monkeypatch):
-    """Detail 12, with the stages' own batches and collators; the mean of micro-batch means is another number."""
+    """Detail 12, with the stages' own batches and collators; the mean of micro-batch means is another."""
     split = "--per_device_batch_size", 2, "--gradient_accumulation_steps", 4
     same_runs(run_main(folder, stage, "split", *split), alone(stage))
     monkeypatch.setattr(SCRIPTS[stage], "Loop", MeanOfMeans)
@@ -420,7 +430,8 @@ def test_micro_batches_of_a_step_change_nothing(stage, alone, folder, monkeypatc
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_gradient_checkpointing_in_a_run_changes_nothing(stage, alone, folder, monkeypatch):
     calls, checkpoint = [], modeling_utils.checkpoint
-    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *args, **more: (calls.append(1), checkpoint(*args, **more))[1])
+    monkeypatch.setattr(modeling_utils, "checkpoint",
+                        lambda *args, **more: calls.append(1) or checkpoint(*args, **more))
     same_runs(run_main(folder, stage, "recomputed", "--gradient_checkpointing", "true"), alone(stage))
     assert len(calls) >= 6 * 2, "six steps or more of two layers"
 
@@ -433,14 +444,15 @@ def test_training_moves_the_weights_that_are_compared(alone, folder):
         assert (after - start).abs().max() > 1e-3, stage
 
 
-# ----------------------------------------------------------------------------------------------- one or two processes
+# --------------------------------------------------------------------------------------- one or two processes
 
 
 def torchrun(file, *words):
     """Two processes on this machine's CPU; a hang ends in an error."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launch, str(file), *map(str, words)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
     try:
         output, _ = started.communicate(timeout=300)
@@ -472,32 +484,41 @@ def test_two_processes_make_the_run_of_one(stage, split, options, alone, folder)
                               "--output_dir", run, *split, *options.split())
     assert status == 0, output[-3000:]
     same_runs(run, one)
-    found, expected = ({name: value for name, value in json.loads((path / "summary.json").read_text()).items()
-                        if value is not None and "second" not in name and "memory" not in name} for path in (run, one))
+    summaries = (json.loads((path / "summary.json").read_text()) for path in (run, one))
+    found, expected = ({name: value for name, value in summary.items()
+                        if value is not None and "second" not in name and "memory" not in name}
+                       for summary in summaries)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5) and len(found) > 4
     assert output.count("RLHF in three stages") == 1, "one process speaks"
 
 
 @pytest.mark.slow
-def test_two_processes_share_out_every_epoch_and_stop_together(folder):
+def test_two_processes_share_out_every_epoch_stop_together_and_go_on(folder):
     """Dropout draws other numbers on each rank, and a signal comes to one of them: see two_processes.py."""
-    status, output = torchrun(Path(__file__).parents[1] / "helpers" / "two_processes.py", folder, folder / "dropout")
-    assert status != 0
-    seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    for epoch in range(2):
-        rows = [row for rank in seen for step in rank["rows"][6 * epoch : 6 * epoch + 6] for row in step]
+    status, output = torchrun(Path(__file__).parents[1] / "helpers" / "two_processes.py", folder)
+    assert status == 0, output[-3000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for epoch in range(3):
+        steps = slice(6 * epoch, 6 * epoch + 6)
+        rows = [row for rank in ranks for step in rank["runs"][0][steps] for row in step]
         assert sorted(rows) == list(range(ROWS)), "a row twice or never"
-    assert [min(map(len, rank["rows"])) for rank in seen] == [1, 0]
-    assert [rank["stopped"] for rank in seen] == [128 + signal.SIGTERM] * 2, output[-3000:]
-    assert [path.name for path in checkpoints(folder / "dropout")] == ["step-12"], "both stop at one step"
+    assert [min(map(len, rank["runs"][0])) for rank in ranks] == [1, 0], "of the last row"
+    for rank in ranks:
+        whole, stopped, resumed = rank["runs"]
+        assert stopped + resumed == whole and len(stopped) == 13, "both stop after one step"
+        assert rank["status"] == 128 + signal.SIGTERM
+    whole, stopped = folder / "whole", folder / "stopped"
+    assert metrics(stopped) == metrics(whole)
+    assert furthest(last_trained(stopped), last_trained(whole)) == 0
+    assert furthest(weights(stopped / "final"), weights(whole / "final")) == 0
 
 
 def test_processes_that_form_no_group_are_refused(monkeypatch):
     """Else each of them would train the same thing."""
     assert world().num_processes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="^WORLD_SIZE: it is 2 here, but LOCAL_RANK is not set; start with torchrun"):
+    with pytest.raises(UserError, match="^WORLD_SIZE: it is 2 here, but LOCAL_RANK is not set; start with"):
         world()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(UserError, match="^WORLD_SIZE: 2 processes were started, but .* group of 1 and accelerate one of 1; "):
+    with pytest.raises(UserError, match="^WORLD_SIZE: 2 processes were started, .* accelerate one of 1; "):
         world()
