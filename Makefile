@@ -59,6 +59,8 @@ test: .venv/ready-dev
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: .venv/ready-dev
+	@case "$(CURDIR)" in *" "*) echo "note: torch cannot link what DeepSpeed compiles in a path with spaces:" \
+	  "runs with an offloaded optimizer will fail here" ;; esac
 	$(PYTEST) -m slow $(ARGS)
 
 mutations: .venv/ready-dev

@@ -69,7 +69,8 @@ MUTATIONS = [
         ("the policy loss is that of padding", 12, "optimise",
          "objective[old.response_mask]", "objective[~old.response_mask]"),
         ("losses and clipfrac count padding", 12, "optimise",
-         "value.detach()[old.response_mask].sum()", "torch.where(old.response_mask, value.detach(), 1.0).sum()"),
+         "value.detach()[old.response_mask].sum()", "torch.where(old.response_mask, "
+                                                    "value.detach(), 1.0).sum()"),
         ("the average takes in the weights of a step that was left out", 35, "optimise",
          "loop.optimizer_step() and", "(loop.optimizer_step() or True) and", "divergence:one_bad_step[ppo]"),
         ("target_kl never stops the passes", 31, "optimise",

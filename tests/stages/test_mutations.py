@@ -74,7 +74,8 @@ def test_the_code_of_every_detail_is_where_its_row_says():
             if name.endswith(".py"):
                 path = ROOT / "scripts" / name
                 text = path.read_text() if path.exists() else ""
-            if not text or not (name.endswith(".py") or re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE)):
+            if (not text or not (name.endswith(".py") or re.search(rf"^\s*(def|class) {name}\b", text,
+                                                                   re.MULTILINE))):
                 mistakes.append(f"{number}: {name}")
     assert mistakes == []
 
