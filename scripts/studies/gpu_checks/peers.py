@@ -11,7 +11,7 @@ from itertools import combinations
 from queue import Queue
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -20,6 +20,7 @@ from studies.gpu_checks.ours import ADAM_EPS, CLIP_NORM, LEARNING_RATE, PAD, PAS
 
 PACKED_TOKENS = 2048 if ON_CARD else 64  # OPT has no more positions, and counts them along the whole packed row
 STEPS = 1000  # more than there are turns
+EPOCH = 10  # steps
 PATIENCE = 120  # seconds for a trainer to end
 
 
@@ -94,7 +95,7 @@ def reward(config, batch, precision, folder) -> TrlSide:
     return TrlSide(RewardTrainer(
         model=random_model(config, scalar=True), processing_class=small_tokenizer(),
         args=RewardConfig(**arguments(folder, precision, size, len(pairs) // size), max_length=None),
-        train_dataset=Dataset.from_list(pairs * 2),
+        train_dataset=repeated(pairs),
     ))
 
 
@@ -115,7 +116,7 @@ def sft(config, batch, precision, folder, packing=False) -> TrlSide:
         model=random_model(config, scalar=False), processing_class=small_tokenizer(),
         args=SFTConfig(**arguments(folder, precision, size, len(rows) // size), packing=packing, max_length=length,
                        dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_list(rows * 2),
+        train_dataset=repeated(rows),
     ))
 
 
@@ -168,6 +169,11 @@ def arguments(folder, precision, size, accumulated) -> dict:
         "save_strategy": "no", "report_to": "none", "gradient_checkpointing": False, "bf16": precision == "bf16",
         "use_cpu": not ON_CARD, "disable_tqdm": True, "dataloader_pin_memory": ON_CARD,
     }
+
+
+def repeated(rows: list[dict]) -> Dataset:
+    """The same rows for every step, in one epoch: a new epoch would begin with a new data loader."""
+    return concatenate_datasets([Dataset.from_list(rows)] * EPOCH)
 
 
 def divisor(items: int, most: int) -> int:

@@ -92,7 +92,7 @@ def config_of(shape: str, positions: int = 2048):
 def compared(stage, shape, k, peer, precision, seconds, rate, folder) -> Outcome:
     """One comparison: rates, their ratio turn by turn, peaks, share of the matrix-product rate, planned bytes."""
     config = config_of(shape)
-    posts = POSTS[stage][k] if ON_CARD else 3
+    posts = (POSTS[stage][k] // (2 if stage == "ppo" and shape == "1.3b" else 1)) if ON_CARD else 3
     batch = random_batch(posts, k, PROMPT, COMPLETIONS, config.vocab_size)
     build = {"reward": ours.Reward, "sft": ours.SFT, "ppo": ours.PPO, "sampling": ours.Sampling}[stage]
     more = {"length": RESPONSE} if stage in ("ppo", "sampling") else {}
