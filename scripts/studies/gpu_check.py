@@ -3,19 +3,19 @@
     python scripts/studies/gpu_check.py --output outputs/gpu_check                    # six minutes
     python scripts/studies/gpu_check.py --output outputs/gpu_check --minutes 15 --parts d --shapes 350m 1.3b
 
-a: log-probs, scores, values, gradients, head, attention and sampling equal separate rows of stock models, in float32 and
-   bfloat16, for five architectures.
+a: log-probs, scores, values, gradients, head, attention and sampling equal separate rows of stock models, in
+   float32 and bfloat16, for five architectures.
 b: the three stages on the embedded data through their scripts; a run that is stopped and resumed.
 c: each stage under DeepSpeed's ZeRO 1, 2, 3 and with offload, its losses against the plain run's.
 d: seconds and memory beside trl, beside `generate`, and beside our own unshared rows; the share of the card's measured
    matrix-product rate; what plan_memory.py says beside the peak.
 
-The folder gets gpu_check.json, with every check's figures or the reason why it was skipped, and table.md. A check that
-fails does not stop the others; then the exit status is 1. Every job is a process of its own. The jobs whose time is
-measured have the card for themselves; the others run at the same time.
+The folder gets gpu_check.json, with every check's figures or the reason why it was skipped, and table.md. A check
+that fails does not stop the others; then the exit status is 1. Every job is a process of its own. The jobs whose time
+is measured have the card for themselves; the others run at the same time.
 
-Without a card everything runs in a shrunken form, one job after the other: it shows that the checks run, and its times
-mean nothing.
+Without a card everything runs in a shrunken form, one job after the other: it shows that the checks run, and its
+times mean nothing.
 """
 
 import json
@@ -77,7 +77,8 @@ def phases_of(config: CheckConfig) -> list[Phase]:
     shapes = config.shapes if ON_CARD else ["mini"]
     speed = [Phase([Job("speed", shape)], 20, 150) for shape in shapes]
     speed.insert(min(2, len(speed)), Phase([Job("long_prompts")], 15, 45))
-    phases = [Phase([Job("stages")], 40, 120), Phase([Job("equalities"), Job("resume"), Job("engines")], 30, 130), *speed]
+    together = Phase([Job("equalities"), Job("resume"), Job("engines")], 30, 130)
+    phases = [Phase([Job("stages")], 40, 120), together, *speed]
     found = []
     for phase in phases:
         jobs = [job for job in phase.jobs if PARTS[job.name] in config.parts]
@@ -90,18 +91,20 @@ class Running:
     """A job's process. It imports what it needs, and waits for `go`."""
 
     def __init__(self, job: Job, folder: Path):
-        self.job, self.began = job, None
+        self.job, self.began, self.short = job, None, False
         self.results, self.log = folder / f"{job.label}.jsonl", folder / f"{job.label}.log"
         paths = [str(PROJECT / "scripts"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1",
                        "TOKENIZERS_PARALLELISM": "false"}
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several cards transformers' Trainer takes all
         command = [sys.executable, "-m", "studies.gpu_checks.job", job.name, str(self.results), str(folder), job.shape]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True,
-                                            env=environment, start_new_session=True)
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                                            text=True, env=environment, start_new_session=True)
 
-    def go(self, seconds: float) -> None:
-        self.began = time.monotonic()
+    def go(self, seconds: float, short: bool) -> None:
+        """Let it begin; `short`: it gets less than it could use, because the whole check must end."""
+        self.began, self.short = time.monotonic(), short
         try:
             self.process.stdin.write(f"{seconds}\n")
             self.process.stdin.close()
@@ -122,8 +125,10 @@ class Running:
         if status == 0:
             return rows
         lines = self.log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
-        why = "killed when its time was over" if status == -signal.SIGKILL else f"ended with status {status}"
-        return [*rows, {"part": PARTS[self.job.name], "name": f"job {self.job.label}", "status": "failed",
+        late = status == -signal.SIGKILL
+        why = "stopped when the time was over" if late else f"ended with status {status}"
+        return [*rows, {"part": PARTS[self.job.name], "name": f"job {self.job.label}",
+                        "status": "skipped" if late and self.short else "failed",
                         "seconds": round(time.monotonic() - (self.began or time.monotonic()), 2), "figures": {},
                         "why": "\n".join([*lines, why])}]
 
@@ -157,7 +162,7 @@ def run_phases(phases: list[Phase], folder: Path, ends: float, write) -> list[di
             started[job] = started[job] or Running(job, folder)
         seconds = min(phase.most, left)
         for job in phase.jobs:
-            started[job].go(seconds)
+            started[job].go(seconds, short=left < phase.most)
         phase_ends = time.monotonic() + seconds
         for job in phase.jobs:
             started[job].wait(phase_ends)

@@ -31,6 +31,11 @@ def arithmetic(precision: str):
     return torch.autocast(DEVICE.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def gib(count: int) -> float | None:
+    """Bytes of the card in GiB; None without one."""
+    return count / 2**30 if ON_CARD else None
+
+
 def allocated() -> int:
     """Bytes of all tensors on the card; 0 without one."""
     return torch.cuda.memory_allocated() if ON_CARD else 0

@@ -11,14 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 
 from studies.gpu_checks.device import ON_CARD
-from studies.gpu_checks.resume import losses
 from studies.gpu_checks.results import Outcome, Results
+from studies.gpu_checks.resume import losses
 from studies.gpu_checks.stages import STAGES, start_stage, wait_for
 from utils.paths import PROJECT
 
 # with offload the optimizer is compiled at its first use, which takes a minute of a CPU
 ENGINES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload") if ON_CARD else ("zero2",)
 STEPS, LIMIT = 4, 1e-3  # optimizer steps, and the largest relative difference of a loss
+THREADS = 2  # of each run
 _COMMON = "--eval_rows 2 --test_rows 2 --per_device_batch_size 4 --learning_rate 1e-3"
 WORDS = {
     "sft": f"{_COMMON} --max_steps {STEPS} --logging_steps 1 --eval_steps {STEPS} --max_new_tokens 8",
@@ -39,7 +40,7 @@ def run(results: Results, folder: Path) -> None:
                 words.append(f"--reward_model={folder}/reward")
             if engine:
                 words.append(f"--deepspeed={PROJECT}/configs/deepspeed/{engine}.json")
-            processes[engine, stage] = process = start_stage(stage, folder / f"{engine or 'plain'}_{stage}", words)
+            processes[engine, stage] = process = start_stage(stage, folder / f"{engine or 'plain'}_{stage}", words, THREADS)
             if not ON_CARD:
                 process.wait()
     ends = time.monotonic() + results.left()

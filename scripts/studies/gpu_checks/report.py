@@ -1,5 +1,7 @@
 """The result as tables in Markdown, to be read and to be pasted into docs/speed.md."""
 
+from collections import Counter
+
 PARTS = {"a": "Equalities on the device", "b": "The stages on the embedded data", "c": "DeepSpeed against the plain run",
          "d": "Speed and memory"}
 
@@ -8,13 +10,14 @@ def markdown(machine: dict, rows: list[dict]) -> str:
     """One section for each part that was run, and what failed or was skipped with its reason."""
     libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items() if version)
     memory = f", {machine['card_memory_mib']} MiB, driver {machine['driver']}" if machine["card_memory_mib"] else ""
-    lines = [f"{machine['card']}{memory}, {machine['cores']} cores; {machine['date']}; commit {machine['commit']}; {libraries}", ""]
+    lines = [f"{machine['card']}{memory}, {machine['cores']} cores; {machine['date']}; commit {machine['commit']}; "
+             f"{libraries}", ""]
     for part, title in PARTS.items():
         mine = [row for row in rows if row["part"] == part]
         if not mine:
             continue
-        counts = {status: sum(row["status"] == status for row in mine) for status in ("passed", "failed", "skipped")}
-        lines += [f"### {title}", "", ", ".join(f"{count} {status}" for status, count in counts.items() if count), ""]
+        counts = Counter(row["status"] for row in mine)
+        lines += [f"### {title}", "", ", ".join(f"{count} {status}" for status, count in counts.items()), ""]
         lines += {"a": _equalities, "b": _stages, "c": _engines, "d": _speed}[part](mine)
         lines += [f"- {row['name']}: {row['status']}: {row['why'].splitlines()[-1]}"
                   for row in mine if row["status"] != "passed"]
@@ -64,10 +67,11 @@ def _speed(rows):
             cells.append([row["name"], *[f"{value:.0f} {name}" for name, value in found.items()][:1], *["-"] * 6])
             continue
         ratio = f"{found['ratio']:.2f} ({found['lowest']:.2f} - {found['highest']:.2f})" if "ratio" in found else "-"
-        peaks = [f"{found[f'{side}: peak GiB']:.1f}" if f"{side}: peak GiB" in found else "-" for side in ("ours", "theirs")]
+        peaks = [found.get(f"{side}: peak GiB") for side in ("ours", "theirs")]
         planned = found.get("planned GiB")
         cells.append([row["name"], f"{found['ours']:.4g} {found['unit']}/s",
-                      f"{found['theirs']:.4g}" if "theirs" in found else "-", ratio, *peaks,
+                      f"{found['theirs']:.4g}" if "theirs" in found else "-", ratio,
+                      *["-" if peak is None else f"{peak:.1f}" for peak in peaks],
                       f"{planned:.1f}" if planned else "-", f"{found['share of the matrix-product rate']:.0%}"])
     return _table(["comparison", "ours", "theirs", "times as fast", "ours [GiB]", "theirs [GiB]", "planned [GiB]",
                    "of the matrix-product rate"], cells)

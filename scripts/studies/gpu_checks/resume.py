@@ -16,6 +16,7 @@ from utils.paths import PROJECT
 STEPS = 120 if ON_CARD else 6
 STOP_AFTER = 10 if ON_CARD else 1  # logged steps
 ROWS = 16 if ON_CARD else 2
+THREADS = 2  # of each run: other jobs run at the same time
 # Of the way that training goes from the base weights. Kernels that add in any order differ from run to run, so this is
 # checked against the difference of two undisturbed runs, too. A resume without the optimizer's state is off by a third.
 LIMIT, SPREAD_FACTOR = 0.02, 4.0
@@ -32,15 +33,15 @@ def stop_and_resume(folder: Path, seconds: float) -> Outcome:
     words = (f"--model {base} --max_steps {STEPS} --logging_steps 1 --eval_steps {STEPS} --per_device_batch_size {ROWS} "
              "--learning_rate 1e-4 --warmup_steps 0 --eval_rows 2 --test_rows 2 --max_new_tokens 4").split()
     runs = {name: folder / f"resume_{name}" for name in ("first", "second", "stopped")}
-    started = [start_stage("sft", runs[name], words) for name in ("first", "second")] if ON_CARD else []
-    process = start_stage("sft", runs["stopped"], words)
+    started = [start_stage("sft", runs[name], words, THREADS) for name in ("first", "second")] if ON_CARD else []
+    process = start_stage("sft", runs["stopped"], words, THREADS)
     at = _stop(process, runs["stopped"] / "metrics.jsonl", ends)
     if wrong := wait_for(process, ends - time.monotonic(), 128 + signal.SIGINT):
         return Outcome({}, f"stopped after {at} steps: {wrong}")
     if not ON_CARD:  # one after the other: cores are few
-        started = [start_stage("sft", runs["first"], words)]
+        started = [start_stage("sft", runs["first"], words, THREADS)]
         runs["second"] = runs["first"]
-    started.append(start_stage("sft", runs["stopped"], [*words, "--resume"]))
+    started.append(start_stage("sft", runs["stopped"], [*words, "--resume"], THREADS))
     for process in started:
         if wrong := wait_for(process, ends - time.monotonic()):
             return Outcome({}, wrong)

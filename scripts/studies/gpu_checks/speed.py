@@ -23,6 +23,7 @@ from studies.gpu_checks.device import (
     allocated,
     card_bytes,
     free_memory,
+    gib,
     matmul_rate,
     now,
     peak_since_reset,
@@ -39,8 +40,8 @@ POSTS = {"reward": {2: 32, 4: 16, 9: 8}, "sft": {1: 48}, "ppo": {1: 16, 4: 16}, 
 COMPARISONS = [
     ("reward", 4, "trl", "bf16"), ("sft", 1, "trl", "bf16"), ("sft", 1, "trl, packed", "bf16"),
     ("ppo", 4, "unshared rows", "bf16"), ("reward", 9, "trl", "bf16"), ("reward", 2, "trl", "bf16"),
-    ("sampling", 4, "generate", "bf16"), ("sampling", 4, "generate, bf16 weights", "bf16"), ("ppo", 1, None, "bf16"),
-    ("reward", 4, "trl", "fp32"), ("ppo", 4, "unshared rows", "fp32"),
+    ("sampling", 4, "generate", "bf16"), ("sampling", 4, "generate, bf16 weights", "bf16"),
+    ("ppo", 1, None, "bf16"), ("reward", 4, "trl", "fp32"), ("ppo", 4, "unshared rows", "fp32"),
 ]
 # seconds of a comparison at most, and the least that it needs; bytes that the two sides need at most
 SECONDS = {"125m": (7, 4), "350m": (9, 6), "1.3b": (16, 10), "mini": (60, 2)}
@@ -52,7 +53,8 @@ UNITS = {"reward": "pairs", "sft": "tokens", "ppo": "episodes", "sampling": "tok
 def run(results: Results, shape: str, folder: Path) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 for what is not bfloat16, on both sides
     rates = {precision: matmul_rate(precision) for precision in ("bf16", "fp32")}
-    results.check(f"matrix products ({shape})", 0, lambda: Outcome({f"TFLOP/s, {p}": r / 1e12 for p, r in rates.items()}))
+    figures = {f"TFLOP/s, {precision}": rate / 1e12 for precision, rate in rates.items()}
+    results.check(f"matrix products ({shape})", 0, lambda: Outcome(figures))
     limit, least = SECONDS[shape]
     for stage, k, peer, precision in COMPARISONS:
         if precision == "fp32" and shape not in ("125m", "mini"):
@@ -63,7 +65,8 @@ def run(results: Results, shape: str, folder: Path) -> None:
             results.skip(name, short)
             continue
         seconds = min(limit, results.left())
-        results.check(name, least, partial(compared, stage, shape, k, peer, precision, seconds, rates[precision], folder))
+        results.check(name, least, partial(compared, stage, shape, k, peer, precision, seconds, rates[precision],
+                                           folder))
 
 
 def _too_large(stage: str, shape: str) -> str | None:
@@ -157,12 +160,12 @@ def take_turns(builders: dict, seconds: float) -> dict[str, Found]:
 def rates_of(found: dict[str, Found], count: int) -> dict:
     """Units a second of each side; the ratio is that of a turn's times, above 1 where ours is faster."""
     mine = found["ours"]
-    figures = {"ours": count / median(mine.seconds), "turns": len(mine.seconds), "ours: peak GiB": mine.peak / 2**30}
+    figures = {"ours": count / median(mine.seconds), "turns": len(mine.seconds), "ours: peak GiB": gib(mine.peak)}
     for name, theirs in found.items():
         if name != "ours":
             ratios = [b / a for a, b in zip(mine.seconds, theirs.seconds, strict=True)]
             figures |= {"theirs": count / median(theirs.seconds), "ratio": median(ratios), "lowest": min(ratios),
-                        "highest": max(ratios), "theirs: peak GiB": theirs.peak / 2**30}
+                        "highest": max(ratios), "theirs: peak GiB": gib(theirs.peak)}
     return figures
 
 
@@ -192,7 +195,7 @@ def needed_flops(stage: str, config, batch: Batch, length: int) -> int:
 
 
 def planned_gib(stage: str, shape: str, k: int, posts: int, precision: str) -> float | None:
-    """What plan_memory.py says of such a step on one card, without the libraries' own share; None where it has no plan."""
+    """What plan_memory.py says of such a step on one card, without the libraries' own share; None: it has no plan."""
     if stage == "sampling" or shape == "mini":
         return None
     setup = Setup(f"facebook/opt-{shape}", None, "separate", 0, 1, 1, 80 * 2.0**30, None, posts, posts, PROMPT,

@@ -67,10 +67,16 @@ def nothing_learnt(stage: str, summary: dict) -> str | None:
     return None if summary[name] > limit else f"{name} is {summary[name]:.3f}, not above {limit:.3f}"
 
 
-def start_stage(stage: str, out: Path, words: list[str]) -> subprocess.Popen:
-    """The stage's script as a process that writes everything to OUT.log."""
+def start_stage(stage: str, out: Path, words: list[str], threads: int | None = None) -> subprocess.Popen:
+    """The stage's script as a process that writes everything to OUT.log.
+
+    Args:
+        threads: of the processor, where several runs share it; None: as many as torch takes.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, str(PROJECT / "scripts" / f"train_{stage}.py"), "--output_dir", str(out), "--report_to",
                "none", *words]
     with out.with_suffix(".log").open("a") as log:
