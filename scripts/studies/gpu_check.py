@@ -7,15 +7,15 @@ a: log-probs, scores, values, gradients, head, attention and sampling equal sepa
    float32 and bfloat16, for five architectures.
 b: the three stages on the embedded data through their scripts; a run that is stopped and resumed.
 c: each stage under DeepSpeed's ZeRO 1, 2, 3 and with offload, its losses against the plain run's.
-d: seconds and memory beside trl, beside `generate`, and beside our own unshared rows; the share of the card's measured
-   matrix-product rate; what plan_memory.py says beside the peak.
+d: seconds and memory beside trl, beside `generate`, and beside our own unshared rows; the share of the card's
+   measured matrix-product rate; what plan_memory.py says beside the peak.
 
-The folder gets gpu_check.json, with every check's figures or the reason why it was skipped, and table.md. A check
-that fails does not stop the others; then the exit status is 1. Every job is a process of its own. The jobs whose time
-is measured have the card for themselves; the others run at the same time.
+The folder gets gpu_check.json, with every check's figures or the reason why it was skipped, and table.md.
+A failed check does not stop the others; the exit status is then 1. Every job is a process of its own. A job
+whose time is measured has the card for itself; the others run at the same time.
 
-Without a card everything runs in a shrunken form, one job after the other: it shows that the checks run, and its
-times mean nothing.
+Without a card everything runs in a shrunken form, one job after the other. That shows that the checks run.
+The times then mean nothing.
 """
 
 import json
@@ -83,7 +83,9 @@ def phases_of(config: CheckConfig) -> list[Phase]:
     for phase in phases:
         jobs = [job for job in phase.jobs if PARTS[job.name] in config.parts]
         groups = [jobs] if ON_CARD else [[job] for job in jobs]
-        found += [phase._replace(jobs=group) if ON_CARD else Phase(group, 1, 600) for group in groups if group]
+        found += [
+            phase._replace(jobs=group) if ON_CARD else Phase(group, 1, 600) for group in groups if group
+        ]
     return found
 
 
@@ -94,13 +96,34 @@ class Running:
         self.job, self.began, self.short = job, None, False
         self.results, self.log = folder / f"{job.label}.jsonl", folder / f"{job.label}.log"
         paths = [str(PROJECT / "scripts"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1",
-                       "TOKENIZERS_PARALLELISM": "false"}
-        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several cards transformers' Trainer takes all
-        command = [sys.executable, "-m", "studies.gpu_checks.job", job.name, str(self.results), str(folder), job.shape]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        environment.setdefault(
+            "CUDA_VISIBLE_DEVICES", "0"
+        )  # with several cards transformers' Trainer takes all
+        command = [
+            sys.executable,
+            "-m",
+            "studies.gpu_checks.job",
+            job.name,
+            str(self.results),
+            str(folder),
+            job.shape,
+        ]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                                            text=True, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
 
     def go(self, seconds: float, short: bool) -> None:
         """Let it begin; `short`: it gets less than it could use, because the whole check must end."""
@@ -127,10 +150,17 @@ class Running:
         lines = self.log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
         late = status == -signal.SIGKILL
         why = "stopped when the time was over" if late else f"ended with status {status}"
-        return [*rows, {"part": PARTS[self.job.name], "name": f"job {self.job.label}",
-                        "status": "skipped" if late and self.short else "failed",
-                        "seconds": round(time.monotonic() - (self.began or time.monotonic()), 2), "figures": {},
-                        "why": "\n".join([*lines, why])}]
+        return [
+            *rows,
+            {
+                "part": PARTS[self.job.name],
+                "name": f"job {self.job.label}",
+                "status": "skipped" if late and self.short else "failed",
+                "seconds": round(time.monotonic() - (self.began or time.monotonic()), 2),
+                "figures": {},
+                "why": "\n".join([*lines, why]),
+            },
+        ]
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -143,12 +173,21 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def skipped(phase: Phase, why: str) -> list[dict]:
-    return [{"part": PARTS[job.name], "name": f"job {job.label}", "status": "skipped", "seconds": 0.0, "figures": {},
-             "why": why} for job in phase.jobs]
+    return [
+        {
+            "part": PARTS[job.name],
+            "name": f"job {job.label}",
+            "status": "skipped",
+            "seconds": 0.0,
+            "figures": {},
+            "why": why,
+        }
+        for job in phase.jobs
+    ]
 
 
 def run_phases(phases: list[Phase], folder: Path, ends: float, write) -> list[dict]:
-    """All rows; `write(rows)` is called after each phase. On a card jobs start early and wait, to import meanwhile."""
+    """All rows; `write(rows)` is called after each job. On a card jobs start early, to import meanwhile."""
     rows, started = [], {}
     for number, phase in enumerate(phases):
         left = ends - time.monotonic()
@@ -194,11 +233,14 @@ def main(config: CheckConfig) -> None:
     compiling = None
     if ON_CARD and "c" in config.parts:  # offload needs it, and it takes a minute of two cores
         with (folder / "compile.log").open("w") as log:
-            compiling = subprocess.Popen([sys.executable, "-c", COMPILE], stdout=log, stderr=subprocess.STDOUT,
-                                         start_new_session=True)
+            compiling = subprocess.Popen(
+                [sys.executable, "-c", COMPILE], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def write(rows):
-        (folder / "gpu_check.json").write_text(json.dumps({"machine": about, "checks": rows}, indent=1) + "\n")
+        (folder / "gpu_check.json").write_text(
+            json.dumps({"machine": about, "checks": rows}, indent=1) + "\n"
+        )
         (folder / "table.md").write_text(markdown(about, rows) + "\n")
 
     try:

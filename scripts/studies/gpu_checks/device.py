@@ -14,7 +14,17 @@ import torch
 
 from utils.paths import PROJECT
 
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets", "tokenizers", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+    "numpy",
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CARD = DEVICE.type == "cuda"
 
@@ -89,12 +99,18 @@ def machine() -> dict:
             versions[name] = None
     versions["torch"] = torch.__version__  # with its build, such as +cu130
     return {
-        "card": torch.cuda.get_device_name() if ON_CARD else f"no card ({platform.processor() or platform.machine()})",
+        "card": torch.cuda.get_device_name()
+        if ON_CARD
+        else f"no card ({platform.processor() or platform.machine()})",
         "card_memory_mib": torch.cuda.get_device_properties(0).total_memory // 2**20 if ON_CARD else None,
         "capability": torch.cuda.get_device_capability() if ON_CARD else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if ON_CARD else None,
-        "cuda": torch.version.cuda if ON_CARD else None, "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(), "libraries": versions,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if ON_CARD
+        else None,
+        "cuda": torch.version.cuda if ON_CARD else None,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "libraries": versions,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "-C", str(PROJECT), "rev-parse", "HEAD"),
     }

@@ -22,12 +22,21 @@ _OPT = {"ffn_dim": 128, "dropout": 0.0, "attention_dropout": 0.0}
 CONFIGS = {
     "OPT": OPTConfig(**_SIZES, **_SPECIAL, **_OPT, word_embed_proj_dim=64),
     "OPT-350m": OPTConfig(**_SIZES, **_SPECIAL, **_OPT, word_embed_proj_dim=32, do_layer_norm_before=False),
-    "GPT-2": GPT2Config(**_SPECIAL, n_embd=64, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0,
-                        embd_pdrop=0.0, attn_pdrop=0.0),
+    "GPT-2": GPT2Config(
+        **_SPECIAL,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
     "GPT-NeoX": GPTNeoXConfig(**_SIZES, **_SPECIAL, intermediate_size=128, rotary_pct=0.5),
     "Llama, grouped queries": LlamaConfig(**_SIZES, **_SPECIAL, intermediate_size=128, num_key_value_heads=2),
 }
-PROMPTS = (300, 180, 90)  # tokens; the first needs several blocks of queries
+# tokens; the first needs several blocks of queries. After the last, completions that see each other are far off
+PROMPTS = (300, 90, 5)
 COMPLETIONS = (35, 50)  # the shortest and the longest
 
 

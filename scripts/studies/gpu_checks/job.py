@@ -2,8 +2,8 @@
 
     python -m studies.gpu_checks.job NAME RESULTS.jsonl FOLDER SHAPE
 
-It imports what it needs, then waits for a line on its standard input: the seconds that it has. So a job can be started
-while another one still has the card.
+It imports what it needs, then waits for a line on its standard input: the seconds that it has. So a job can
+be started while another one still has the card.
 """
 
 import importlib
@@ -27,8 +27,12 @@ def main(name: str, path: str, folder: str, shape: str) -> None:
     module = importlib.import_module(f"studies.gpu_checks.{name}")
     seconds = float(sys.stdin.readline())
     results = Results(Path(path), PARTS[name], seconds)
-    needs = {"stages": (Path(folder),), "resume": (Path(folder),), "engines": (Path(folder),),
-             "speed": (shape, Path(folder))}
+    needs = {
+        "stages": (Path(folder),),
+        "resume": (Path(folder),),
+        "engines": (Path(folder),),
+        "speed": (shape, Path(folder)),
+    }
     module.run(results, *needs.get(name, ()))
 
 

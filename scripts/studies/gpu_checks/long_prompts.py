@@ -1,4 +1,4 @@
-"""Part d, last: one prompt of 8,192 tokens with 32 answers: the update of the policy, shared against unshared rows."""
+"""Part d, last: a policy's update on one prompt of 8,192 tokens with 32 answers, shared and unshared rows."""
 
 from functools import partial
 from statistics import median
@@ -28,10 +28,19 @@ def run(results: Results) -> None:
 def compared(seconds: float) -> Outcome:
     config = config_of(SHAPE, positions=2 * PROMPT)
     batch = random_batch(1, ANSWERS, PROMPT, (ANSWER, ANSWER), config.vocab_size)
-    sides = {"ours": partial(LongPrompt, config, batch, "bf16"),
-             "unshared rows": partial(LongPrompt, config, batch, "bf16", shared=False)}
+    sides = {
+        "ours": partial(LongPrompt, config, batch, "bf16"),
+        "unshared rows": partial(LongPrompt, config, batch, "bf16", shared=False),
+    }
     found = take_turns(sides, seconds)
     size = flops.Size(config.hidden_size, config.num_hidden_layers, config.ffn_dim, config.vocab_size)
     needed = flops.sft(size, [PROMPT], [[ANSWER] * ANSWERS])
     share = needed / median(found["ours"].seconds) / matmul_rate("bf16")
-    return Outcome({"unit": "episodes", "posts": 1, **rates_of(found, ANSWERS), "share of the matrix-product rate": share})
+    return Outcome(
+        {
+            "unit": "episodes",
+            "posts": 1,
+            **rates_of(found, ANSWERS),
+            "share of the matrix-product rate": share,
+        }
+    )

@@ -29,15 +29,19 @@ class Batch(NamedTuple):
     completions: list[list[list[int]]]
 
 
-def random_batch(posts: int, k: int, prompt: int, completion: tuple[int, int], vocabulary: int, seed: int = 0) -> Batch:
+def random_batch(
+    posts: int, k: int, prompt: int, completion: tuple[int, int], vocabulary: int, seed: int = 0
+) -> Batch:
     """Prompts of one length, completions of lengths between the two given."""
     draw = random.Random(seed)
 
     def tokens(count):
         return [draw.randrange(3, vocabulary) for _ in range(count)]
 
-    return Batch([tokens(prompt) for _ in range(posts)],
-                 [[tokens(draw.randint(*completion)) for _ in range(k)] for _ in range(posts)])
+    return Batch(
+        [tokens(prompt) for _ in range(posts)],
+        [[tokens(draw.randint(*completion)) for _ in range(k)] for _ in range(posts)],
+    )
 
 
 def random_model(config, scalar: bool):
@@ -58,7 +62,9 @@ class Trained:
 
     def __init__(self, model, precision: str):
         self.model, self.precision, self.loss = model.train(), precision, None
-        self.kernels = torch.backends.cuda.cudnn_sdp_enabled()  # as in_blocks left it; the peer's turns switch it on
+        self.kernels = (
+            torch.backends.cuda.cudnn_sdp_enabled()
+        )  # as in_blocks left it; the peer's turns switch it on
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPS, fused=True)
 
     def take_kernels(self) -> None:
@@ -142,12 +148,22 @@ class PPO(Trained):
     """
 
     def __init__(self, config, batch: Batch, precision: str, length: int, shared: bool = True):
-        reward_model, reference = our_model(config, scalar=True).eval(), our_model(config, scalar=False).eval()
-        self.reward_model, self.reference = reward_model.requires_grad_(False), reference.requires_grad_(False)
+        reward_model, reference = (
+            our_model(config, scalar=True).eval(),
+            our_model(config, scalar=False).eval(),
+        )
+        self.reward_model, self.reference = (
+            reward_model.requires_grad_(False),
+            reference.requires_grad_(False),
+        )
         trained = PolicyAndValue(our_model(config, scalar=False), our_model(config, scalar=True))
         super().__init__(trained, precision)
         k = len(batch.completions[0])
-        self.k, self.length, self.eos = (k if shared else 1), length, config.vocab_size  # an EOS that no model emits
+        self.k, self.length, self.eos = (
+            (k if shared else 1),
+            length,
+            config.vocab_size,
+        )  # an EOS that no model emits
         self.prompts = batch.prompts if shared else [prompt for prompt in batch.prompts for _ in range(k)]
 
     def close(self) -> None:
@@ -158,9 +174,17 @@ class PPO(Trained):
         self.take_kernels()
         number = len(self.prompts) * self.k
         with torch.no_grad(), arithmetic(self.precision):
-            samples = sample(self.model.policy, self.prompts, k=self.k, max_new_tokens=self.length,
-                             temperature=TEMPERATURE, seeds=list(range(number)), eos_id=self.eos, pad_id=PAD,
-                             batch_size=len(self.prompts))
+            samples = sample(
+                self.model.policy,
+                self.prompts,
+                k=self.k,
+                max_new_tokens=self.length,
+                temperature=TEMPERATURE,
+                seeds=list(range(number)),
+                eos_id=self.eos,
+                pad_id=PAD,
+                batch_size=len(self.prompts),
+            )
             responses = [samples.responses[i : i + self.k] for i in range(0, number, self.k)]
             batch, passes = Batch(self.prompts, responses), []
             for part in passes_of(batch):
@@ -188,15 +212,28 @@ class Sampling:
 
     def __init__(self, config, batch: Batch, precision: str, length: int):
         self.policy, self.prompts = our_model(config, scalar=False).eval(), batch.prompts
-        self.k, self.length, self.precision, self.eos = len(batch.completions[0]), length, precision, config.vocab_size
+        self.k, self.length, self.precision, self.eos = (
+            len(batch.completions[0]),
+            length,
+            precision,
+            config.vocab_size,
+        )
         self.kernels = torch.backends.cuda.cudnn_sdp_enabled()
 
     def step(self) -> None:
         torch.backends.cuda.enable_cudnn_sdp(self.kernels)
         with torch.no_grad(), arithmetic(self.precision):
-            sample(self.policy, self.prompts, k=self.k, max_new_tokens=self.length, temperature=TEMPERATURE,
-                   seeds=list(range(len(self.prompts) * self.k)), eos_id=self.eos, pad_id=PAD,
-                   batch_size=len(self.prompts))
+            sample(
+                self.policy,
+                self.prompts,
+                k=self.k,
+                max_new_tokens=self.length,
+                temperature=TEMPERATURE,
+                seeds=list(range(len(self.prompts) * self.k)),
+                eos_id=self.eos,
+                pad_id=PAD,
+                batch_size=len(self.prompts),
+            )
 
     def first_loss(self) -> None:
         return None
@@ -215,8 +252,10 @@ class LongPrompt(Trained):
     def __init__(self, config, batch: Batch, precision: str, shared: bool = True):
         super().__init__(our_model(config, scalar=False), precision)
         if not shared:
-            batch = Batch([p for p, group in zip(batch.prompts, batch.completions, strict=True) for _ in group],
-                          [[completion] for group in batch.completions for completion in group])
+            batch = Batch(
+                [p for p, group in zip(batch.prompts, batch.completions, strict=True) for _ in group],
+                [[completion] for group in batch.completions for completion in group],
+            )
         self.batch = batch
 
     def step(self) -> None:

@@ -57,7 +57,13 @@ class Results:
         self._write(name, "skipped", {}, why, 0.0)
 
     def _write(self, name, status, figures, why, seconds):
-        row = {"part": self.part, "name": name, "status": status, "seconds": round(seconds, 2), "figures": figures}
+        row = {
+            "part": self.part,
+            "name": name,
+            "status": status,
+            "seconds": round(seconds, 2),
+            "figures": figures,
+        }
         if why:
             row["why"] = why
         with self.path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Part b, second half: a stage that is stopped by Ctrl-C and resumed ends with the weights of an undisturbed one."""
+"""Part b, second half: a run that is stopped by Ctrl-C and resumed ends with an undisturbed run's weights."""
 
 import json
 import math
@@ -17,8 +17,8 @@ STEPS = 120 if ON_CARD else 6
 STOP_AFTER = 10 if ON_CARD else 1  # logged steps
 ROWS = 16 if ON_CARD else 2
 THREADS = 2  # of each run: other jobs run at the same time
-# Of the way that training goes from the base weights. Kernels that add in any order differ from run to run, so this is
-# checked against the difference of two undisturbed runs, too. A resume without the optimizer's state is off by a third.
+# Of the way that training goes from the base weights. Kernels that add in any order differ from run to run:
+# the difference of two undisturbed runs counts, too.
 LIMIT, SPREAD_FACTOR = 0.02, 4.0
 
 
@@ -30,10 +30,15 @@ def stop_and_resume(folder: Path, seconds: float) -> Outcome:
     """Two undisturbed runs at the same time, then one that is stopped and goes on."""
     ends = time.monotonic() + seconds
     base = PROJECT / "assets" / "opt-mini"
-    words = (f"--model {base} --max_steps {STEPS} --logging_steps 1 --eval_steps {STEPS} --per_device_batch_size {ROWS} "
-             "--learning_rate 1e-4 --warmup_steps 0 --eval_rows 2 --test_rows 2 --max_new_tokens 4").split()
+    words = (
+        f"--model {base} --max_steps {STEPS} --logging_steps 1 --eval_steps {STEPS} "
+        f"--per_device_batch_size {ROWS} --learning_rate 1e-4 --warmup_steps 0 --eval_rows 2 --test_rows 2 "
+        "--max_new_tokens 4"
+    ).split()
     runs = {name: folder / f"resume_{name}" for name in ("first", "second", "stopped")}
-    started = [start_stage("sft", runs[name], words, THREADS) for name in ("first", "second")] if ON_CARD else []
+    started = (
+        [start_stage("sft", runs[name], words, THREADS) for name in ("first", "second")] if ON_CARD else []
+    )
     process = start_stage("sft", runs["stopped"], words, THREADS)
     at = _stop(process, runs["stopped"] / "metrics.jsonl", ends)
     if wrong := wait_for(process, ends - time.monotonic(), 128 + signal.SIGINT):
@@ -49,7 +54,12 @@ def stop_and_resume(folder: Path, seconds: float) -> Outcome:
     way = _distance(weights["first"], load_file(base / "model.safetensors"))
     off = _distance(weights["stopped"], weights["first"]) / way
     spread = _distance(weights["second"], weights["first"]) / way
-    figures = {"stopped after step": at, "of steps": STEPS, "off, of the way trained": off, "two undisturbed runs": spread}
+    figures = {
+        "stopped after step": at,
+        "of steps": STEPS,
+        "off, of the way trained": off,
+        "two undisturbed runs": spread,
+    }
     limit = max(LIMIT, SPREAD_FACTOR * spread)
     return Outcome(figures, None if off <= limit else f"off by {off:.1e} of the way, above {limit:.1e}")
 
@@ -69,7 +79,9 @@ def _stop(process, metrics: Path, ends: float) -> int:
 
 def _distance(a: dict, b: dict) -> float:
     """Euclidean, over the weights that both have: a tied head may be stored or not."""
-    return math.sqrt(sum(float((a[name].double() - b[name].double()).square().sum()) for name in set(a) & set(b)))
+    return math.sqrt(
+        sum(float((a[name].double() - b[name].double()).square().sum()) for name in set(a) & set(b))
+    )
 
 
 def losses(run_folder: Path) -> list[float]:

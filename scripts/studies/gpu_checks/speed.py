@@ -1,11 +1,11 @@
 """Part d: speed and memory of one shape, ours beside trl or beside our own unshared rows, in turns.
 
-Both sides are in one process and take turns on the same batch, step by step, so that both see the same card. Models
-have random weights and OPT's real architecture, prompts have 300 tokens, completions 35 to 50. Both sides train
-float32 weights under bfloat16 autocast, or float32 weights with TF32 products; they keep what they allocate.
+Both sides are in one process and take turns on the same batch, step by step, so that both see the same card.
+Models have OPT's architectures and random weights; prompts have 300 tokens, completions 35 to 50. Both sides
+train float32 weights, under bfloat16 autocast or with TF32 products.
 
-Our side is a plain loop over the functions that the stages use. It has the packing of the batch in it, as trl's has its
-data loader, but no log.
+Our side is a plain loop over the functions that the stages use. It packs the batch in each step, as trl's
+data loader does, and logs nothing.
 """
 
 from functools import partial
@@ -38,10 +38,17 @@ MOST_TURNS, LEAST_TURNS = (7, 2) if ON_CARD else (2, 2)
 POSTS = {"reward": {2: 32, 4: 16, 9: 8}, "sft": {1: 48}, "ppo": {1: 16, 4: 16}, "sampling": {4: 16}}
 # (stage, K, peer, precision), the most valuable first; the peer None: ours alone
 COMPARISONS = [
-    ("reward", 4, "trl", "bf16"), ("sft", 1, "trl", "bf16"), ("sft", 1, "trl, packed", "bf16"),
-    ("ppo", 4, "unshared rows", "bf16"), ("reward", 9, "trl", "bf16"), ("reward", 2, "trl", "bf16"),
-    ("sampling", 4, "generate", "bf16"), ("sampling", 4, "generate, bf16 weights", "bf16"),
-    ("ppo", 1, None, "bf16"), ("reward", 4, "trl", "fp32"), ("ppo", 4, "unshared rows", "fp32"),
+    ("reward", 4, "trl", "bf16"),
+    ("sft", 1, "trl", "bf16"),
+    ("sft", 1, "trl, packed", "bf16"),
+    ("ppo", 4, "unshared rows", "bf16"),
+    ("reward", 9, "trl", "bf16"),
+    ("reward", 2, "trl", "bf16"),
+    ("sampling", 4, "generate", "bf16"),
+    ("sampling", 4, "generate, bf16 weights", "bf16"),
+    ("ppo", 1, None, "bf16"),
+    ("reward", 4, "trl", "fp32"),
+    ("ppo", 4, "unshared rows", "fp32"),
 ]
 # seconds of a comparison at most, and the least that it needs; bytes that the two sides need at most
 SECONDS = {"125m": (7, 4), "350m": (9, 6), "1.3b": (16, 10), "mini": (60, 2)}
@@ -65,8 +72,11 @@ def run(results: Results, shape: str, folder: Path) -> None:
             results.skip(name, short)
             continue
         seconds = min(limit, results.left())
-        results.check(name, least, partial(compared, stage, shape, k, peer, precision, seconds, rates[precision],
-                                           folder))
+        results.check(
+            name,
+            least,
+            partial(compared, stage, shape, k, peer, precision, seconds, rates[precision], folder),
+        )
 
 
 def _too_large(stage: str, shape: str) -> str | None:
@@ -85,7 +95,12 @@ def config_of(shape: str, positions: int = 2048):
     config = opt_config("facebook/opt-125m" if shape == "mini" else f"facebook/opt-{shape}")
     if shape == "mini":
         config.hidden_size = config.word_embed_proj_dim = 64
-        config.num_hidden_layers, config.num_attention_heads, config.ffn_dim, config.vocab_size = 2, 2, 128, 512
+        config.num_hidden_layers, config.num_attention_heads, config.ffn_dim, config.vocab_size = (
+            2,
+            2,
+            128,
+            512,
+        )
     config.dropout = config.attention_dropout = config.layerdrop = 0.0
     config.max_position_embeddings, config.num_labels = positions, 1
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 2, 2
@@ -93,7 +108,7 @@ def config_of(shape: str, positions: int = 2048):
 
 
 def compared(stage, shape, k, peer, precision, seconds, rate, folder) -> Outcome:
-    """One comparison: rates, their ratio turn by turn, peaks, share of the matrix-product rate, planned bytes."""
+    """One comparison: rates, their ratio by turn, peaks, share of the matrix-product rate, planned memory."""
     config = config_of(shape)
     posts = (POSTS[stage][k] // (2 if stage == "ppo" and shape == "1.3b" else 1)) if ON_CARD else 3
     batch = random_batch(posts, k, PROMPT, COMPLETIONS, config.vocab_size)
@@ -118,7 +133,7 @@ def compared(stage, shape, k, peer, precision, seconds, rate, folder) -> Outcome
     return Outcome(figures, wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------- turns
+# ------------------------------------------------------------------------------------------------------ turns
 
 
 class Found:
@@ -160,16 +175,25 @@ def take_turns(builders: dict, seconds: float) -> dict[str, Found]:
 def rates_of(found: dict[str, Found], count: int) -> dict:
     """Units a second of each side; the ratio is that of a turn's times, above 1 where ours is faster."""
     mine = found["ours"]
-    figures = {"ours": count / median(mine.seconds), "turns": len(mine.seconds), "ours: peak GiB": gib(mine.peak)}
+    figures = {
+        "ours": count / median(mine.seconds),
+        "turns": len(mine.seconds),
+        "ours: peak GiB": gib(mine.peak),
+    }
     for name, theirs in found.items():
         if name != "ours":
             ratios = [b / a for a, b in zip(mine.seconds, theirs.seconds, strict=True)]
-            figures |= {"theirs": count / median(theirs.seconds), "ratio": median(ratios), "lowest": min(ratios),
-                        "highest": max(ratios), "theirs: peak GiB": gib(theirs.peak)}
+            figures |= {
+                "theirs": count / median(theirs.seconds),
+                "ratio": median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "theirs: peak GiB": gib(theirs.peak),
+            }
     return figures
 
 
-# ----------------------------------------------------------------------------------------------- what it should be
+# ------------------------------------------------------------------------------------------ what it should be
 
 
 def unit_count(stage: str, batch: Batch, length: int) -> int:
@@ -185,7 +209,10 @@ def unit_count(stage: str, batch: Batch, length: int) -> int:
 def needed_flops(stage: str, config, batch: Batch, length: int) -> int:
     """Floating-point operations that a step needs (planning/flops.py)."""
     size = flops.Size(config.hidden_size, config.num_hidden_layers, config.ffn_dim, config.vocab_size)
-    prompts, completions = list(map(len, batch.prompts)), [list(map(len, group)) for group in batch.completions]
+    prompts, completions = (
+        list(map(len, batch.prompts)),
+        [list(map(len, group)) for group in batch.completions],
+    )
     k = len(completions[0])
     if stage == "ppo":
         return flops.ppo(size, prompts, k, length, ours.PPO_EPOCHS)
@@ -195,13 +222,26 @@ def needed_flops(stage: str, config, batch: Batch, length: int) -> int:
 
 
 def planned_gib(stage: str, shape: str, k: int, posts: int, precision: str) -> float | None:
-    """What plan_memory.py says of such a step on one card, without the libraries' own share; None: it has no plan."""
+    """What plan_memory.py says of such a step, without the libraries' own share; None: it has no plan."""
     if stage == "sampling" or shape == "mini":
         return None
-    setup = Setup(f"facebook/opt-{shape}", None, "separate", 0, 1, 1, 80 * 2.0**30, None, posts, posts, PROMPT,
-                  RESPONSE if stage == "ppo" else COMPLETIONS[1], k, precision, False)
+    setup = Setup(
+        f"facebook/opt-{shape}",
+        None,
+        "separate",
+        0,
+        1,
+        1,
+        80 * 2.0**30,
+        None,
+        posts,
+        posts,
+        PROMPT,
+        RESPONSE if stage == "ppo" else COMPLETIONS[1],
+        k,
+        precision,
+        False,
+    )
     planned = plan(stage, choices_of(["none"])[0], setup)
     base = sum(item.bytes for item in planned.items if item.name == "base" and item.place == "device")
     return (planned.device - base) / 2**30
-
-

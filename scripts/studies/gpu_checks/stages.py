@@ -16,10 +16,12 @@ STAGES = ("sft", "reward", "ppo")
 LAST_CHARACTERS = 600  # of a failed run's output, in the result
 # without a card a few steps show that everything runs
 SHRUNKEN = {
-    "sft": "--max_steps 2 --eval_steps 2 --eval_rows 2 --test_rows 2 --max_new_tokens 4 --per_device_batch_size 2",
-    "reward": "--max_steps 2 --eval_steps 2 --eval_rows 2 --test_rows 2 --per_device_batch_size 2 --centring_data none",
+    "sft": "--max_steps 2 --eval_steps 2 --eval_rows 2 --test_rows 2 --per_device_batch_size 2 "
+    "--max_new_tokens 4",
+    "reward": "--max_steps 2 --eval_steps 2 --eval_rows 2 --test_rows 2 --per_device_batch_size 2 "
+    "--centring_data none",
     "ppo": "--total_episodes 8 --prompts_per_update 2 --responses_per_prompt 2 --eval_rows 2 --test_rows 2 "
-           "--max_new_tokens 4 --save_steps 9",
+    "--max_new_tokens 4 --save_steps 9",
 }
 
 
@@ -27,7 +29,9 @@ def run(results: Results, folder: Path) -> None:
     """Each stage is a check of its own; a stage whose parents are missing is skipped."""
     together = time.monotonic()
     for stage in STAGES:
-        missing = [name for name, path in parents_of(stage, folder) if stage != "sft" and not Path(path).exists()]
+        missing = [
+            name for name, path in parents_of(stage, folder) if stage != "sft" and not Path(path).exists()
+        ]
         if missing:
             results.skip(f"the {stage} stage", f"no {' and no '.join(missing)}: the stage before failed")
             continue
@@ -61,8 +65,11 @@ def one_stage(stage: str, folder: Path, seconds: float) -> Outcome:
 
 def nothing_learnt(stage: str, summary: dict) -> str | None:
     """What is wrong with a stage's final figures; None: nothing."""
-    low = {"sft": ("rouge_avg", summary.get("base_rouge_avg", 0) + 0.2), "reward": ("accuracy", 0.7),
-           "ppo": ("gold_after", summary.get("gold_before", 0))}[stage]
+    low = {
+        "sft": ("rouge_avg", summary.get("base_rouge_avg", 0) + 0.2),
+        "reward": ("accuracy", 0.7),
+        "ppo": ("gold_after", summary.get("gold_before", 0)),
+    }[stage]
     name, limit = low
     return None if summary[name] > limit else f"{name} is {summary[name]:.3f}, not above {limit:.3f}"
 
@@ -77,8 +84,15 @@ def start_stage(stage: str, out: Path, words: list[str], threads: int | None = N
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, str(PROJECT / "scripts" / f"train_{stage}.py"), "--output_dir", str(out), "--report_to",
-               "none", *words]
+    command = [
+        sys.executable,
+        str(PROJECT / "scripts" / f"train_{stage}.py"),
+        "--output_dir",
+        str(out),
+        "--report_to",
+        "none",
+        *words,
+    ]
     with out.with_suffix(".log").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     process.log = out.with_suffix(".log")
