@@ -1,0 +1,241 @@
+"""The other side of each comparison: trl's trainers and transformers' `generate`, as users run them.
+
+trl trains float32 weights under bfloat16 autocast without gradient checkpointing. Its micro-batches hold as
+many tokens as ours. cuDNN's attention kernel, which our models switch off, is on in the peers' turns.
+"""
+
+import os
+import threading
+import traceback
+from itertools import combinations
+from queue import Queue
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from studies.gpu_checks.device import DEVICE, ON_CARD, arithmetic, now
+from studies.gpu_checks.ours import (
+    ADAM_EPS,
+    CLIP_NORM,
+    LEARNING_RATE,
+    PAD,
+    PASS_TOKENS,
+    TEMPERATURE,
+    random_model,
+)
+
+PACKED_TOKENS = (
+    2048 if ON_CARD else 64
+)  # OPT has no more positions, and counts them along the whole packed row
+STEPS = 1000  # more than there are turns
+EPOCH = 10  # steps
+PATIENCE = 120  # seconds for a trainer to end
+
+
+class StepByStep(TrainerCallback):
+    """Lets a `Trainer` that runs in a thread of its own do one step at a time."""
+
+    def __init__(self):
+        self.allowed, self.finished, self.stop, self.loss = threading.Semaphore(0), Queue(), False, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.allowed.acquire()
+        control.should_training_stop = self.stop
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now()  # wait for the card
+        control.should_log = state.global_step == 1  # a log waits for the card: users log, but not each step
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.loss = logs.get("loss", self.loss)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """A turn ends when the next step's batch is fetched, so that each turn has one fetch in it."""
+        if state.global_step:
+            self.finished.put(None)
+            self.allowed.acquire()
+            control.should_training_stop = self.stop
+
+
+class TrlSide:
+    """A trainer of trl, a step at a time."""
+
+    def __init__(self, trainer):
+        self.turns = StepByStep()
+        trainer.add_callback(self.turns)
+        self.thread = threading.Thread(target=self._train, args=(trainer,), daemon=True)
+        self.thread.start()
+
+    def _train(self, trainer):
+        try:
+            trainer.train()
+        except BaseException:
+            self.turns.finished.put(traceback.format_exc())
+        else:
+            self.turns.finished.put("the trainer ended" if not self.turns.stop else None)
+
+    def step(self) -> None:
+        """Raises RuntimeError with the trainer's traceback when it failed."""
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        self.turns.allowed.release()
+        if problem := self.turns.finished.get():
+            raise RuntimeError(problem)
+
+    def first_loss(self) -> float | None:
+        return self.turns.loss
+
+    def close(self) -> None:
+        self.turns.stop = True
+        self.turns.allowed.release()
+        self.thread.join(PATIENCE)
+        del self.turns
+
+
+def reward(config, batch, precision, folder) -> TrlSide:
+    """trl's RewardTrainer: each pair is two rows that both hold the prompt."""
+    from trl import RewardConfig, RewardTrainer
+
+    pairs = [
+        {"chosen_ids": prompt + group[a], "rejected_ids": prompt + group[b]}
+        for prompt, group in zip(batch.prompts, batch.completions, strict=True)
+        for a, b in combinations(range(len(group)), 2)
+    ]
+    longest = max(max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs)
+    size = divisor(len(pairs), PASS_TOKENS // (2 * longest))
+    return TrlSide(
+        RewardTrainer(
+            model=random_model(config, scalar=True),
+            processing_class=small_tokenizer(),
+            args=RewardConfig(**arguments(folder, precision, size, len(pairs) // size), max_length=None),
+            train_dataset=repeated(pairs),
+        )
+    )
+
+
+def sft(config, batch, precision, folder, packing=False) -> TrlSide:
+    """trl's SFTTrainer with the loss on completions.
+
+    Packed, a micro-batch is one row of PACKED_TOKENS: trl lays the rows of a micro-batch into one, and OPT
+    counts its positions along it. OPT hands no position ids to its mask: examples of a row see each other.
+    """
+    from trl import SFTConfig, SFTTrainer, pack_dataset
+
+    rows = [
+        {"input_ids": p + c[0], "labels": [-100] * len(p) + c[0]}
+        for p, c in zip(batch.prompts, batch.completions, strict=True)
+    ]
+    size, length = divisor(len(rows), PASS_TOKENS // max(len(row["input_ids"]) for row in rows)), None
+    if packing:
+        rows, size, length = pack_dataset(Dataset.from_list(rows), PACKED_TOKENS).to_list(), 1, PACKED_TOKENS
+    return TrlSide(
+        SFTTrainer(
+            model=random_model(config, scalar=False),
+            processing_class=small_tokenizer(),
+            args=SFTConfig(
+                **arguments(folder, precision, size, len(rows) // size),
+                packing=packing,
+                max_length=length,
+                dataset_kwargs={"skip_prepare_dataset": True},
+            ),
+            train_dataset=repeated(rows),
+        )
+    )
+
+
+def packed_sft(config, batch, precision, folder) -> TrlSide:
+    return sft(config, batch, precision, folder, packing=True)
+
+
+class Generate:
+    """transformers' `generate`, which repeats the prompt for each of its K samples."""
+
+    def __init__(self, config, batch, precision, folder, length, dtype=torch.float32):
+        self.policy = random_model(config, scalar=False).to(dtype).eval()
+        self.policy.generation_config.eos_token_id = None  # responses of a fixed length
+        self.k, self.length = len(batch.completions[0]), length
+        self.precision = precision if dtype == torch.float32 else "fp32"  # 16-bit weights need no autocast
+        self.batch = small_tokenizer().pad({"input_ids": batch.prompts}, return_tensors="pt").to(DEVICE)
+
+    def step(self) -> None:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        with torch.no_grad(), arithmetic(self.precision):
+            self.policy.generate(
+                **self.batch,
+                do_sample=True,
+                num_return_sequences=self.k,
+                max_new_tokens=self.length,
+                min_new_tokens=self.length,
+                temperature=TEMPERATURE,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=PAD,
+            ).tolist()
+
+    def first_loss(self) -> None:
+        return None
+
+    def close(self) -> None:
+        del self.policy
+
+
+class GenerateIn16Bits(Generate):
+    """`generate` of a model whose weights are bfloat16, as people serve it."""
+
+    def __init__(self, config, batch, precision, folder, length):
+        super().__init__(config, batch, precision, folder, length, torch.bfloat16)
+
+
+PEERS = {
+    ("trl", "reward"): reward,
+    ("trl", "sft"): sft,
+    ("trl, packed", "sft"): packed_sft,
+    ("generate", "sampling"): Generate,
+    ("generate, bf16 weights", "sampling"): GenerateIn16Bits,
+}
+
+
+def arguments(folder, precision, size, accumulated) -> dict:
+    """As our side, with everything off that trl does besides training."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # of the trainer before
+    return {
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulated,
+        "max_steps": STEPS,
+        "learning_rate": LEARNING_RATE,
+        "adam_epsilon": ADAM_EPS,
+        "max_grad_norm": CLIP_NORM,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 2 * STEPS,
+        "save_strategy": "no",
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "bf16": precision == "bf16",
+        "use_cpu": not ON_CARD,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": ON_CARD,
+    }
+
+
+def repeated(rows: list[dict]) -> Dataset:
+    """The same rows for every step, in one epoch: a new epoch would begin with a new data loader."""
+    return concatenate_datasets([Dataset.from_list(rows)] * EPOCH)
+
+
+def divisor(items: int, most: int) -> int:
+    """The largest divisor of `items` up to `most`: micro-batches of one size."""
+    return next(size for size in range(max(1, min(items, most)), 0, -1) if items % size == 0)
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Special tokens alone: all data is given as token ids, and trainers ask for nothing else."""
+    words = {"<s>": 0, "<pad>": PAD, "</s>": 2}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "<s>")),
+        pad_token="<pad>",
+        eos_token="</s>",
+        padding_side="left",
+    )
