@@ -1,17 +1,22 @@
 """DeepSpeed beside test_zero.py's table: adapters, parts, shared trunks, bfloat16, best weights, resume."""
 
+import gzip
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from run_folders import furthest, metrics, weights
+from utils.config import PROJECT
 from zero_cases import STAGES, launch, losses, make_models, weights_of, words_of
 
 pytestmark = pytest.mark.slow
 STEPS = 8
 WORDS = {"lora": ["--lora_rank", "4"], "350m": [], "bf16": ["--mixed_precision", "bf16"]}
-IN_PARTS = {"sft": ["--micro_batch_tokens", "200"], "reward": ["--micro_batch_tokens", "200"],
-            "ppo": ["--value_model", "shared"]}
+# every second step has one row, of which the second process has none
+IN_PARTS = {"sft": "--micro_batch_tokens 200 --actor_training_data {0}/actor_train.jsonl",
+            "reward": "--micro_batch_tokens 200 --reward_training_data {0}/reward_train.jsonl",
+            "ppo": "--value_model shared"}
 ENGINES = {"lora": ["zero2", "zero3"], "350m": ["zero3"], "bf16": ["zero2", "zero3"]}
 RESUMED = [("zero1", 2), ("zero2_offload", 1), ("zero3_offload", 1), ("zero3", 2)]
 
@@ -20,6 +25,9 @@ RESUMED = [("zero1", 2), ("zero2_offload", 1), ("zero3_offload", 1), ("zero3", 2
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
     make_models(folder)
+    for name in ("actor_train", "reward_train"):
+        with gzip.open(PROJECT / "data" / "tldr_mini" / f"{name}.jsonl.gz", "rt") as rows:
+            (folder / f"{name}.jsonl").write_text("".join(next(rows) for _ in range(9)))
     return folder
 
 
@@ -29,7 +37,7 @@ def others(models):
     launch(models, 2, [
         (stage, models / f"{kind}-{stage}-{engine}",
          [*words_of(models, stage, 4, 1, engine, STEPS, "350m" if kind == "350m" else "usual"), *WORDS[kind],
-          *(IN_PARTS[stage] if kind == "350m" else []),
+          *(IN_PARTS[stage].format(models).split() if kind == "350m" else []),
           *(["--gradient_checkpointing", "true"] if kind == "350m" and engine else [])], None)
         for engine in (None, "zero2", "zero3") for kind in WORDS if engine in [None, *ENGINES[kind]]
         for stage in STAGES
