@@ -295,7 +295,7 @@ def test_the_table_says_what_was_found_failed_and_skipped():
             "name": "sft, 125m",
             "status": "failed",
             "figures": {},
-            "why": "Traceback\nOutOfMemoryError",
+            "why": "Traceback\nOutOfMemoryError: 1\n[W] left",
         },
         {"part": "c", "name": "job engines", "status": "skipped", "figures": {}, "why": "needs about 30 s"},
     ]
@@ -304,7 +304,7 @@ def test_the_table_says_what_was_found_failed_and_skipped():
         "A card, 81559 MiB, driver 580.1, 16 cores; 2026-11-27; commit abc; torch 2.11.0\n"
     )
     assert "| reward, 125m | 100 pairs/s | 25 | 4.00 (3.90 - 4.10) | 3.0 | 12.0 | 3.3 | 45% |" in text
-    assert "- sft, 125m: failed: OutOfMemoryError" in text and "1 passed, 1 failed" in text
+    assert "- sft, 125m: failed: OutOfMemoryError: 1\n" in text and "1 passed, 1 failed" in text
     assert "- job engines: skipped: needs about 30 s" in text and "Equalities" not in text
 
 
