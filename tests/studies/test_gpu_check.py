@@ -148,6 +148,37 @@ def test_jobs_without_time_are_skipped(tmp_path):
     assert not (tmp_path / "speed_350m.log").exists()
 
 
+@pytest.mark.parametrize("on_card", [True, False])
+def test_jobs_import_early_but_never_beside_the_first_phase(on_card, tmp_path, monkeypatch):
+    events = []
+
+    class Told:
+        def __init__(self, job, folder):
+            self.job, self.process = job, subprocess.Popen(["sleep", "60"], start_new_session=True)
+            events.append(f"start {job.label}")
+
+        def go(self, seconds, short):
+            events.append(f"go {self.job.label}, {short}")
+
+        def wait(self, ends):
+            gpu_check.kill_group(self.process)
+            events.append(f"end {self.job.label}")
+
+        def rows(self):
+            return [{"name": self.job.label}]
+
+    monkeypatch.setattr(gpu_check, "ON_CARD", on_card)
+    monkeypatch.setattr(gpu_check, "Running", Told)
+    phases = [Phase([Job("a")], 0, 50), Phase([Job("b"), Job("c")], 0, 50), Phase([Job("d")], 0, 5000)]
+    rows = run_phases(phases, tmp_path, time.monotonic() + 500, lambda rows: None)
+    assert [row["name"] for row in rows] == ["a", "b", "c", "d"]
+    first = ["start a", "go a, False", "end a", "start b", "start c"]
+    together = ["go b, False", "go c, False", "end b", "end c"]
+    last = ["go d, True", "end d"]
+    early, late = (["start d"], []) if on_card else ([], ["start d"])
+    assert events == [*first, *early, *together, *late, *last]
+
+
 def test_the_most_valuable_come_first_and_share_the_card_where_nothing_is_timed(monkeypatch):
     monkeypatch.setattr(gpu_check, "ON_CARD", True)
     phases = [[job.label for job in phase.jobs] for phase in phases_of(CheckConfig())]
@@ -264,7 +295,7 @@ def test_the_table_says_what_was_found_failed_and_skipped():
             "name": "sft, 125m",
             "status": "failed",
             "figures": {},
-            "why": "Traceback\nOutOfMemoryError",
+            "why": "Traceback\nOutOfMemoryError: 1\n[W] left",
         },
         {"part": "c", "name": "job engines", "status": "skipped", "figures": {}, "why": "needs about 30 s"},
     ]
@@ -273,7 +304,7 @@ def test_the_table_says_what_was_found_failed_and_skipped():
         "A card, 81559 MiB, driver 580.1, 16 cores; 2026-11-27; commit abc; torch 2.11.0\n"
     )
     assert "| reward, 125m | 100 pairs/s | 25 | 4.00 (3.90 - 4.10) | 3.0 | 12.0 | 3.3 | 45% |" in text
-    assert "- sft, 125m: failed: OutOfMemoryError" in text and "1 passed, 1 failed" in text
+    assert "- sft, 125m: failed: OutOfMemoryError: 1\n" in text and "1 passed, 1 failed" in text
     assert "- job engines: skipped: needs about 30 s" in text and "Equalities" not in text
 
 

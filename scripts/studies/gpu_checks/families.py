@@ -35,7 +35,7 @@ CONFIGS = {
     "GPT-NeoX": GPTNeoXConfig(**_SIZES, **_SPECIAL, intermediate_size=128, rotary_pct=0.5),
     "Llama, grouped queries": LlamaConfig(**_SIZES, **_SPECIAL, intermediate_size=128, num_key_value_heads=2),
 }
-# tokens; the first needs several blocks of queries. After the last, completions that see each other are far off
+# tokens; the first needs several blocks of queries; beside the last a completion counts much
 PROMPTS = (300, 90, 5)
 COMPLETIONS = (35, 50)  # the shortest and the longest
 

@@ -12,19 +12,18 @@ import sys
 import warnings
 from pathlib import Path
 
-import transformers
-
 from studies.gpu_checks.results import Results
 
 PARTS = {"equalities": "a", "stages": "b", "resume": "b", "engines": "c", "speed": "d", "long_prompts": "d"}
 
 
 def main(name: str, path: str, folder: str, shape: str) -> None:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     module = importlib.import_module(f"studies.gpu_checks.{name}")
+    if transformers := sys.modules.get("transformers"):  # jobs that only start other processes do without it
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
     seconds = float(sys.stdin.readline())
     results = Results(Path(path), PARTS[name], seconds)
     needs = {

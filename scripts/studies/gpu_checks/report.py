@@ -1,5 +1,6 @@
 """The result as tables in Markdown, to be read and to be pasted into docs/speed.md."""
 
+import re
 from collections import Counter
 
 PARTS = {
@@ -31,12 +32,18 @@ def markdown(machine: dict, rows: list[dict]) -> str:
         lines += [f"### {title}", "", ", ".join(f"{count} {status}" for status, count in counts.items()), ""]
         lines += {"a": _equalities, "b": _stages, "c": _engines, "d": _speed}[part](mine)
         lines += [
-            f"- {row['name']}: {row['status']}: {row['why'].splitlines()[-1]}"
+            f"- {row['name']}: {row['status']}: {reason(row['why'])}"
             for row in mine
             if row["status"] != "passed"
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def reason(why: str) -> str:
+    """The line that names the error, or the last one: libraries warn when they end after an error."""
+    lines = why.strip().splitlines()
+    return next((line for line in reversed(lines) if re.search(r"\w(Error|Exception)\b", line)), lines[-1])
 
 
 def _table(header: list[str], cells: list[list[str]]) -> list[str]:
@@ -97,6 +104,8 @@ def _speed(rows):
     cells = []
     for row in rows:
         found = row["figures"]
+        if not found:
+            continue
         if "ours" not in found:
             cells.append(
                 [row["name"], *[f"{value:.0f} {name}" for name, value in found.items()][:1], *["-"] * 6]

@@ -50,8 +50,9 @@ COMPARISONS = [
     ("reward", 4, "trl", "fp32"),
     ("ppo", 4, "unshared rows", "fp32"),
 ]
-# seconds of a comparison at most, and the least that it needs; bytes that the two sides need at most
-SECONDS = {"125m": (7, 4), "350m": (9, 6), "1.3b": (16, 10), "mini": (60, 2)}
+# seconds of a comparison's turns at most; and that it needs at least, with a start of 2 to 6 on an H200
+SECONDS = {"125m": (3, 8), "350m": (4, 10), "1.3b": (7, 14), "mini": (60, 2)}
+# bytes that the two sides need at most: for each weight, and besides
 BYTES_A_WEIGHT = {"reward": 32, "sft": 32, "ppo": 2 * 40, "sampling": 12}
 ACTIVATIONS = 24 * 2**30
 UNITS = {"reward": "pairs", "sft": "tokens", "ppo": "episodes", "sampling": "tokens"}
@@ -146,9 +147,10 @@ class Found:
 def take_turns(builders: dict, seconds: float) -> dict[str, Found]:
     """Each side does a step after the other, after one that is not counted, until the seconds are over.
 
+    The seconds begin after the first steps, which load kernels.
     A side's peak is that of its turns without what the other side holds meanwhile.
     """
-    ends, found, sides = now() + seconds, {}, {}
+    found, sides = {}, {}
     try:
         for name, build in builders.items():
             before = allocated()
@@ -156,6 +158,7 @@ def take_turns(builders: dict, seconds: float) -> dict[str, Found]:
             sides[name].step()
             found[name].loss = sides[name].first_loss()
             found[name].rest = allocated() - before
+        ends = now() + seconds
         for turn in range(MOST_TURNS):
             if turn >= LEAST_TURNS and now() + sum(one.seconds[-1] for one in found.values()) > ends:
                 break
