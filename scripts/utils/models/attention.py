@@ -4,6 +4,9 @@ torch's kernels compute the whole (T, T) table under a mask and throw half of it
 is a tenth (OPT-125m) to a quarter (the mini model) of a step, and blocks take a fifth to a quarter less time
 for it. FlexAttention could also skip what completions do not see of each other, but has no backward pass on
 CPUs (torch 2.13).
+
+On a GPU one call is faster: on an H200 blocks took 12.0 ms against 4.2 ms at 1,500 tokens in float32, forward
+and backward, and 5.5 ms against 1.7 ms in bfloat16.
 """
 
 from itertools import pairwise
@@ -18,7 +21,7 @@ _BLOCK = 128  # queries of a block. Smaller blocks cost more in calls than they 
 
 
 def causal_blocks(module, query, key, value, attention_mask, **more):
-    """transformers' SDPA attention, in blocks when T queries attend to T keys.
+    """transformers' SDPA attention, on a CPU in blocks when T queries attend to T keys.
 
     Other calls, such as a decoding step with few queries and many keys, are passed on in one piece.
 
@@ -31,7 +34,7 @@ def causal_blocks(module, query, key, value, attention_mask, **more):
     """
     length = query.shape[2]
     count = length // _BLOCK
-    if attention_mask is None or key.shape[2] != length or count < 2:
+    if attention_mask is None or key.shape[2] != length or count < 2 or query.is_cuda:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     parts = [
         sdpa_attention_forward(module, query[:, :, first:end], key[:, :, :end], value[:, :, :end],
