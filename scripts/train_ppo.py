@@ -1,16 +1,19 @@
-"""Stage 3, PPO: the policy learns to write summaries that the reward model scores highly, close to the SFT model.
+"""Stage 3, PPO: the policy learns to write summaries that the reward model scores highly, close to the SFT
+model.
 
-    python scripts/train_ppo.py                                        # the embedded default, after the other two stages
+    python scripts/train_ppo.py                             # the embedded default, after the other two stages
     python scripts/train_ppo.py --config configs/opt/ppo.yaml configs/opt/125m.yaml
-    python scripts/train_ppo.py --rlhf_training_data my_prompts.jsonl --rlhf_validation_data none --rlhf_test_data none \\
-        --gold_rules none --model outputs/mine/sft/final --reward_model outputs/mine/reward/final --output_dir outputs/mine/ppo
+    python scripts/train_ppo.py --rlhf_training_data my_prompts.jsonl --rlhf_validation_data none \\
+        --rlhf_test_data none --gold_rules none --model outputs/mine/sft/final \\
+        --reward_model outputs/mine/reward/final --output_dir outputs/mine/ppo
 
-One update (`train`): sample K responses for each prompt, score them, take the log-probs of the reference policy and the
-values, turn score and KL into rewards, advantages by GAE, then `ppo_epochs` passes of the clipped objective
-(`optimise`). A prompt is computed once for its K responses in every one of these passes. `advantage: rloo` or `grpo`
-compares the K responses with each other instead, and needs no value model.
+One update (`train`): sample K responses for each prompt, score them, take the log-probs of the reference
+policy and the values, turn score and KL into rewards, advantages by GAE, then `ppo_epochs` passes of the
+clipped objective (`optimise`). A prompt is computed once for its K responses in every one of these passes.
+`advantage: rloo` or `grpo` compares the K responses with each other instead, and needs no value model.
 
-Shapes: N episodes (responses) of this rank, the K of a prompt one after the other; R tokens in the longest response.
+Shapes: N episodes (responses) of this rank, the K of a prompt one after the other; R tokens in the longest
+response.
 
 Every `eval_steps` updates held-out posts are summarised; the policy with the highest score within `kl_budget`
 is the one in final/. It does not train on human ratings directly.
@@ -75,57 +78,76 @@ class PPOStageConfig(StageConfig):
     section: ClassVar[str] = "ppo"
 
     model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
-    reward_model: str = key("outputs/opt-125m/reward/final", "The reward model; the value model starts from it.",
+    reward_model: str = key("outputs/opt-125m/reward/final",
+                            "The reward model; the value model starts from it.",
                             source="detail 22")
     rlhf_training_data: str = data_key("trl-lib/tldr", "Prompts.")
-    rlhf_validation_data: str | None = data_key(None, "Prompts that choose the policy; none: held out of the training data.")
-    rlhf_test_data: str | None = data_key(None, "Prompts that the final figures are taken on; none: held out too.")
+    rlhf_validation_data: str | None = data_key(None, "Prompts that choose the policy; none: held out of "
+                                                       "the training data.")
+    rlhf_test_data: str | None = data_key(None, "Prompts that the final figures are taken on; "
+                                                 "none: held out too.")
     gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.")
     total_episodes: int = key(100_000, "Responses sampled in the whole run.", unit="episodes", low=1)
     prompts_per_update: int = key(128, "Prompts of one update, over all processes.", unit="prompts", low=1)
-    responses_per_prompt: int = key(4, "K, responses sampled for each prompt; 128 x 4 is the published 512.", unit="responses",
+    responses_per_prompt: int = key(4, "K, responses sampled for each prompt; 128 x 4 is the published 512.",
+                                    unit="responses",
                                     source="detail 31", low=1)
     ppo_epochs: int = key(4, "Passes over the episodes of an update.", unit="passes",
                           source="detail 31; DSC: 1 is more stable", low=1)
-    num_minibatches: int = key(1, "Optimizer steps in one pass, each on its share of the prompts.", unit="steps",
+    num_minibatches: int = key(1, "Optimizer steps in one pass, each on its share of the prompts.",
+                               unit="steps",
                                source="detail 31", low=1)
     max_new_tokens: int = key(53, "Longest response.", unit="tokens", source="detail 3", low=1)
-    temperature: float = key(0.7, "Divides the logits in every log-probability.", source="detail 25", low=1e-3)
-    kl_coef: float = key(0.05, "Weight of the KL penalty; with kl_target its first value.", unit="score a nat",
+    temperature: float = key(0.7, "Divides the logits in every log-probability.", source="detail 25",
+                             low=1e-3)
+    kl_coef: float = key(0.05, "Weight of the KL penalty; with kl_target its first value.",
+                         unit="score a nat",
                          source="detail 23", low=0.0)
-    kl_estimator: str = key("k1", "Estimator of the KL that is penalised.", source="detail 24", choices=["k1", "k2", "k3"])
-    kl_target: float | None = key(None, "kl_coef adapts so that the KL gets here (LMHP: 6); none: kl_coef is fixed.",
+    kl_estimator: str = key("k1", "Estimator of the KL that is penalised.", source="detail 24",
+                            choices=["k1", "k2", "k3"])
+    kl_target: float | None = key(None, "kl_coef adapts so that the KL gets here (LMHP: 6); none: "
+                                        "kl_coef is fixed.",
                                   unit="nats a summary", source="detail 23", low=1e-6)
     kl_horizon: int = key(10_000, "How slowly kl_coef adapts.", unit="episodes", source="detail 23", low=1)
-    score_clip: float | None = key(None, "Scores are clipped to plus or minus this (DSC: 5); none: not clipped.", unit="score",
+    score_clip: float | None = key(None, "Scores are clipped to plus or minus this (DSC: 5); "
+                                         "none: not clipped.", unit="score",
                                    source="DSC", low=1e-6)
-    whiten_rewards: bool = key(False, "Scale rewards to variance 1, their mean kept; harmful in N+.", source="detail 30")
-    advantage: str = key("gae", "GAE of a value model; or a response against the others of its prompt (no value model).",
+    whiten_rewards: bool = key(False, "Scale rewards to variance 1, their mean kept; harmful in N+.",
+                               source="detail 30")
+    advantage: str = key("gae", "GAE of a value model; or a response against the others of its prompt "
+                                "(no value model).",
                          source="detail 29; RLOO; GRPO", choices=["gae", "rloo", "grpo"])
-    value_model: str = key("separate", "A model of its own, from the reward model; or a head on the policy's trunk, at half the "
-                           "cost.", source="detail 22", choices=["separate", "shared"])
+    value_model: str = key("separate", "A model of its own, from the reward model; or a head on the policy's "
+                                       "trunk, at half the cost.", source="detail 22",
+                                       choices=["separate", "shared"])
     gamma: float = key(1.0, "Discount.", source="detail 29", low=0.0, high=1.0)
     lam: float = key(0.95, "Lambda of GAE.", source="detail 29", low=0.0, high=1.0)
     cliprange: float = key(0.2, "Clip of the probability ratio.", source="detail 31", low=0.0)
     cliprange_value: float = key(0.2, "Clip of the value.", unit="score", source="detail 31", low=0.0)
     vf_coef: float = key(0.1, "Weight of the value loss.", source="detail 31", low=0.0)
-    target_kl: float | None = key(None, "No further pass in an update after one whose approx_kl is above this; none: all passes.",
+    target_kl: float | None = key(None, "No further pass in an update after one whose approx_kl is above "
+                                        "this; none: all passes.",
                                   unit="nats a token", low=0.0)
     ptx_coef: float = key(0.0, "Weight of the SFT loss on actor_training_data, added in each step; 0: off.",
                           source="detail 34", low=0.0)
     actor_training_data: str | None = data_key(None, "SFT examples for ptx_coef.")
-    max_completion_tokens: int = key(64, "SFT examples with longer completions are dropped.", unit="tokens", low=2)
-    ema_decay: float = key(0.0, "Judge and keep an exponential average of the policy (IG: .992 a step); 0: the policy itself.",
+    max_completion_tokens: int = key(64, "SFT examples with longer completions are dropped.", unit="tokens",
+                                     low=2)
+    ema_decay: float = key(0.0, "Judge and keep an exponential average of the policy (IG: .992 a step); 0: "
+                                "the policy itself.",
                            source="detail 35", low=0.0, high=0.999999)
     missing_eos_score: float = key(-1.0, "Score of a response without EOS.", unit="score", source="detail 26")
     save_steps: int = key(20, "A checkpoint is saved every so many updates.", unit="updates", low=1)
-    eval_steps: int = key(10, "Summarise the validation prompts every so many updates.", unit="updates", low=1)
+    eval_steps: int = key(10, "Summarise the validation prompts every so many updates.", unit="updates",
+                          low=1)
     eval_rows: int = key(200, "Prompts in each evaluation during training.", unit="prompts", low=1)
     test_rows: int = key(400, "Prompts in the final figures.", unit="prompts", low=1)
     eval_batch_size: int = key(64, "Prompts summarised at once.", unit="prompts", low=1)
     eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="detail 32", low=1e-3)
-    kl_budget: float = key(20.0, "A policy further than this from the reference is never chosen.", unit="nats a summary", low=0.0)
-    kl_limit: float = key(100.0, "The run stops when the KL of an update is above this.", unit="nats a summary", low=0.0)
+    kl_budget: float = key(20.0, "A policy further than this from the reference is never chosen.",
+                           unit="nats a summary", low=0.0)
+    kl_limit: float = key(100.0, "The run stops when the KL of an update is above this.",
+                          unit="nats a summary", low=0.0)
 
     @property
     def episodes_per_update(self) -> int:
@@ -151,27 +173,32 @@ class PPOStageConfig(StageConfig):
         return idle
 
 
-# --------------------------------------------------------------------------------------------------- the algorithm
+# ---------------------------------------------------------------------------------------------- the algorithm
 
 
 def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJudge | None) -> None:
-    """PPO. Sampling and scoring call the models inside the accelerator's wrapper, so they need its autocast (detail 27).
+    """PPO. Sampling and scoring call the models inside the accelerator's wrapper, so they need its autocast
+    (detail 27).
 
-    Its blocks must be short: autocast keeps the weights it has cast until its end, and they are old after a step.
+    Its blocks must be short: autocast keeps the weights it has cast until its end, and they are old after a
+    step.
     """
     config = loop.config
-    for update, places in loop.steps(PromptBatches(len(posts.prompts), config.prompts_per_update, config.seed)):
+    for update, places in loop.steps(PromptBatches(len(posts.prompts), config.prompts_per_update,
+                                                   config.seed)):
         began = time.time()
         queries = [posts.prompts[place] for place in places][own_prompts(loop)]
         with torch.no_grad(), loop.accelerator.autocast():
             episodes = sample_episodes(loop, models.policy, queries, update)
             score = episodes.measure(partial(scores, models.reward_model))  # (N,)
-            ref_logprobs = episodes.measure(partial(response_logprobs, models.ref_policy, temperature=config.temperature))
+            ref_logprobs = episodes.measure(partial(response_logprobs, models.ref_policy,
+                                                    temperature=config.temperature))
             values = episodes.measure(models.trained.values)  # (N, R) of the state before each token
         mask, logprobs = episodes.response_mask, episodes.logprobs
         score = missing_eos_penalty(score, episodes.ended, config.missing_eos_score)  # detail 26
         kl = kl_estimate(logprobs, ref_logprobs, config.kl_estimator)  # (N, R), detail 24
-        rewards = token_rewards(clipped(score, config.score_clip), kl, mask, loop.carried["kl_coef"])  # detail 23
+        # detail 23
+        rewards = token_rewards(clipped(score, config.score_clip), kl, mask, loop.carried["kl_coef"])
         if config.whiten_rewards:
             rewards = whitened(loop, rewards, mask, shift_mean=False)  # detail 30
         advantages, returns = estimate_advantages(loop, rewards, values, mask)  # details 29 and 30
@@ -182,16 +209,21 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
         sampled = time.time()
         figures |= optimise(loop, models, episodes, rollout, posts.supervised)
         if config.kl_target is not None:
-            loop.carried["kl_coef"] = adapted_kl_coef(loop.carried["kl_coef"], figures["objective/kl"], config.kl_target,
+            loop.carried["kl_coef"] = adapted_kl_coef(loop.carried["kl_coef"], figures["objective/kl"],
+                                                      config.kl_target,
                                                       config.episodes_per_update, config.kl_horizon)
-        loop.run.metrics(update, figures | {"time/rollout": sampled - began, "time/update": time.time() - sampled})
+        loop.run.metrics(update, figures | {"time/rollout": sampled - began,
+                                            "time/update": time.time() - sampled})
         loop.show(score=figures["objective/score"], kl=figures["objective/kl"])
         if loop.evaluates(update):
             evaluate(loop, models, posts.validation, judge, gold, update)
 
 
-def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout, supervised: Tokenised | None) -> dict:
-    """Up to `ppo_epochs` passes of the clipped objective (detail 31); metrics are means over all tokens of all passes."""
+def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout,
+             supervised: Tokenised | None) -> dict:
+    """Up to `ppo_epochs` passes of the clipped objective (detail 31); metrics are means over all tokens of
+    all passes.
+    """
     config, all_sums = loop.config, TokenSums(loop.accelerator)
     ptx_losses = []
     for epoch in range(1, config.ppo_epochs + 1):
@@ -207,12 +239,14 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout, s
                 losses, clips = policy_loss(new_logprobs, old.logprobs, old.advantages, config.cliprange)
                 objective, figures = losses, {"loss/policy": losses}
                 if new_values is not None:
-                    value_losses, value_clips = value_loss(new_values, old.values, old.returns, config.cliprange_value)
+                    value_losses, value_clips = value_loss(new_values, old.values, old.returns,
+                                                           config.cliprange_value)
                     objective = losses + config.vf_coef * value_losses
                     figures |= {"loss/value": value_losses, "value/clipfrac": value_clips.float()}
                 loop.backward(objective[old.response_mask].sum() / tokens, groups)
                 if loop.part_counts:
-                    sums.add({name: value.detach()[old.response_mask].sum() for name, value in figures.items()})
+                    sums.add({name: value.detach()[old.response_mask].sum()
+                              for name, value in figures.items()})
                     sums.add(*statistics_of(new_logprobs, old, entropy, clips))
             if loop.optimizer_step() and models.average is not None:
                 models.average.update_parameters(models.policy)  # detail 35
@@ -225,7 +259,7 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout, s
                       "policy/learning_rate": loop.learning_rate}
 
 
-# ------------------------------------------------------------------------------------------- parts of the algorithm
+# ------------------------------------------------------------------------------------- parts of the algorithm
 
 
 def clipped(score: Tensor, limit: float | None) -> Tensor:
@@ -239,7 +273,8 @@ def whitened(loop: Loop, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Te
     return whiten(x, mask, mean, var, shift_mean)
 
 
-def estimate_advantages(loop: Loop, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+def estimate_advantages(loop: Loop, rewards: Tensor, values: Tensor | None,
+                        mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Advantages and, with a value model, returns: (N, R) (detail 29)."""
     config = loop.config
     if config.advantage == "gae":
@@ -250,7 +285,9 @@ def estimate_advantages(loop: Loop, rewards: Tensor, values: Tensor | None, mask
 
 
 def add_supervised_gradients(loop: Loop, supervised: Tokenised, count: int) -> float:
-    """Add ptx_coef x the SFT loss on `count` examples to the gradients of this optimizer step; returns that loss."""
+    """Add ptx_coef x the SFT loss on `count` examples to the gradients of this optimizer step; returns that
+    loss.
+    """
     config = loop.config
     draw = random.Random(f"{config.seed}-supervised-{loop.scheduler.last_epoch}")
     rows = draw.choices(range(len(supervised.prompts)), k=count)
@@ -288,7 +325,8 @@ def rollout_metrics(loop: Loop, rollout: Rollout, ended: Tensor) -> dict:
         return loop.total(per_episode.double().sum()).item() / loop.config.episodes_per_update
 
     def kl(estimator: str) -> float:
-        return mean(torch.where(mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator), 0.0).sum(1))
+        return mean(torch.where(mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator),
+                                0.0).sum(1))
 
     figures = {"objective/kl": kl("k1"), "objective/kl_k3": kl("k3"), "objective/score": mean(rollout.scores),
                "objective/rlhf_reward": mean(rollout.rewards.sum(1)), "objective/length": mean(mask.sum(1)),
@@ -307,18 +345,21 @@ def refuse_collapse(loop: Loop, figures: dict, update: int) -> None:
     if not (math.isfinite(kl) and math.isfinite(figures["objective/score"])):
         reason = "the KL or the score is not finite (NaN or infinite): lower learning_rate"
     elif kl > loop.config.kl_limit:
-        reason = (f"the KL to the reference is {kl:.1f} nats a summary, above kl_limit {loop.config.kl_limit}: lower "
+        reason = (f"the KL to the reference is {kl:.1f} nats a summary, above kl_limit "
+                  f"{loop.config.kl_limit}: lower "
                   "learning_rate or raise kl_coef")
     if reason:
         loop.run.metrics(update, figures)
         raise UserError(f"{reason}; the last checkpoint is intact")
 
 
-# -------------------------------------------------------------------------------------------------- what it reaches
+# -------------------------------------------------------------------------------------------- what it reaches
 
 
-def evaluate(loop: Loop, models: Models, validation: Tokenised, judge: Judge, gold: GoldJudge | None, update: int):
-    """Summarise the validation prompts nearly greedily, log the figures, offer the policy as the best one (detail 33).
+def evaluate(loop: Loop, models: Models, validation: Tokenised, judge: Judge, gold: GoldJudge | None,
+             update: int):
+    """Summarise the validation prompts nearly greedily, log the figures, offer the policy as the best one
+    (detail 33).
 
     The KL is that of summaries sampled at the training temperature: of greedy ones it would be no estimate.
     """
@@ -359,9 +400,11 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
     score_before, score_after = map(fmean, judge.scores(test, [before, after], "test, scores"))
     kl = fmean(judge.kls(test, after, "test, KL"))
     lengths = [fmean(map(len, summaries.tokens)) for summaries in (before, after)]
-    loop.run.log(f"test: share with EOS {fmean(after.ended):.3f}, length {lengths[0]:.1f} -> {lengths[1]:.1f} tokens")
+    loop.run.log(f"test: share with EOS {fmean(after.ended):.3f}, length {lengths[0]:.1f} -> "
+                 f"{lengths[1]:.1f} tokens")
     figures = gold.compare(test.examples, written, config.seed) if gold is not None else {}
-    texts = zip(test.examples[:20], written["before", "greedy"].texts, written["after", "greedy"].texts, strict=False)
+    texts = zip(test.examples[:20], written["before", "greedy"].texts, written["after", "greedy"].texts,
+                strict=False)
     return Ending(
         samples=[{"prompt": example.prompt, "reference": example.completion, "sft": sft, "ppo": ppo}
                  for example, sft, ppo in texts],
@@ -374,7 +417,7 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
 
 
 class Posts(NamedTuple):
@@ -411,10 +454,12 @@ def supervised_examples(config, examples: Rows, held_out: list[Rows], report) ->
     judged = {mark for rows in held_out for mark in rows.prompts()}
     kept = examples.select([mark not in judged for mark in examples.prompts()])
     if len(kept) < len(examples):
-        report.log(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} examples, whose prompts "
+        report.log(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} "
+                   f"examples, whose prompts "
                    "are held out for validation or test")
     if not len(kept):
-        raise UserError(f"actor_training_data: every prompt in '{config.actor_training_data}' is held out for validation or "
+        raise UserError(f"actor_training_data: every prompt in '{config.actor_training_data}' is held out "
+                        f"for validation or "
                         "test; name the data that train_sft.py learnt from")
     return tokenised(kept.weighed(config.seed), config.max_completion_tokens, report.log)
 
@@ -423,23 +468,29 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
     """Raise UserError for keys that make no sense together."""
     processes = world().num_processes
     if config.prompts_per_update % processes:
-        raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out over {processes} "
+        raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out "
+                        f"over {processes} "
                         "processes; take a multiple")
     if config.advantage != "gae" and config.responses_per_prompt < 2:
-        raise UserError(f"responses_per_prompt: advantage '{config.advantage}' compares the responses to a prompt with each "
+        raise UserError(f"responses_per_prompt: advantage '{config.advantage}' compares the responses to a "
+                        f"prompt with each "
                         "other, so there must be 2 or more; or take advantage 'gae'")
     if bool(config.ptx_coef) != bool(config.actor_training_data):
-        raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that train_sft.py learnt from)")
+        raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that "
+                        "train_sft.py learnt from)")
     if config.advantage != "gae" and config.value_model != "separate":
-        raise UserError(f"value_model: advantage '{config.advantage}' has none; leave it out, or take advantage 'gae'")
+        raise UserError(f"value_model: advantage '{config.advantage}' has none; leave it out, or "
+                        f"take advantage 'gae'")
     if config.target_kl is not None and config.ppo_epochs == 1:
-        raise UserError("target_kl: it leaves out later passes, but ppo_epochs is 1; raise that, or leave target_kl out")
+        raise UserError("target_kl: it leaves out later passes, but ppo_epochs is 1; raise that, or "
+                        "leave target_kl out")
     if config.kl_target is not None:
         episodes = config.prompts_per_update * config.responses_per_prompt
         if not config.kl_coef:
             raise UserError("kl_coef: 0 never adapts to kl_target; give a first value above 0")
         if episodes >= 5 * config.kl_horizon:  # the factor 1 - .2 episodes / horizon
-            raise UserError(f"kl_horizon: with {episodes} episodes an update it must be above {episodes / 5:g}, or one update "
+            raise UserError(f"kl_horizon: with {episodes} episodes an update it must be above "
+                            f"{episodes / 5:g}, or one update "
                             "would turn kl_coef to 0 and below")
 
 
@@ -460,7 +511,8 @@ def main(config: PPOStageConfig) -> None:
 
     run = Run(config, "ppo", report)
     optimizer_steps = config.updates * config.ppo_epochs * config.steps_per_pass
-    loop = Loop(run, models.trained, sft.tokenizer, Schedule(config.updates, optimizer_steps, "linear"), deepspeed)
+    loop = Loop(run, models.trained, sft.tokenizer, Schedule(config.updates, optimizer_steps, "linear"),
+                deepspeed)
     for frozen in () if deepspeed else models.frozen:
         frozen.to(loop.device)
     if config.ema_decay:

@@ -1,13 +1,14 @@
 """Stage 2, the reward model: the SFT model's trunk with a scalar head learns which summary people prefer.
 
-    python scripts/train_reward.py                                        # the embedded default, after train_sft.py
+    python scripts/train_reward.py                                  # the embedded default, after train_sft.py
     python scripts/train_reward.py --config configs/opt/reward.yaml configs/opt/125m.yaml
-    python scripts/train_reward.py --reward_training_data my.jsonl --reward_validation_data none --reward_test_data none \\
-        --centring_data none --model outputs/mine/sft/final --output_dir outputs/mine/reward
+    python scripts/train_reward.py --reward_training_data my.jsonl --reward_validation_data none \\
+        --reward_test_data none --centring_data none --model outputs/mine/sft/final \\
+        --output_dir outputs/mine/reward
 
 K ranked summaries of a post are one row: the post is computed once and all K(K-1)/2 pairs are trained on. The
-loss is -log sigmoid(r_better - r_worse), one mean over all pairs of an optimizer step. At the end the scores are
-shifted so that reference summaries score 0, and the model is saved as a stock one-label classifier.
+loss is -log sigmoid(r_better - r_worse), one mean over all pairs of an optimizer step. At the end the scores
+are shifted so that reference summaries score 0, and the model is saved as a stock one-label classifier.
 
 It does not train on absolute ratings.
 """
@@ -30,9 +31,20 @@ from utils.data.rows import NamedSet, load_data, refuse_overlap, split_rows, tok
 from utils.data.sources import data_key
 from utils.judge.evaluation import score_groups
 from utils.judge.gold import labeller_figures
-from utils.judge.metrics import bootstrap_interval, expected_calibration_error, pair_accuracy, rank_correlation
+from utils.judge.metrics import (
+    bootstrap_interval,
+    expected_calibration_error,
+    pair_accuracy,
+    rank_correlation,
+)
 from utils.judge.plots import plot_calibration, plot_reward
-from utils.judge.rankings import accuracy_by_note, confidence, gaps_of, longest_accuracy, reliability_by_confidence
+from utils.judge.rankings import (
+    accuracy_by_note,
+    confidence,
+    gaps_of,
+    longest_accuracy,
+    reliability_by_confidence,
+)
 from utils.launch import start
 from utils.loop import EpochStageConfig, Loop
 from utils.models.loading import centre_scores, load_scalar_model, refuse_too_long, trainable
@@ -50,30 +62,38 @@ class RewardStageConfig(EpochStageConfig):
 
     section: ClassVar[str] = "reward"
 
-    model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a folder or a hub name.")
+    model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a "
+                                                   "folder or a hub name.")
     reward_training_data: str = data_key("CarperAI/openai_summarize_comparisons", "Comparisons or rankings.")
-    reward_validation_data: str | None = data_key(None, "Rankings to watch during training; none: held out of the training "
-                                                  "data.")
-    reward_test_data: str | None = data_key(None, "Rankings that the final figures are taken on; none: held out too.")
-    centring_data: str | None = data_key(None, "Examples whose references score 0 on average (detail 19); none: no shift.")
-    rating_data: str | None = data_key(None, "Rated answers (openai/summarize_from_feedback, axis): in the end, how far scores "
-                                       "agree with the overall ratings; none: not looked at.")
+    reward_validation_data: str | None = data_key(None, "Rankings to watch during training; none: held "
+                                                         "out of the training data.")
+    reward_test_data: str | None = data_key(None, "Rankings that the final figures are taken on; "
+                                                   "none: held out too.")
+    centring_data: str | None = data_key(None, "Examples whose references score 0 on average (detail "
+                                               "19); none: no shift.")
+    rating_data: str | None = data_key(None, "Rated answers (openai/summarize_from_feedback, axis): in the "
+                                             "end, how far scores agree with the overall ratings; "
+                                             "none: not looked at.")
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
                                source="IG: K = 4 to 9", low=2)
-    min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's authors advise 2.",
+    min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's "
+                                      "authors advise 2.",
                                  source="SHP", low=0.0)
-    max_pairs_per_prompt: int | None = key(None, "Of a prompt's pairwise rows the first so many; SHP's authors advise 5.",
+    max_pairs_per_prompt: int | None = key(None, "Of a prompt's pairwise rows the first so many; SHP's "
+                                                 "authors advise 5.",
                                            unit="pairs", source="SHP", low=1)
-    max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens", source="N+", low=2)
+    max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens",
+                                     source="N+", low=2)
     margin: float = key(0.0, "The better score must be above the worse by this.", unit="score",
                         source="Llama 2, 2307.09288", low=0.0)
-    centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of each post around 0.",
+    centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of "
+                                    "each post around 0.",
                                source="Eisenstein 2023, 2312.09244", low=0.0)
     test_rows: int = key(1000, "Posts in the final figures.", unit="posts", low=1)
     eval_batch_size: int = key(32, "Rows scored at once.", unit="rows", low=1)
 
 
-# --------------------------------------------------------------------------------------------------- the algorithm
+# ---------------------------------------------------------------------------------------------- the algorithm
 
 
 def train(loop: Loop, rankings, validation) -> None:
@@ -82,10 +102,13 @@ def train(loop: Loop, rankings, validation) -> None:
     batches = LengthGroupedBatches(list(rankings["length"]), config.rows_per_step, config.seed)
     for step, places in loop.steps(batches):
         rows = rows_at(rankings, loop.share(places))
-        passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size, config.micro_batch_tokens)
+        passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size,
+                               config.micro_batch_tokens)
         parts = [collate([rows[i] for i in part], loop) for part in passes]
         pairs = loop.total(sum(len(order) for _, order in parts))  # of all ranks
-        for groups, order in loop.parts(parts, spare=lambda first=places[:1]: collate(rows_at(rankings, first), loop)):
+        for groups, order in loop.parts(parts,
+                                        spare=lambda first=places[:1]: collate(rows_at(rankings, first),
+                                                                               loop)):
             score = loop.model(groups)  # (N,)
             better, worse = score[order].unbind(1)  # (P,)
             losses = pairwise_loss(better, worse, config.margin, config.centring_coef)
@@ -101,24 +124,28 @@ def train(loop: Loop, rankings, validation) -> None:
             evaluate(loop, validation, step)
 
 
-def pairwise_loss(better: torch.Tensor, worse: torch.Tensor, margin: float, centring_coef: float) -> torch.Tensor:
-    """-log sigmoid(better - worse - margin) + centring_coef (better + worse)^2 of each pair, all (P,), float32.
+def pairwise_loss(better: torch.Tensor, worse: torch.Tensor, margin: float,
+                  centring_coef: float) -> torch.Tensor:
+    """-log sigmoid(better - worse - margin) + centring_coef (better + worse)^2 of each pair, all (P,),
+    float32.
 
-    Sources: ST; IG eq. 1 (detail 17). The margin is that of Llama 2 (2307.09288, eq. 2), one for all pairs; the second
-    term is Eisenstein et al.'s (2312.09244).
+    Sources: ST; IG eq. 1 (detail 17). The margin is that of Llama 2 (2307.09288, eq. 2), one for all pairs;
+    the second term is Eisenstein et al.'s (2312.09244).
     """
     return -logsigmoid(better - worse - margin) + centring_coef * (better + worse).square()
 
 
 def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor]:
     """Prompt groups, and (better, worse) indices into the batch's N completions: (P, 2) (detail 18)."""
-    groups = pack([row["prompt"] for row in rows], [row["completions"] for row in rows], loop.tokenizer.pad_token_id)
+    groups = pack([row["prompt"] for row in rows], [row["completions"] for row in rows],
+                  loop.tokenizer.pad_token_id)
     starts = np.cumsum([0] + [len(row["completions"]) for row in rows])
-    order = [(first + b, first + w) for first, row in zip(starts, rows, strict=False) for b, w in row["pairs"]]
+    order = [(first + b, first + w) for first, row in zip(starts, rows, strict=False)
+             for b, w in row["pairs"]]
     return groups.to(loop.device), torch.tensor(order, device=loop.device)
 
 
-# ------------------------------------------------------------------------------------------------- what it reaches
+# -------------------------------------------------------------------------------------------- what it reaches
 
 
 def accuracy_of(loop: Loop, rows, title: str) -> tuple[dict[str, float], list[list[float]]]:
@@ -129,7 +156,8 @@ def accuracy_of(loop: Loop, rows, title: str) -> tuple[dict[str, float], list[li
     """
     found = scores_of(loop, rows["prompt"], rows["completions"], title)
     if not all(math.isfinite(score) for group in found for score in group):
-        raise UserError(f"{title}: a score is not finite (NaN or infinite): lower learning_rate; the last checkpoint is "
+        raise UserError(f"{title}: a score is not finite (NaN or infinite): lower learning_rate; the "
+                        f"last checkpoint is "
                         "intact")
     accuracy, low, high = bootstrap_interval(*pair_accuracy(found, rows["pairs"]), loop.config.seed)
     gaps, right = gaps_of(found, rows["pairs"])
@@ -140,7 +168,8 @@ def accuracy_of(loop: Loop, rows, title: str) -> tuple[dict[str, float], list[li
 def scores_of(loop: Loop, prompts, completions, title: str) -> list[list[float]]:
     """The model's score of each completion of each prompt."""
     with loop.accelerator.autocast():
-        return score_groups(loop.module.model, loop.tokenizer, prompts, completions, loop.config.eval_batch_size, title)
+        return score_groups(loop.module.model, loop.tokenizer, prompts, completions,
+                            loop.config.eval_batch_size, title)
 
 
 def evaluate(loop: Loop, validation, step: int) -> None:
@@ -152,10 +181,12 @@ def evaluate(loop: Loop, validation, step: int) -> None:
 
 def centre(loop: Loop, references) -> None:
     """Shift the scores so that reference summaries score 0 on average (detail 19)."""
-    found = scores_of(loop, references.prompts, [[completion] for completion in references.completions], "centring")
+    found = scores_of(loop, references.prompts, [[completion] for completion in references.completions],
+                      "centring")
     mean = float(np.mean(found))
     centre_scores(loop.module.model, mean)
-    loop.run.log(f"shifted the scores by {-mean:+.3f}: the {len(found)} reference summaries now score 0 on average")
+    loop.run.log(f"shifted the scores by {-mean:+.3f}: the {len(found)} reference summaries now "
+                 f"score 0 on average")
 
 
 def log_rating_agreement(loop: Loop, ratings) -> None:
@@ -163,21 +194,25 @@ def log_rating_agreement(loop: Loop, ratings) -> None:
     found = scores_of(loop, ratings["prompt"], ratings["completions"], "ratings")
     rated = [rating for group in ratings["label_scores"] for rating in group]
     agreement = rank_correlation([score for group in found for score in group], rated)
-    loop.run.log(f"test, rank correlation of scores and overall ratings: {agreement:.3f} ({len(rated)} answers)")
+    loop.run.log(f"test, rank correlation of scores and overall ratings: {agreement:.3f} "
+                 f"({len(rated)} answers)")
 
 
-# ------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
 
 
 def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
-    """Training, validation and test rankings as tokens, no prompt in two; references for centring; rated answers."""
+    """Training, validation and test rankings as tokens, no prompt in two; references for centring; rated
+    answers.
+    """
     loaded = load_data(config, {
         "reward_training_data": NamedSet(config.reward_training_data, "rankings"),
         "reward_validation_data": NamedSet(config.reward_validation_data, "rankings"),
         "reward_test_data": NamedSet(config.reward_test_data, "rankings"),
         "centring_data": NamedSet(config.centring_data, "examples"),
         "rating_data": NamedSet(config.rating_data, "ratings"),
-    }, tokenizer, report, {"max_completions": config.max_completions, "min_score_ratio": config.min_score_ratio,
+    }, tokenizer, report, {"max_completions": config.max_completions,
+                           "min_score_ratio": config.min_score_ratio,
                            "max_pairs_per_prompt": config.max_pairs_per_prompt})
     names = ("reward_training_data", "reward_validation_data", "reward_test_data")
     parts = split_rows(config, loaded, *names, report)
@@ -188,7 +223,8 @@ def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
         references = tokenised(references.first(config.test_rows), config.max_completion_tokens, report.log)
     ratings = loaded.get("rating_data")
     if ratings is not None:
-        refuse_overlap({"reward_training_data": parts[0], "rating_data": ratings}, config.allow_overlap, report.log)
+        refuse_overlap({"reward_training_data": parts[0], "rating_data": ratings}, config.allow_overlap,
+                       report.log)
         ratings = usable(ratings, config, "rating_data", report).dataset()
     return *(rows.dataset() for rows in parts), references, ratings
 
@@ -200,7 +236,8 @@ def usable(rows, config, name, report):
         report.log(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with a completion of more "
                    f"than {config.max_completion_tokens} tokens")
     if not len(kept):
-        raise UserError(f"{name}: no group is left; raise max_completion_tokens ({config.max_completion_tokens})")
+        raise UserError(f"{name}: no group is left; raise max_completion_tokens "
+                        f"({config.max_completion_tokens})")
     return kept
 
 
@@ -246,7 +283,8 @@ def ending(loop: Loop, test, figures: dict, found: list[list[float]], speed: flo
     loop.run.metrics(loop.step, {"test/accuracy": figures["accuracy"], "test/ece": figures["ece"]})
     decode = loop.tokenizer.batch_decode
     parts = zip(test["prompt"][:20], test["completions"][:20], test["pairs"][:20], found[:20], strict=True)
-    pairs = [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True) for b, w in order]
+    pairs = [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True)
+             for b, w in order]
 
     def plot(run):
         plot_calibration(run, curves)

@@ -1,9 +1,9 @@
 """Stage 1, supervised fine-tuning: a language model learns to write summaries from examples.
 
-    python scripts/train_sft.py                                        # the embedded default, about a minute on two cores
-    python scripts/train_sft.py --config configs/opt/sft.yaml configs/opt/125m.yaml    # a real model and data set
-    python scripts/train_sft.py --actor_training_data my.jsonl --actor_validation_data none --actor_test_data none \\
-        --output_dir outputs/mine/sft
+    python scripts/train_sft.py                            # the embedded default, about a minute on two cores
+    python scripts/train_sft.py --config configs/opt/sft.yaml configs/opt/125m.yaml    # a real model and data
+    python scripts/train_sft.py --actor_training_data my.jsonl --actor_validation_data none \\
+        --actor_test_data none --output_dir outputs/mine/sft
 
 The loss is taken on the completion and its EOS, and the language-model head is applied there only. Every
 `eval_steps` the model summarises held-out posts; the checkpoint with the highest mean of ROUGE-1/2/L is kept.
@@ -46,19 +46,21 @@ class SFTStageConfig(EpochStageConfig):
 
     model: str = key("facebook/opt-125m", "Base model: a folder or a hub name.")
     actor_training_data: str = data_key("trl-lib/tldr", "Examples to learn from.")
-    actor_validation_data: str | None = data_key(None, "Examples that choose the checkpoint; none: held out of the "
-                                                 "training data.")
+    actor_validation_data: str | None = data_key(None, "Examples that choose the checkpoint; "
+                                                        "none: held out of the training data.")
     actor_test_data: str | None = data_key(None, "Examples of the final figures; none: held out too.")
     loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13",
                        choices=["completion", "sequence"])
-    max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens", low=2)
-    max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="detail 3", low=1)
+    max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens",
+                                     low=2)
+    max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="detail 3",
+                              low=1)
     eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="detail 14", low=1e-3)
     test_rows: int = key(400, "Posts in the final figures.", unit="posts", low=1)
     eval_batch_size: int = key(64, "Posts that are summarised at once.", unit="posts", low=1)
 
 
-# --------------------------------------------------------------------------------------------------- the algorithm
+# ---------------------------------------------------------------------------------------------- the algorithm
 
 
 def train(loop: Loop, examples, validation) -> None:
@@ -67,10 +69,12 @@ def train(loop: Loop, examples, validation) -> None:
     batches = LengthGroupedBatches(list(examples["length"]), config.rows_per_step, config.seed)
     for step, places in loop.steps(batches):
         rows = rows_at(examples, loop.share(places))
-        passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size, config.micro_batch_tokens)
+        passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size,
+                               config.micro_batch_tokens)
         parts = [collate([rows[i] for i in part], loop) for part in passes]
         tokens = loop.total(sum(groups.response_mask.sum() for groups in parts))  # of all ranks
-        for groups in loop.parts(parts, spare=lambda first=places[:1]: collate(rows_at(examples, first), loop)):
+        for groups in loop.parts(parts, spare=lambda first=places[:1]: collate(rows_at(examples, first),
+                                                                               loop)):
             logprobs = loop.model(groups)  # (N, R), 0 at padding
             loop.backward(-logprobs.sum() / tokens, groups)
         loop.optimizer_step()
@@ -86,25 +90,31 @@ def train(loop: Loop, examples, validation) -> None:
 
 
 def collate(rows: list[dict], loop: Loop) -> PromptGroups:
-    """Prompt groups of one completion each. With the loss on the sequence the first token alone is the prompt."""
+    """Prompt groups of one completion each. With the loss on the sequence the first token alone is the
+    prompt.
+    """
     prompts = [row["prompt"] for row in rows]
     completions = [row["completion"] for row in rows]
     if loop.config.loss_on == "sequence":
-        completions = [prompt[1:] + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        completions = [prompt[1:] + completion for prompt, completion in zip(prompts, completions,
+                                                                             strict=True)]
         prompts = [prompt[:1] for prompt in prompts]
-    return pack(prompts, [[completion] for completion in completions], loop.tokenizer.pad_token_id).to(loop.device)
+    return pack(prompts, [[completion] for completion in completions],
+                loop.tokenizer.pad_token_id).to(loop.device)
 
 
-# -------------------------------------------------------------------------------------------------- what it reaches
+# -------------------------------------------------------------------------------------------- what it reaches
 
 
 def rouge_of(loop: Loop, posts: Tokenised, title: str) -> tuple[dict[str, float], Summaries]:
     """ROUGE of generated summaries, share with EOS and mean length (detail 14); and the summaries."""
     with loop.accelerator.autocast():
-        written = summarise(loop.module.model, loop.tokenizer, posts.prompts, loop.config, loop.config.eval_temperature,
+        written = summarise(loop.module.model, loop.tokenizer, posts.prompts, loop.config,
+                            loop.config.eval_temperature,
                             title)
     references = [example.completion.strip() for example in posts.examples]
-    figures = SummaryRouge().compute(predictions=[text.strip() for text in written.texts], references=references)
+    figures = SummaryRouge().compute(predictions=[text.strip() for text in written.texts],
+                                     references=references)
     return {**figures, "ended": fmean(written.ended), "tokens": fmean(map(len, written.tokens))}, written
 
 
@@ -117,7 +127,7 @@ def evaluate(loop: Loop, validation: Tokenised, step: int) -> dict[str, float]:
     return figures
 
 
-# ------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
 
 
 def load_splits(config: SFTStageConfig, tokenizer, report: DataReport) -> list[Tokenised]:
@@ -127,7 +137,8 @@ def load_splits(config: SFTStageConfig, tokenizer, report: DataReport) -> list[T
         "actor_validation_data": NamedSet(config.actor_validation_data, "examples"),
         "actor_test_data": NamedSet(config.actor_test_data, "examples"),
     }, tokenizer, report)
-    parts = split_rows(config, loaded, "actor_training_data", "actor_validation_data", "actor_test_data", report)
+    parts = split_rows(config, loaded, "actor_training_data", "actor_validation_data", "actor_test_data",
+                       report)
     return [tokenised(rows, config.max_completion_tokens, report.log) for rows in parts]
 
 

@@ -561,7 +561,7 @@ MUTATIONS = [
          "len(prompt), len(prompt)", "column - first, column - first"),
         ("log-probs are read one state too late", 27, "pack", "column - 1, column - 1", "column, column"),
         ("a completion's first token is predicted from what stands before it in the row", 27, "pack",
-         "states[n, 0] = first + len(prompt) - 1", "pass"),
+         "state_columns[n, 0] = first + len(prompt) - 1", "pass"),
         ("all places of the response mask are real", 12, "pack",
          "response_mask[n, :size]", "response_mask[n]"),
         ("the score is read at the row's last position", 16, "pack", "column + size - 1", "width - 1"),

@@ -1,23 +1,26 @@
-"""How fast each stage is beside what a user would otherwise run: the same model, data and settings, side by side.
+"""How fast each stage is beside what a user would otherwise run: the same model, data and settings, side by
+side.
 
-    python scripts/studies/benchmark.py --quick                                  # the mini shape, a few minutes on two cores
+    python scripts/studies/benchmark.py --quick                   # the mini shape, a few minutes on two cores
     python scripts/studies/benchmark.py --output outputs/benchmark.json --figure outputs/benchmark.png
     python scripts/studies/benchmark.py --stage reward --shape mini 125m --k 4 --repetitions 5
-    python scripts/studies/benchmark.py --shape mini --prompt_length 500         # how the ratio moves; also --k, --processes 2
+    python scripts/studies/benchmark.py --shape mini --prompt_length 500    # how the ratio moves; also --k
     python scripts/studies/benchmark.py --profile --k 4 --shape mini             # where the time goes
-    python scripts/studies/benchmark.py --cost --figure outputs/cost.png         # time and memory against the work
+    python scripts/studies/benchmark.py --cost --figure outputs/cost.png    # time and memory against the work
 
-Peers: trl's SFTTrainer (plain and packed) and RewardTrainer, transformers' `generate`, and trl's last PPOTrainer, which
-runs in an environment of its own (.venv-bench, made from requirements-bench.txt where it is missing).
+Peers: trl's SFTTrainer (plain and packed) and RewardTrainer, transformers' `generate`, and trl's last
+PPOTrainer, which runs in an environment of its own (.venv-bench, made from requirements-bench.txt where it is
+missing).
 
-Each side is a process of its own. They take turns, so both see the same machine: a turn is one optimizer step, one PPO
-update or one round of sampling, of each side, on the same posts. After a turn that is not counted, the ratio is the
-median over turns of their time over ours; its low and high are the smallest and the largest. Before that the two must have
-done the same: as many tokens, pairs or episodes, and the same loss where the algorithm is the same.
+Each side is a process of its own. They take turns, so both see the same machine: a turn is one optimizer
+step, one PPO update or one round of sampling, of each side, on the same posts. After a turn that is not
+counted, the ratio is the median over turns of their time over ours; its low and high are the smallest and the
+largest. Before that the two must have done the same: as many tokens, pairs or episodes, and the same loss
+where the algorithm is the same.
 
-Memory is the peak of the whole process. Utilisation is that of ours: the floating-point operations that the algorithm needs
-(planning/flops.py), divided by the time and by the float32 matrix-product rate measured in the same turn.
-Models have random weights. Threads are torch's default; OMP_NUM_THREADS sets them.
+Memory is the peak of the whole process. Utilisation is that of ours: the floating-point operations that the
+algorithm needs (planning/flops.py), divided by the time and by the float32 matrix-product rate measured in
+the same turn. Models have random weights. Threads are torch's default; OMP_NUM_THREADS sets them.
 """
 
 import json
@@ -48,20 +51,26 @@ class BenchmarkConfig:
     peer: list[str] = key([], "Peers by name, such as RewardTrainer; none: all.")
     k: list[int] = key([], "Completions for each prompt; none: all that a stage is measured with.")
     quick: bool = key(False, "The mini shape with K = 4 and few repetitions only.")
-    repetitions: int | None = key(None, "Turns that are counted; none: more for smaller models.", unit="turns", low=1)
-    prompt_length: int | None = key(None, "Give every prompt this length; none: those of real posts.", unit="tokens", low=1,
+    repetitions: int | None = key(None, "Turns that are counted; none: more for smaller models.",
+                                  unit="turns", low=1)
+    prompt_length: int | None = key(None, "Give every prompt this length; none: those of real posts.",
+                                    unit="tokens", low=1,
                                     high=1900)
-    processes: int = key(1, "Run our side as so many processes (torchrun) that share out the cores; the peer has one with all.",
+    processes: int = key(1, "Run our side as so many processes (torchrun) that share out the cores; the peer "
+                            "has one with all.",
                          unit="processes", low=1)
-    profile: bool = key(False, "Say besides where each side's time goes: generation, scoring, update, data, other.")
-    cost: bool = key(False, "Measure in place of ratios how time and memory of ours grow with K, prompt, posts and model.")
+    profile: bool = key(False, "Say besides where each side's time goes: generation, scoring, "
+                               "update, data, other.")
+    cost: bool = key(False, "Measure in place of ratios how time and memory of ours grow with K, "
+                            "prompt, posts and model.")
     output: str | None = key(None, "The rows of the table: a .json file.")
     figure: str | None = key(None, "The ratios, or the costs: a .png file.")
 
 
 def refuse_unknown(config: BenchmarkConfig) -> None:
     """Raise UserError for a name that is none."""
-    known = {"stage": list(PEERS), "shape": list(SHAPES), "peer": [peer for peers in PEERS.values() for peer in peers],
+    known = {"stage": list(PEERS), "shape": list(SHAPES),
+             "peer": [peer for peers in PEERS.values() for peer in peers],
              "k": sorted({k for ks in KS.values() for k in ks})}
     for name, valid in known.items():
         for value in getattr(config, name):
@@ -73,7 +82,8 @@ def paths_of(config: BenchmarkConfig) -> tuple[Path | None, Path | None]:
     """Where the rows and the figure go.
 
     Raises:
-        UserError: before anything is measured, for a name that cannot be written to or a result that has no such file.
+        UserError: before anything is measured, for a name that cannot be written to or a result that has no
+            such file.
     """
     if config.output and (config.profile or config.cost):
         raise UserError("output: it holds the rows of comparisons; leave it out with --profile or --cost")
@@ -90,8 +100,9 @@ def refuse_uneven(config: BenchmarkConfig, plan: list[Comparison]) -> None:
         raise UserError(f"processes: {config.processes} need a core each, there are {cores}; take fewer")
     for comparison in plan:
         if comparison.posts % config.processes:
-            raise UserError(f"processes: {comparison.posts} posts ({comparison.stage} {comparison.shape}, K = {comparison.k}) "
-                            f"cannot be shared out over {config.processes}; leave that K or shape out, or take 1")
+            raise UserError(f"processes: {comparison.posts} posts ({comparison.stage} {comparison.shape}, K "
+                            f"= {comparison.k}) cannot be shared out over {config.processes}; leave that K "
+                            f"or shape out, or take 1")
 
 
 def main(config: BenchmarkConfig) -> None:

@@ -1,4 +1,6 @@
-"""What the project needs of several processes beside accelerate. With one process each function is the identity."""
+"""What the project needs of several processes beside accelerate. With one process each function is the
+identity.
+"""
 
 import os
 from contextlib import contextmanager
@@ -10,7 +12,8 @@ from accelerate.utils import DeepSpeedPlugin, reduce
 
 from utils.config import UserError
 
-# A process that waits longer for the others ends. The first of a node may tokenise a large data set meanwhile.
+# A process that waits longer for the others ends. The first of a node may tokenise a large data set
+# meanwhile.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -22,14 +25,16 @@ def world() -> PartialState:
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and "LOCAL_RANK" not in os.environ:
-        raise UserError(f"WORLD_SIZE: it is {started} here, but LOCAL_RANK is not set; start with torchrun, or unset "
+        raise UserError(f"WORLD_SIZE: it is {started} here, but LOCAL_RANK is not set; start with "
+                        f"torchrun, or unset "
                         "WORLD_SIZE")
     # without CUDA accelerate forms no group unless it is asked for the CPU
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     formed = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if not started == formed == state.num_processes:
-        raise UserError(f"WORLD_SIZE: {started} processes were started, but torch.distributed has a group of {formed} "
-                        f"and accelerate one of {state.num_processes}; start with torchrun, and one process for each "
+        raise UserError(f"WORLD_SIZE: {started} processes were started, but torch.distributed has a "
+                        f"group of {formed} and accelerate one of {state.num_processes}; start with "
+                        f"torchrun, and one process for each "
                         "GPU")
     return state
 
@@ -49,8 +54,8 @@ def max_over_ranks(number: int | None) -> int | None:
 def first_of_a_node():
     """One process of each node runs the body, then the others.
 
-    Unlike accelerate's `local_main_process_first` it lets the others go on when the first one fails, so that all
-    of them report the same mistake instead of waiting.
+    Unlike accelerate's `local_main_process_first` it lets the others go on when the first one fails, so that
+    all of them report the same mistake instead of waiting.
     """
     state = world()
     if not state.is_local_main_process:

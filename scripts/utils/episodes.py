@@ -1,6 +1,7 @@
 """The episodes of one PPO update: sampled responses in micro-batches, and the prompts of each optimizer step.
 
-Shapes: N episodes (responses) of this rank, the K of a prompt one after the other; R tokens in the longest response.
+Shapes: N episodes (responses) of this rank, the K of a prompt one after the other; R tokens in the longest
+response.
 """
 
 import random
@@ -40,7 +41,8 @@ class Episodes(NamedTuple):
             if values is None:
                 return None
             if measured is None:
-                measured = values.new_zeros(self.ended.shape if values.dim() == 1 else self.response_mask.shape)
+                measured = values.new_zeros(self.ended.shape if values.dim() == 1
+                                            else self.response_mask.shape)
             measured[(episodes, *(slice(size) for size in values.shape[1:]))] = values
         return measured
 
@@ -52,7 +54,9 @@ def own_prompts(loop: Loop) -> slice:
 
 
 def sample_episodes(loop: Loop, policy, queries: list[list[int]], update: int) -> Episodes:
-    """K responses to each prompt of this rank. A response's seed depends on the update and its place in it only."""
+    """K responses to each prompt of this rank. A response's seed depends on the update and its place in it
+    only.
+    """
     config, tokenizer, k = loop.config, loop.tokenizer, loop.config.responses_per_prompt
     first = ((update - 1) * config.prompts_per_update + own_prompts(loop).start) * k
     samples = sample(
@@ -60,7 +64,8 @@ def sample_episodes(loop: Loop, policy, queries: list[list[int]], update: int) -
         seeds=[config.seed * 1_000_003 + first + i for i in range(len(queries) * k)],
         eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, batch_size=config.eval_batch_size,
     )
-    logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in samples.logprobs], batch_first=True)
+    logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in samples.logprobs],
+                                               batch_first=True)
     lengths = torch.tensor([len(response) for response in samples.responses])
     mask = torch.arange(logprobs.shape[1]) < lengths[:, None]
     episodes = Episodes(queries, samples.responses, mask.to(loop.device), logprobs.to(loop.device),
@@ -69,7 +74,8 @@ def sample_episodes(loop: Loop, policy, queries: list[list[int]], update: int) -
 
 
 def micro_batched(loop: Loop, episodes: Episodes, prompts) -> list[Pass]:
-    """Some prompts of this rank with all their responses, in micro-batches of `per_device_batch_size` groups."""
+    """Some prompts of this rank with all their responses, in micro-batches of `per_device_batch_size` groups.
+    """
     prompts, k = list(prompts), loop.config.responses_per_prompt
     groups = [(episodes.queries[i], episodes.responses[i * k : (i + 1) * k]) for i in prompts]
     sizes = [len(query) + sum(map(len, responses)) for query, responses in groups]

@@ -1,4 +1,5 @@
-"""The training loop of all three stages: micro-batches, gradients, clipping, optimizer steps, checkpoints, stop, resume.
+"""The training loop of all three stages: micro-batches, gradients, clipping, optimizer steps, checkpoints,
+stop, resume.
 
 A stage writes its algorithm between these calls:
 
@@ -8,8 +9,8 @@ A stage writes its algorithm between these calls:
             loop.backward(loss of the part / items of the whole step, groups)
         loop.optimizer_step()
 
-Every loss is one mean over all items (tokens or pairs) of an optimizer step, over micro-batches and ranks (detail 12):
-a stage divides the sum of a part by `loop.total(items)`, and gradients add up.
+Every loss is one mean over all items (tokens or pairs) of an optimizer step, over micro-batches and ranks
+(detail 12): a stage divides the sum of a part by `loop.total(items)`, and gradients add up.
 """
 
 import json
@@ -27,7 +28,14 @@ from transformers import get_scheduler
 from utils.config import StageConfig, UserError, key
 from utils.distributed import build_accelerator, max_over_ranks, world
 from utils.models.prompt_groups import PromptGroups
-from utils.runs.checkpoints import Best, CheckpointFolder, Weights, load_weights, save_weights, trainable_weights
+from utils.runs.checkpoints import (
+    Best,
+    CheckpointFolder,
+    Weights,
+    load_weights,
+    save_weights,
+    trainable_weights,
+)
 from utils.runs.divergence import Divergence
 from utils.runs.run import Run
 from utils.zero import full_shape, load_engine, resumable, save_engine, use_engine
@@ -37,13 +45,15 @@ from utils.zero import full_shape, load_engine, resumable, save_engine, use_engi
 class EpochStageConfig(StageConfig):
     """What the stages have in common that pass over a fixed data set: SFT and the reward model."""
 
-    num_train_epochs: float = key(1.0, "Passes over the training data; a reward model overfits in the second.",
+    num_train_epochs: float = key(1.0, "Passes over the training data; a reward model "
+                                       "overfits in the second.",
                                   unit="epochs", source="detail 10", low=0.0)
     max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", unit="steps", low=-1)
     gradient_accumulation_steps: int = key(1, "Batches of per_device_batch_size rows in one optimizer step.",
                                            unit="batches", low=1)
-    micro_batch_tokens: int | None = key(None, "A batch of more tokens is computed in parts, with the same result: less "
-                                         "memory, and on a CPU less time (1024); none: at once.", unit="tokens", low=1)
+    micro_batch_tokens: int | None = key(None, "A batch of more tokens is computed in parts, with the "
+                                               "same result: less memory, and on a CPU less time "
+                                               "(1024); none: at once.", unit="tokens", low=1)
     logging_steps: int = key(5, "Metrics are logged every so many steps.", unit="steps", low=1)
     eval_steps: int = key(100, "The validation data is looked at every so many steps.", unit="steps", low=1)
     eval_rows: int = key(200, "Posts in each evaluation during training.", unit="posts", low=1)
@@ -51,7 +61,8 @@ class EpochStageConfig(StageConfig):
 
     def __post_init__(self):
         if self.max_steps == 0:
-            raise UserError("max_steps: 0 steps train nothing; give 1 or more, or -1 to train num_train_epochs")
+            raise UserError("max_steps: 0 steps train nothing; give 1 or more, or -1 to "
+                            "train num_train_epochs")
 
     @property
     def rows_per_step(self) -> int:
@@ -91,7 +102,8 @@ class Loop:
         carried: what the stage itself goes on with after a resume, values for JSON.
     """
 
-    def __init__(self, run: Run, model: torch.nn.Module, tokenizer, schedule: Schedule, deepspeed: dict | None = None):
+    def __init__(self, run: Run, model: torch.nn.Module, tokenizer, schedule: Schedule,
+                 deepspeed: dict | None = None):
         self.run, self.config, self.tokenizer, self.schedule = run, run.config, tokenizer, schedule
         self.accelerator = build_accelerator(run.config, run.folder, deepspeed)
         run.use_tracker(self.accelerator)
@@ -100,7 +112,8 @@ class Loop:
         self.model, self.optimizer = self.accelerator.prepare(model.train(), _optimizer(model, run.config))
         use_engine(self.model)
         # of the optimizer in use, which DeepSpeed may have exchanged; stepped by hand and on every rank alike
-        self.scheduler = get_scheduler(schedule.decay, self.optimizer, run.config.warmup_steps, schedule.optimizer_steps)
+        self.scheduler = get_scheduler(schedule.decay, self.optimizer, run.config.warmup_steps,
+                                       schedule.optimizer_steps)
         self.checkpoints = CheckpointFolder(run)
         self.best = Best(self.checkpoints)
         self.divergence = Divergence(run, tokenizer, self.accelerator)
@@ -122,7 +135,7 @@ class Loop:
     def learning_rate(self) -> float:
         return self.scheduler.get_last_lr()[0]
 
-    # ------------------------------------------------------------------------------------------ steps of the loop
+    # -------------------------------------------------------------------------------------- steps of the loop
 
     def steps(self, batches: Sequence | Callable) -> Iterator[tuple[int, object]]:
         """(number of the step from 1 on, `batches[number - 1]`) for each step still to do.
@@ -134,7 +147,8 @@ class Loop:
         with tqdm(total=self.schedule.steps, initial=self.step, desc=self.run.stage, unit=self.run.unit,
                   disable=not main) as self.bar:
             while self.step < self.schedule.steps:
-                # randomness (dropout) is a function of seed, step and rank: a resumed run draws what it would have drawn
+                # randomness (dropout) is a function of seed, step and rank: a resumed run draws what it would
+                # have drawn
                 torch.manual_seed(_seed_of(self.config.seed, self.step, self.accelerator.process_index))
                 self.divergence.step = self.step + 1
                 yield self.step + 1, batches[self.step]
@@ -146,7 +160,8 @@ class Loop:
     def _end_of_step(self) -> None:
         self.run.stop_signal = max_over_ranks(self.run.stop_signal)
         due = self.step % self.config.save_steps == 0 or self.step == self.schedule.steps
-        if (due or self.run.stop_signal) and not self.divergence.row:  # between left-out steps weights may be broken
+        # between left-out steps weights may be broken
+        if (due or self.run.stop_signal) and not self.divergence.row:
             self.save()
         if self.run.stop_signal:
             self.bar.close()
@@ -167,7 +182,7 @@ class Loop:
         """
         return (step % self.config.eval_steps == 0 or step == self.schedule.steps) and not self.divergence.row
 
-    # -------------------------------------------------------------------------------------- one optimizer step
+    # ------------------------------------------------------------------------------------- one optimizer step
 
     def total(self, count: torch.Tensor | int) -> torch.Tensor:
         """A number summed over all ranks."""
@@ -178,10 +193,11 @@ class Loop:
         return rows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def parts(self, parts: Sequence, spare: Callable, exchange: bool = True) -> Iterator:
-        """The micro-batches of an optimizer step; ranks exchange gradients once, in the last one's backward pass.
+        """The micro-batches of an optimizer step; ranks exchange gradients once, in the last one's backward
+        pass.
 
-        Every rank runs the same number of forward and backward passes, as DDP and ZeRO need it. A rank with fewer
-        micro-batches computes `spare()` more often, which counts nothing.
+        Every rank runs the same number of forward and backward passes, as DDP and ZeRO need it. A rank with
+        fewer micro-batches computes `spare()` more often, which counts nothing.
 
         Args:
             exchange: False when more parts of the same optimizer step follow in another call.
@@ -207,14 +223,18 @@ class Loop:
         loss = loss * self.part_counts
         self.divergence.watch(loss, groups)
         self._losses += loss.detach()
-        # ranks' gradients are averaged, but the shares of one mean add up; DeepSpeed would divide by its accumulation steps
+        # ranks' gradients are averaged, but the shares of one mean add up; DeepSpeed would divide by its
+        # accumulation steps
         more = {"scale_wrt_gas": False} if self._engine else {}
         self.accelerator.backward(loss * self.accelerator.num_processes, **more)
 
     def optimizer_step(self) -> bool:
-        """Clip, step, next learning rate; False when the step was left out, its loss or gradient not being finite."""
+        """Clip, step, next learning rate; False when the step was left out, its loss or gradient not being
+        finite.
+        """
         # 0 is no clipping
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm
+                                                or math.inf)
         self.grad_norm = math.nan if norm is None else float(norm)
         left_out = self.divergence.leaves_out(norm)
         if left_out:
@@ -236,7 +256,7 @@ class Loop:
         self._losses, self._steps_summed = torch.zeros_like(self._losses), 0
         return mean
 
-    # ------------------------------------------------------------------------------------------- stop and resume
+    # ---------------------------------------------------------------------------------------- stop and resume
 
     def save(self) -> None:
         """A checkpoint with all that a resume needs; the newest `save_total_limit` are kept."""
@@ -311,6 +331,7 @@ def _optimizer(model: torch.nn.Module, config) -> torch.optim.Optimizer:
     weights = trainable_weights(model).values()
     matrices = [weight for weight in weights if len(full_shape(weight)) > 1]
     vectors = [weight for weight in weights if len(full_shape(weight)) <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
                              eps=config.adam_eps, betas=(0.9, config.adam_beta2), fused=True)

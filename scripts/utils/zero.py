@@ -1,11 +1,12 @@
 """DeepSpeed's ZeRO (Rajbhandari et al., 1910.02054; offload: 2101.06840, 2104.07857).
 
-Settings, compiled extensions, sharded weights and the engine's checkpoints are handled here. `distributed.py` hands the
-settings to accelerate, which makes one engine of what is trained. The frozen models of PPO are inside that engine, so
-that ZeRO-3 shards and offloads them, too. Without the key `deepspeed` everything here is the identity.
+Settings, compiled extensions, sharded weights and the engine's checkpoints are handled here. `distributed.py`
+hands the settings to accelerate, which makes one engine of what is trained. The frozen models of PPO are
+inside that engine, so that ZeRO-3 shards and offloads them, too. Without the key `deepspeed` everything here
+is the identity.
 
-Under ZeRO-3 each process holds a part of each weight. A weight is complete only while its module is computed, or inside
-`gathered_weights`.
+Under ZeRO-3 each process holds a part of each weight. A weight is complete only while its module is computed,
+or inside `gathered_weights`.
 """
 
 import json
@@ -50,19 +51,21 @@ def load_settings(config, model) -> dict | None:
         raise UserError(f"deepspeed: '{path}' is no DeepSpeed configuration with zero_optimization.stage "
                         f"({type(error).__name__}: {error}); take one of configs/deepspeed/") from None
     if stage not in _STAGES:
-        raise UserError(f"deepspeed: '{path}': zero_optimization.stage must be one of 1, 2, 3, found {stage!r}; for no sharding "
+        raise UserError(f"deepspeed: '{path}': zero_optimization.stage must be one of 1, 2, 3, found "
+                        f"{stage!r}; for no sharding "
                         "leave the key deepspeed out")
     if stage == 3 and getattr(config, "ema_decay", 0.0):
-        raise UserError("ema_decay: the average of the policy is a whole model on each process, which ZeRO-3 is to avoid; "
-                        "leave one of the two out")
+        raise UserError("ema_decay: the average of the policy is a whole model on each process, which "
+                        "ZeRO-3 is to avoid; leave one of the two out")
     if "optimizer" in settings or "scheduler" in settings:
-        raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are learning_rate, adam_eps, ... of "
+        raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are "
+                        f"learning_rate, adam_eps, ... of "
                         "the stage")
     settings = _filled(settings, _numbers(config, model.hidden_size), "")
     _refuse_invalid(settings["zero_optimization"], path)
     if config.resume and "nvme" in _offloaded_to(settings):
-        raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; start a new run, or "
-                        "train with zero3_offload.json, which can be resumed")
+        raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; "
+                        "start a new run, or train with zero3_offload.json, which can be resumed")
     _compile_ops(_offloaded_to(settings))
     _form_group()
     _active.update(settings=settings, kept=HfDeepSpeedConfig(settings))
@@ -82,22 +85,27 @@ def _refuse_invalid(zero: dict, path) -> None:
 
 def _offloaded_to(settings) -> set[str]:
     zero = settings["zero_optimization"]
-    return {zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")} - {"none"}
+    return ({zero.get(part, {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
+            - {"none"})
 
 
 def resumable() -> bool:
-    """Whether a checkpoint can bring back what the engine holds; DeepSpeed cannot, of what it had put on NVMe."""
+    """Whether a checkpoint can bring back what the engine holds; DeepSpeed cannot, of what it had put on
+    NVMe.
+    """
     return not (_active and "nvme" in _offloaded_to(_active["settings"]))
 
 
 def _compile_ops(devices: set[str]) -> None:
-    """Compile what DeepSpeed would compile in the middle of the run, in silence, and behind locks that a killed run leaves.
+    """Compile what DeepSpeed would compile in the middle of the run, in silence, and behind locks that a
+    killed run leaves.
 
     Raises:
         UserError: when it cannot be compiled, or when a lock has been left.
     """
     from deepspeed.accelerator import get_accelerator
-    wanted = {"CPUAdamBuilder": devices, "PinMemoryBuilder": "nvme" in devices, "AsyncIOBuilder": "nvme" in devices,
+    wanted = {"CPUAdamBuilder": devices, "PinMemoryBuilder": "nvme" in devices,
+              "AsyncIOBuilder": "nvme" in devices,
               "ShareMemCommBuilder": get_accelerator().device_name() == "cpu"}
     with first_of_a_node():
         for kind in [kind for kind, needed in wanted.items() if needed]:
@@ -105,18 +113,21 @@ def _compile_ops(devices: set[str]) -> None:
             folder = _extensions_folder() / builder.name
             _wait_for_lock(folder / "lock")
             if world().is_local_main_process and not any(folder.glob("*.so")):
-                print(f"compiling DeepSpeed's {builder.name} into {folder}, once on this machine: a minute or more", flush=True)
+                print(f"compiling DeepSpeed's {builder.name} into {folder}, once on this "
+                      f"machine: a minute or more", flush=True)
             try:
                 builder.load(verbose=False)
             except (RuntimeError, ImportError) as error:
                 reason = str(error).splitlines()[0]
-                raise UserError(f"deepspeed: its extension {builder.name} cannot be compiled here ({reason}); it takes g++ and "
+                raise UserError(f"deepspeed: its extension {builder.name} cannot be compiled here "
+                                f"({reason}); it takes g++ and "
                                 "ninja, and for NVMe libaio-dev") from None
 
 
 def _extensions_folder() -> Path:
     """Where torch compiles extensions. It is fixed here, because torch has no public name for its choice."""
-    version = f"py{sys.version_info.major}{sys.version_info.minor}_{'cu' + torch.version.cuda if torch.version.cuda else 'cpu'}"
+    device = f"cu{torch.version.cuda}" if torch.version.cuda else "cpu"
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_{device}"
     default = Path(get_default_build_root()) / version.replace(".", "")
     return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
 
@@ -128,7 +139,8 @@ def _wait_for_lock(lock: Path) -> None:
     while lock.exists():
         newest = max((path.stat().st_mtime for path in lock.parent.iterdir()), default=0)
         if time.time() - newest > LOCK_SECONDS:
-            raise UserError(f"deepspeed: '{lock}' is there, but nothing has been written beside it for {LOCK_SECONDS} seconds: a "
+            raise UserError(f"deepspeed: '{lock}' is there, but nothing has been written beside it for "
+                            f"{LOCK_SECONDS} seconds: a "
                             "run that was killed while it compiled has left it; remove it")
         time.sleep(1)
 
@@ -138,7 +150,8 @@ def _form_group():
     cuda = world().device.type == "cuda"
     if not torch.distributed.is_initialized():
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else None
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", store=torch.distributed.HashStore(), rank=0,
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", store=torch.distributed.HashStore(),
+                                             rank=0,
                                              world_size=1, device_id=device)
         os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -169,7 +182,8 @@ def _numbers(config, hidden: int) -> dict:
 
 def _filled(node, numbers, place):
     if isinstance(node, dict):  # null says what a missing key says, but accelerate looks into it
-        return {name: _filled(value, numbers, f"{place}.{name}".lstrip(".")) for name, value in node.items() if value is not None}
+        return {name: _filled(value, numbers, f"{place}.{name}".lstrip(".")) for name, value in node.items()
+                if value is not None}
     if node != "auto":
         return node
     if place not in numbers:
@@ -186,8 +200,9 @@ def use_engine(engine) -> None:
     if not _active:
         return
     if not hasattr(engine, "zero_optimization_stage") or engine.world_size != world().num_processes:
-        raise UserError("deepspeed: it was asked for, but the model was not put into its engine for all processes; start with "
-                        "torchrun, accelerate launch or deepspeed, without a configuration of their own")
+        raise UserError("deepspeed: it was asked for, but the model was not put into its engine for all "
+                        "processes; start with torchrun, accelerate launch or deepspeed, without a "
+                        "configuration of their own")
     _active["engine"] = engine
 
 
@@ -217,7 +232,8 @@ def gathered_weights(model, change: bool = False):
 
 @contextmanager
 def gathered(weights: list[torch.nn.Parameter], change: bool = False):
-    """As `gathered_weights`, of some weights, for reading and writing them; no module may be called inside."""
+    """As `gathered_weights`, of some weights, for reading and writing them; no module may be called inside.
+    """
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -244,7 +260,8 @@ def save_pretrained(model, folder: Path) -> None:
     for number, weights in enumerate(files, start=1):
         state = gathered_copy(weights)
         if world().is_main_process:
-            name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else SAFE_WEIGHTS_NAME
+            name = (f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1
+                    else SAFE_WEIGHTS_NAME)
             model.save_pretrained(folder / "part", state_dict=state)
             index |= dict.fromkeys(state, name)
             size += sum(weight.nbytes for weight in state.values())
@@ -271,7 +288,9 @@ def in_files(weights: dict[str, torch.nn.Parameter]) -> list[dict[str, torch.nn.
 
 
 def gathered_copy(weights: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Copies of these weights in the main process's memory, nothing on the others; gathered one after the other."""
+    """Copies of these weights in the main process's memory, nothing on the others; gathered one after the
+    other.
+    """
     copies = {}
     for name, weight in weights.items():
         with gathered([weight]):

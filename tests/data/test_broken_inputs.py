@@ -1,7 +1,8 @@
-"""Broken inputs: each gets its one clear message and exit status 2, before a weight is loaded, and leaves nothing behind.
+"""Broken inputs: each gets its one clear message and exit status 2, before a weight is loaded, and leaves
+nothing behind.
 
-Every case runs a real script's `start(main, ...)` as the command line does. It names what the message must say besides
-where: file and line, or the key.
+Every case runs a real script's `start(main, ...)` as the command line does. It names what the message must
+say besides where: file and line, or the key.
 """
 
 import gzip
@@ -45,7 +46,8 @@ def not_utf8(prompts, completions) -> bytes:
     """Parquet whose columns of text hold Latin-1, as a careless program writes it."""
     columns = [pyarrow.array([text.encode("latin-1") for text in texts]) for texts in (prompts, completions)]
     written, names = io.BytesIO(), ["prompt", "completion"]
-    texts = [pyarrow.Array.from_buffers(pyarrow.string(), len(column), column.buffers()) for column in columns]
+    texts = [pyarrow.Array.from_buffers(pyarrow.string(), len(column), column.buffers())
+             for column in columns]
     pyarrow.parquet.write_table(pyarrow.table(texts, names=names), written)
     return written.getvalue()
 
@@ -68,7 +70,8 @@ def refused(tmp_path, monkeypatch, capsys):
     def no_weights(*args, **more):
         raise AssertionError("a weight was loaded")
 
-    for module, name in ((train_sft, "load_policy"), (train_reward, "load_scalar_model"), (train_ppo, "load_models")):
+    for module, name in ((train_sft, "load_policy"), (train_reward, "load_scalar_model"),
+                         (train_ppo, "load_models")):
         monkeypatch.setattr(module, name, no_weights)
     monkeypatch.chdir(tmp_path)
 
@@ -89,7 +92,7 @@ def refused(tmp_path, monkeypatch, capsys):
     return run
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- rows
 
 POST = {"subreddit": "tea", "title": "Which pot", "post": "I have two pots."}
 TWO = [{"text": "a"}, {"text": "b"}]
@@ -97,7 +100,8 @@ NEEDS_OBJECT = "one object a line is needed"
 NEEDS_ROLES = "column 'messages' must be a list of {role, content} objects; roles are system, user, assistant"
 NEEDS_ANSWER = "column 'messages' must hold a question, and end with the assistant's answer"
 KNOWN = "needed are prompt and completion, prompt and label, subreddit, title, post and summary, or messages"
-KNOWN_PAIRS = ("needed are prompt, chosen and rejected; chosen and rejected (dialogues); or prompt and completions, best first")
+KNOWN_PAIRS = ("needed are prompt, chosen and rejected; chosen and rejected (dialogues); or prompt and "
+               "completions, best first")
 
 
 def said(*turns):
@@ -105,7 +109,8 @@ def said(*turns):
 
 
 def shp(**changes):
-    return {"history": "Why?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 3.0, **changes}
+    return {"history": "Why?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 3.0,
+            **changes}
 
 
 def chosen(info=POST, summaries=TWO, choice=0):
@@ -122,11 +127,14 @@ def pair(better, worse):
 
 EXAMPLES = {  # a row, what is said of it
     "not JSON": (b"prompt: P", f"is not JSON (Expecting value at column 1); {NEEDS_OBJECT}"),
-    "cut off": (b'{"prompt": "P", "comple', f"is not JSON (Unterminated string starting at column 17); {NEEDS_OBJECT}"),
+    "cut off": (b'{"prompt": "P", "comple', f"is not JSON (Unterminated string starting at column "
+                                            f"17); {NEEDS_OBJECT}"),
     "two objects": (lines(good(1)).strip() * 2, f"is not JSON (Extra data at column 68); {NEEDS_OBJECT}"),
     "single quotes": (b"{'prompt': 'P'}",
-                      f"is not JSON (Expecting property name enclosed in double quotes at column 2); {NEEDS_OBJECT}"),
-    "a tab in a text": (b'{"prompt": "a\tb"}', f"is not JSON (Invalid control character at column 14); {NEEDS_OBJECT}"),
+                      f"is not JSON (Expecting property name enclosed in double quotes at column "
+                      f"2); {NEEDS_OBJECT}"),
+    "a tab in a text": (b'{"prompt": "a\tb"}', f"is not JSON (Invalid control character at column "
+                                               f"14); {NEEDS_OBJECT}"),
     "a bottomless list": (b"[" * 100_000, "is not JSON (nested too deeply); one object a line is needed"),
     "a number of 5,000 digits": (b'{"prompt": ' + b"1" * 5000 + b"}",
                                  "is not JSON (a number of too many digits); one object a line is needed"),
@@ -142,9 +150,11 @@ EXAMPLES = {  # a row, what is said of it
     "prompt empty": ({"prompt": " \n", "completion": "c"}, "column 'prompt' is empty; text is needed"),
     "prompt null": ({"prompt": None, "completion": "c"}, "column 'prompt' is empty; text is needed"),
     "prompt a number": ({"prompt": 3, "completion": "c"}, "column 'prompt' is a number; text is needed"),
-    "prompt not a number": (b'{"prompt": NaN, "completion": "c"}', "column 'prompt' is a number; text is needed"),
+    "prompt not a number": (b'{"prompt": NaN, "completion": "c"}',
+                            "column 'prompt' is a number; text is needed"),
     "completion empty": ({"prompt": "P", "completion": ""}, "column 'completion' is empty; text is needed"),
-    "completion a list": ({"prompt": "P", "completion": ["c"]}, "column 'completion' is a list; text is needed"),
+    "completion a list": ({"prompt": "P", "completion": ["c"]},
+                          "column 'completion' is a list; text is needed"),
     "label a number": ({"prompt": "P", "label": 1}, "column 'label' is a number; text is needed"),
     "title empty": ({**POST, "title": "", "summary": "s"}, "column 'title' is empty; text is needed"),
     "post a list": ({**POST, "post": ["p"], "summary": "s"}, "column 'post' is a list; text is needed"),
@@ -162,10 +172,12 @@ EXAMPLES = {  # a row, what is said of it
     "a role that is an object": (said(("user", "Hi"), ({"name": "assistant"}, "Hello")), NEEDS_ROLES),
 }
 RANKINGS = {
-    "no comparison": ({"prompt": "P", "completion": "c"}, f"has columns ['completion', 'prompt']; {KNOWN_PAIRS}"),
+    "no comparison": ({"prompt": "P", "completion": "c"},
+                      f"has columns ['completion', 'prompt']; {KNOWN_PAIRS}"),
     "rejected missing": ({"prompt": "P", "chosen": "a"}, f"has columns ['chosen', 'prompt']; {KNOWN_PAIRS}"),
     "no prompt and no dialogue": ({"chosen": "a", "rejected": "b"},
-                                  "column 'prompt' is missing, and 'chosen' is not a dialogue with 'Assistant:' turns"),
+                                  "column 'prompt' is missing, and 'chosen' is not a dialogue with "
+                                  "'Assistant:' turns"),
     "chosen a number": (pair(1, "b"), "column 'chosen' is a number; text is needed"),
     "rejected a list": (pair("a", ["b"]), "column 'rejected' is a list; text is needed"),
     "prompt of a pair empty": ({**pair("a", "b"), "prompt": ""}, "column 'prompt' is empty; text is needed"),
@@ -175,42 +187,66 @@ RANKINGS = {
     "an answer a number": (shp(human_ref_B=5), "column 'human_ref_B' is a number; text is needed"),
     "history empty": (shp(history=" "), "column 'history' is empty; text is needed"),
     "score_ratio a text": (shp(score_ratio="3"), "column 'score_ratio' is '3'; a number is needed"),
-    "score_ratio not a number": (shp(score_ratio=float("nan")), "column 'score_ratio' is nan; a number is needed"),
-    "choice 2": (chosen(choice=2), "column 'choice' is 2; it must be 0 or 1, the better of the two summaries"),
-    "choice null": (chosen(choice=None), "column 'choice' is None; it must be 0 or 1, the better of the two summaries"),
+    "score_ratio not a number": (shp(score_ratio=float("nan")),
+                                 "column 'score_ratio' is nan; a number is needed"),
+    "choice 2": (chosen(choice=2), "column 'choice' is 2; it must be 0 or 1, the better of "
+                                   "the two summaries"),
+    "choice null": (chosen(choice=None), "column 'choice' is None; it must be 0 or 1, the better of "
+                                         "the two summaries"),
     "three summaries": (chosen(summaries=[*TWO, TWO[0]]),
-                        "columns 'info' and 'summaries' must be an object and a list of two objects with 'text'"),
+                        "columns 'info' and 'summaries' must be an object and a list of two "
+                        "objects with 'text'"),
     "summaries of text": (chosen(summaries=["a", "b"]),
-                          "columns 'info' and 'summaries' must be an object and a list of two objects with 'text'"),
+                          "columns 'info' and 'summaries' must be an object and a list of two "
+                          "objects with 'text'"),
     "a summary without text": (chosen(summaries=[TWO[0], {"note": "b"}]),
                                "column 'summaries': text of summary 2 is empty; text is needed"),
-    "info a text": (chosen(info="t3"), "columns 'info' and 'summaries' must be an object and a list of two objects with 'text'"),
-    "info without a post": (chosen(info={"title": "t", "subreddit": "s"}), "column 'info': post is empty; text is needed"),
-    "completions without prompt": ({"completions": ["a", "b"]}, "column 'prompt' is missing beside 'completions'"),
-    "completions a text": (ranked(completions="a b"), "column 'completions' must be a list of two or more texts, best first"),
-    "one completion": (ranked(completions=["a"]), "column 'completions' must be a list of two or more texts, best first"),
-    "a completion empty": (ranked(completions=["a", ""]), "a text in column 'completions' is empty; text is needed"),
-    "a completion twice": (ranked(completions=["a", "b", " a"]), "column 'completions' holds the same text twice"),
+    "info a text": (chosen(info="t3"), "columns 'info' and 'summaries' must be an object and a list of two "
+                                       "objects with 'text'"),
+    "info without a post": (chosen(info={"title": "t", "subreddit": "s"}),
+                            "column 'info': post is empty; text is needed"),
+    "completions without prompt": ({"completions": ["a", "b"]},
+                                   "column 'prompt' is missing beside 'completions'"),
+    "completions a text": (ranked(completions="a b"), "column 'completions' must be a list of two or more "
+                                                      "texts, best first"),
+    "one completion": (ranked(completions=["a"]), "column 'completions' must be a list of two or more "
+                                                  "texts, best first"),
+    "a completion empty": (ranked(completions=["a", ""]),
+                           "a text in column 'completions' is empty; text is needed"),
+    "a completion twice": (ranked(completions=["a", "b", " a"]),
+                           "column 'completions' holds the same text twice"),
     "too few ranks": (ranked(ranks=[1]), "column 'ranks' must hold one number for each of the 2 completions"),
-    "ranks of text": (ranked(ranks=["1", "2"]), "column 'ranks' must hold one number for each of the 2 completions"),
-    "ranks of nothing": (ranked(ranks=[1, None]), "column 'ranks' must hold one number for each of the 2 completions"),
-    "label_scores a number": (ranked(label_scores=2), "column 'label_scores' must hold one number for each of the 2 completions"),
-    "choice 1.0": (chosen(choice=1.0), "column 'choice' is 1.0; it must be 0 or 1, the better of the two summaries"),
-    "choice true": (chosen(choice=True), "column 'choice' is True; it must be 0 or 1, the better of the two summaries"),
-    "ranks of 400 digits": (ranked(ranks=[1, 10**400]), "column 'ranks' must hold one number for each of the 2 completions"),
-    "ranks to infinity": (ranked(ranks=[1, float("inf")]), "column 'ranks' must hold one number for each of the 2 completions"),
+    "ranks of text": (ranked(ranks=["1", "2"]), "column 'ranks' must hold one number for each of "
+                                                "the 2 completions"),
+    "ranks of nothing": (ranked(ranks=[1, None]), "column 'ranks' must hold one number for each of "
+                                                  "the 2 completions"),
+    "label_scores a number": (ranked(label_scores=2), "column 'label_scores' must hold one number for each "
+                                                      "of the 2 completions"),
+    "choice 1.0": (chosen(choice=1.0), "column 'choice' is 1.0; it must be 0 or 1, the better of "
+                                       "the two summaries"),
+    "choice true": (chosen(choice=True), "column 'choice' is True; it must be 0 or 1, the better of "
+                                         "the two summaries"),
+    "ranks of 400 digits": (ranked(ranks=[1, 10**400]), "column 'ranks' must hold one number for each of "
+                                                        "the 2 completions"),
+    "ranks to infinity": (ranked(ranks=[1, float("inf")]), "column 'ranks' must hold one number for each of "
+                                                           "the 2 completions"),
     "label_scores of 400 digits": (ranked(label_scores=[10**400, 1]),
-                                   "column 'label_scores' must hold one number for each of the 2 completions"),
+                                   "column 'label_scores' must hold one number for each of "
+                                   "the 2 completions"),
     "label_scores that float64 has not": (ranked(label_scores=[2**60 + 1, 1]),
-                                          "column 'label_scores' must hold one number for each of the 2 completions"),
-    "score_ratio of 400 digits": (shp(score_ratio=10**400), f"column 'score_ratio' is {10**400}; a number is needed"),
+                                          "column 'label_scores' must hold one number for each of "
+                                          "the 2 completions"),
+    "score_ratio of 400 digits": (shp(score_ratio=10**400),
+                                  f"column 'score_ratio' is {10**400}; a number is needed"),
 }
 PROMPTS = {
     "no prompt": ({"completion": "c"}, f"has columns ['completion']; {KNOWN}"),
     "prompt false": ({"prompt": False}, "column 'prompt' is true or false; text is needed"),
-    "choice of a prompt": (chosen(choice=-1), "column 'choice' is -1; it must be 0 or 1, the better of the two summaries"),
+    "choice of a prompt": (chosen(choice=-1), "column 'choice' is -1; it must be 0 or 1, the better of "
+                                              "the two summaries"),
 }
-ROWS = [(role, case) for role, table in (("actor", EXAMPLES), ("reward", RANKINGS), ("rlhf", PROMPTS)) for case in table]
+ROWS = [(role, case) for role, table in (("actor", EXAMPLES), ("reward", RANKINGS), ("rlhf", PROMPTS))
+        for case in table]
 
 
 OR_SKIP = " (or leave bad rows out: on_bad_rows: skip)"
@@ -232,20 +268,24 @@ def test_all_that_is_wrong_with_a_file_is_listed(refused, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
     expected = ["rows.jsonl:2: column 'completion' is missing (found: prompt)",
                 f"rows.jsonl:3: is not JSON (Expecting value at column 1); {NEEDS_OBJECT}",
-                f"rows.jsonl:5: has columns ['completion']; {KNOWN}", "rows.jsonl:6: is not UTF-8; save the file as UTF-8 text"]
+                f"rows.jsonl:5: has columns ['completion']; {KNOWN}",
+                "rows.jsonl:6: is not UTF-8; save the file as UTF-8 text"]
     assert refused("actor", "--actor_training_data", "rows.jsonl").splitlines() == [heading(4), *expected]
 
 
 def test_all_that_is_wrong_with_all_files_is_listed(refused, tmp_path):
     for name in ("train", "held", "test"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines(good(1), pair("a", 3)))
-    words = "--reward_training_data train.jsonl --reward_validation_data held.jsonl --reward_test_data test.jsonl"
+    words = ("--reward_training_data train.jsonl --reward_validation_data held.jsonl "
+             "--reward_test_data test.jsonl")
     found = refused("reward", *words.split()).splitlines()
     assert found[0] == heading(3) and sorted(found[1:]) == [
-        f"{name}.jsonl:2: column 'rejected' is a number; text is needed" for name in ("held", "test", "train")]
+        f"{name}.jsonl:2: column 'rejected' is a number; text is needed"
+        for name in ("held", "test", "train")]
 
 
-@pytest.mark.parametrize(("bad", "last"), [(20, "rows.jsonl:40: column 'prompt' is empty; text is needed"), (21, "and 1 more"),
+@pytest.mark.parametrize(("bad", "last"), [(20, "rows.jsonl:40: column 'prompt' is empty; text is needed"),
+                                           (21, "and 1 more"),
                                            (5000, "and 4980 more")])
 def test_twenty_findings_are_listed_and_the_others_counted(bad, last, refused, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(lines(good(1), {"prompt": ""}) * bad)
@@ -257,11 +297,11 @@ def test_twenty_findings_are_listed_and_the_others_counted(bad, last, refused, t
 def test_when_bad_rows_are_all_there_is_skipping_them_leaves_nothing(refused, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(lines({"prompt": "P"}))
     found = refused("actor", "--actor_training_data", "rows.jsonl", "--on_bad_rows", "skip")
-    assert found == ("actor_training_data: 'rows.jsonl' holds no usable row; the first is rows.jsonl:1: column 'completion' is "
-                     "missing (found: prompt)\n")
+    assert found == ("actor_training_data: 'rows.jsonl' holds no usable row; the first is rows.jsonl:1: "
+                     "column 'completion' is missing (found: prompt)\n")
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ files
 
 LONG = lines(*({"prompt": f"P{i * 7919}", "completion": "c"} for i in range(5000)))
 PARQUET = parquet(*map(good, range(9)))
@@ -271,50 +311,64 @@ FILES = {  # name, bytes, the message's beginning, what it says besides
     "empty": ("a.jsonl", b"", "actor_training_data: ", "'a.jsonl' is empty; it needs rows"),
     "blank lines": ("a.jsonl", b"\n \n", "actor_training_data: ", "'a.jsonl' is empty; it needs rows"),
     "an empty list": ("a.json", b"[]", "actor_training_data: ", "'a.json' is empty; it needs rows"),
-    "a CSV header alone": ("a.csv", b"prompt,completion\n", "actor_training_data: ", "'a.csv' is empty; it needs rows"),
+    "a CSV header alone": ("a.csv", b"prompt,completion\n", "actor_training_data: ",
+                           "'a.csv' is empty; it needs rows"),
     "Parquet without rows": ("a.parquet", parquet(), "actor_training_data: ", "is empty; it needs rows"),
     "a spreadsheet": ("a.xlsx", b"PK\x03\x04", "actor_training_data: ", NEEDS_ENDING),
     "text": ("a.txt", LONG, "actor_training_data: ", NEEDS_ENDING),
     "a zip archive": ("a.jsonl.zip", b"PK\x03\x04", "actor_training_data: ", NEEDS_ENDING),
-    "UTF-16": ("a.jsonl", LONG.decode().encode("utf-16"), "a.jsonl:1: ", "is UTF-16; save the file as UTF-8 text"),
+    "UTF-16": ("a.jsonl", LONG.decode().encode("utf-16"), "a.jsonl:1: ",
+               "is UTF-16; save the file as UTF-8 text"),
     "CSV in UTF-16": ("a.csv", "prompt,completion\np,c\n".encode("utf-16"), "a.csv:1: ",
                       "is UTF-16; save the file as UTF-8 text"),
     "gzip under a plain name": ("a.jsonl", gzip.compress(LONG), "a.jsonl:1: ",
                                 "is not text but a .gz file; give its name the ending .gz"),
-    "zst under a plain name": ("a.csv", ZST, "a.csv:1: ", "is not text but a .zst file; give its name the ending .zst"),
+    "zst under a plain name": ("a.csv", ZST, "a.csv:1: ",
+                               "is not text but a .zst file; give its name the ending .zst"),
     "plain under gzip's name": ("a.jsonl.gz", LONG, "a.jsonl.gz:1: ",
                                 "is not a complete .gz file; copy it again, or decompress it"),
-    "gzip cut off": ("a.jsonl.gz", gzip.compress(LONG)[:5000], "a.jsonl.gz:", "is not a complete .gz file; copy it again"),
+    "gzip cut off": ("a.jsonl.gz", gzip.compress(LONG)[:5000], "a.jsonl.gz:",
+                     "is not a complete .gz file; copy it again"),
     "gzip damaged": ("a.jsonl.gz", gzip.compress(LONG)[:5000] + bytes(99) + gzip.compress(LONG)[5099:],
                      "a.jsonl.gz:", "is not a complete"),
     "zst cut off": ("a.jsonl.zst", ZST[:5000], "a.jsonl.zst:", "is not a complete .zst file; copy it again"),
-    "plain under zst's name": ("a.jsonl.zst", LONG, "a.jsonl.zst:1: ", "is not a complete .zst file; copy it again"),
+    "plain under zst's name": ("a.jsonl.zst", LONG, "a.jsonl.zst:1: ",
+                               "is not a complete .zst file; copy it again"),
     "Parquet cut off": ("a.parquet", PARQUET[:-9], "a.parquet:1: ", "is not a complete Parquet file ("),
-    "JSON lines under Parquet's name": ("a.parquet", LONG, "a.parquet:1: ", "is not a complete Parquet file ("),
+    "JSON lines under Parquet's name": ("a.parquet", LONG, "a.parquet:1: ",
+                                        "is not a complete Parquet file ("),
     "Parquet of bytes": ("a.parquet", parquet({"prompt": b"\xff", "completion": "c"}), "a.parquet:1: ",
                          "column 'prompt' is bytes; text is needed"),
     "Parquet that is not UTF-8": ("a.parquet", not_utf8("ab", "c\xff"), "a.parquet:2: ",
                                   "column 'completion' is not UTF-8; write it again"),
     "Parquet with a date behind all calendars": ("a.parquet", far_date(2), "a.parquet:2: ",
                                                  "column 'date' holds a value that cannot be"),
-    "JSON list cut off": ("a.json", b'[{"prompt": "p"},\n {"pro', "a.json:2: ", "a list of objects is needed"),
+    "JSON list cut off": ("a.json", b'[{"prompt": "p"},\n {"pro', "a.json:2: ",
+                          "a list of objects is needed"),
     "JSON list of texts": ("a.json", b'["p", "q"]', "a.json:1: ", "must be a JSON object such as"),
-    "text behind a JSON list": ("a.json", b'[{"prompt": "p"}]\nend', "a.json:2: ", "is not JSON (Extra data at column 1)"),
+    "text behind a JSON list": ("a.json", b'[{"prompt": "p"}]\nend', "a.json:2: ",
+                                "is not JSON (Extra data at column 1)"),
     "a bottomless JSON list": ("a.json", b"[" * 100_000, "a.json:1: ", "is not JSON (nested too deeply)"),
     "rows inside a JSON object": ("a.json", b'{"data": [\n {"prompt": "p"}]}', "a.json:1: ", "is not JSON ("),
     "CSV with a cell too few": ("a.csv", b"prompt,completion\np,c\np\n", "a.csv:3: ",
                                 "has 1 cells, but the first line names 2 columns"),
     "CSV with a cell too many": ("a.csv", b"prompt,completion\np,c, and more\n", "a.csv:2: ",
                                  "has 3 cells, but the first line names 2 columns"),
-    "CSV with semicolons": ("a.csv", b"prompt;completion\np;c\n", "a.csv:2: ", "has columns ['prompt;completion']; needed are"),
-    "CSV without a header": ("a.csv", b"Why?,Because.\nWho?,Me.\n", "a.csv:2: ", "has columns ['Because.', 'Why?']; needed are"),
-    "CSV with a column twice": ("a.csv", b"prompt,completion,prompt\np,c,q\n", "a.csv:1: ", "names the column 'prompt' twice"),
-    "CSV with an open quotation mark": ("a.csv", b'prompt,completion\np,c\n"p,c\n', "a.csv:3: ", "is not CSV ("),
-    "CSV in Latin-1": ("a.csv", b"prompt,completion\np,c\nq,caf\xe9\n", "a.csv:3: ", "is not UTF-8; save the file as UTF-8 text"),
-    "CSV with an empty cell": ("a.csv", b"prompt,completion\np,c\nq,\n", "a.csv:3: ", "column 'completion' is empty"),
+    "CSV with semicolons": ("a.csv", b"prompt;completion\np;c\n", "a.csv:2: ",
+                            "has columns ['prompt;completion']; needed are"),
+    "CSV without a header": ("a.csv", b"Why?,Because.\nWho?,Me.\n", "a.csv:2: ",
+                             "has columns ['Because.', 'Why?']; needed are"),
+    "CSV with a column twice": ("a.csv", b"prompt,completion,prompt\np,c,q\n", "a.csv:1: ",
+                                "names the column 'prompt' twice"),
+    "CSV with an open quotation mark": ("a.csv", b'prompt,completion\np,c\n"p,c\n', "a.csv:3: ",
+                                        "is not CSV ("),
+    "CSV in Latin-1": ("a.csv", b"prompt,completion\np,c\nq,caf\xe9\n", "a.csv:3: ",
+                       "is not UTF-8; save the file as UTF-8 text"),
+    "CSV with an empty cell": ("a.csv", b"prompt,completion\np,c\nq,\n", "a.csv:3: ",
+                               "column 'completion' is empty"),
     "CSV messages that are no JSON": ("a.csv", b'messages\n"[{role: user}]"\n', "a.csv:2: ",
-                                      "is not JSON (Expecting property name enclosed in double quotes at column 3); column "
-                                      "'messages' needs JSON"),
+                                      "is not JSON (Expecting property name enclosed in double quotes at "
+                                      "column 3); column 'messages' needs JSON"),
 }
 
 
@@ -323,14 +377,16 @@ def test_a_broken_file_is_named(case, refused, tmp_path):
     name, content, place, expected = FILES[case]
     (tmp_path / name).write_bytes(content)
     message = refused("actor", "--actor_training_data", name)
-    assert message.startswith((place, heading(2))) and f"{place}" in message and name in message and expected in message
+    assert (message.startswith((place, heading(2))) and f"{place}" in message and name in message
+            and expected in message)
 
 
-# ------------------------------------------------------------------------------------------------- sets and folders
+# ------------------------------------------------------------------------------------------- sets and folders
 
 
 def saved(folder, **splits):
-    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(folder)
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows)
+                          for name, rows in splits.items()}).save_to_disk(folder)
 
 
 def few(folder):
@@ -343,7 +399,8 @@ def two_sets(folder):
 
 
 def wordy(folder):
-    (folder / "wordy.jsonl").write_bytes(lines(*({"prompt": f"P{n}", "completion": "one two three four"} for n in range(9))))
+    (folder / "wordy.jsonl").write_bytes(lines(*({"prompt": f"P{n}", "completion": "one two three four"}
+                                                 for n in range(9))))
 
 
 def equal_pairs(folder):
@@ -356,54 +413,74 @@ def long_title(folder):
 
 
 SETS = {  # what is made, role, words, parts of the message
-    "a file that is not there": (None, "actor", "--actor_training_data no.csv", ["actor_training_data: 'no.csv' does not exist"]),
+    "a file that is not there": (None, "actor", "--actor_training_data no.csv",
+                                 ["actor_training_data: 'no.csv' does not exist"]),
     "a folder of files": (lambda folder: (folder / "mine").mkdir(), "actor", "--actor_training_data mine",
-                          ["actor_training_data: ", "mine' is a folder that `datasets` did not save; name a file in it"]),
-    "a folder with a file's name": (lambda folder: (folder / "a.jsonl").mkdir(), "rlhf", "--rlhf_training_data a.jsonl",
-                                    ["rlhf_training_data: ", "a.jsonl' is a folder that `datasets` did not save"]),
+                          ["actor_training_data: ", "mine' is a folder that `datasets` did not save; "
+                                                    "name a file in it"]),
+    "a folder with a file's name": (lambda folder: (folder / "a.jsonl").mkdir(), "rlhf",
+                                    "--rlhf_training_data a.jsonl",
+                                    ["rlhf_training_data: ",
+                                     "a.jsonl' is a folder that `datasets` did not save"]),
     "a link to nothing": (lambda folder: (folder / "a.jsonl").symlink_to(folder / "gone"), "actor",
                           "--actor_training_data a.jsonl", ["actor_training_data: 'a.jsonl' does not exist"]),
-    "a folder without the split": (lambda folder: saved(folder / "mine", test=[good(1)]), "reward", "--reward_training_data mine",
+    "a folder without the split": (lambda folder: saved(folder / "mine", test=[good(1)]), "reward",
+                                   "--reward_training_data mine",
                                    ["reward_training_data: ", "mine' has no split train (it has test)"]),
     "a name of the hub without a network": (None, "actor", "--actor_training_data someone/some-set", [
-        "actor_training_data: 'someone/some-set' is neither a file nor a data set of the hub that can be reached",
+        "actor_training_data: 'someone/some-set' is neither a file nor a data set of the hub "
+        "that can be reached",
         "without a network, name a local copy: a file, or a folder saved by `datasets`"]),
-    "a name that is neither": (None, "rlhf", "--rlhf_training_data tldr", ["rlhf_training_data: 'tldr' does not exist"]),
+    "a name that is neither": (None, "rlhf", "--rlhf_training_data tldr",
+                               ["rlhf_training_data: 'tldr' does not exist"]),
     "somebody else's home": (None, "actor", "--actor_training_data ~no-such-user/a.jsonl",
                              ["actor_training_data: '~no-such-user/a.jsonl' does not exist"]),
     "a name that is too long": (None, "actor", f"--actor_training_data {'n' * 300}.jsonl",
                                 ["actor_training_data: 'nnn", "does not exist"]),
     "too few prompts to hold some out": (few, "actor", "--actor_training_data few.jsonl",
-                                         ["few.jsonl: 3 different prompts are too few to hold some out; name validation and "
-                                          "test data too"]),
-    "a prompt in training and validation": (two_sets, "actor", "--actor_training_data rows.jsonl --actor_validation_data "
+                                         ["few.jsonl: 3 different prompts are too few to hold some out; "
+                                          "name validation and test data too"]),
+    "a prompt in training and validation": (two_sets, "actor",
+                                            "--actor_training_data rows.jsonl --actor_validation_data "
                                             "held.jsonl --actor_test_data none", [
-        "the same prompt stands in actor_training_data and in actor_validation_data: 'P5' (rows.jsonl:6 and held.jsonl:2)",
+        "the same prompt stands in actor_training_data and in actor_validation_data: 'P5' (rows.jsonl:6 "
+        "and held.jsonl:2)",
         "; remove it from one, or accept it with allow_overlap: true"]),
-    "a prompt in training and test": (two_sets, "reward", "--reward_training_data rows.jsonl --reward_test_data held.jsonl",
-                                      ["the same prompt stands in reward_training_data and in reward_test_data: 'P5' "
-                                       "(rows.jsonl:6 and held.jsonl:2)"]),
+    "a prompt in training and test": (two_sets, "reward",
+                                      "--reward_training_data rows.jsonl --reward_test_data held.jsonl",
+                                      ["the same prompt stands in reward_training_data and in "
+                                       "reward_test_data: 'P5' (rows.jsonl:6 and held.jsonl:2)"]),
     "equal pairs alone": (equal_pairs, "reward", "--reward_training_data equal.jsonl",
                           ["reward_training_data: 'equal.jsonl' holds no usable comparison"]),
     "a prompt that cannot fit": (long_title, "rlhf", "--rlhf_training_data long.jsonl --max_prompt_tokens 64",
-                                 [heading(9), "long.jsonl:9: the prompt cannot fit into max_prompt_tokens=64 even without its"]),
-    "a split of a file": (two_sets, "actor", """--actor_training_data {"name":"rows.jsonl","split":"train"}""", [
+                                 [heading(9), "long.jsonl:9: the prompt cannot fit into "
+                                              "max_prompt_tokens=64 even without its"]),
+    "a split of a file": (two_sets, "actor",
+                          """--actor_training_data {"name":"rows.jsonl","split":"train"}""", [
         "actor_training_data: 'rows.jsonl' is on this disk and has no split; leave that out"]),
-    "a revision of a file": (two_sets, "actor", """--actor_training_data {"name":"rows.jsonl","revision":"main"}""", [
+    "a revision of a file": (two_sets, "actor",
+                             """--actor_training_data {"name":"rows.jsonl","revision":"main"}""", [
         "actor_training_data: 'rows.jsonl' is on this disk and has no revision; leave that out"]),
     "a split that a folder has not": (lambda folder: saved(folder / "mine", train=[good(1)]), "reward",
                                       """--reward_training_data {"name":"mine","split":"dev"}""",
-                                      ["reward_training_data: ", "mine' has no split dev (it has train); take one of these"]),
-    "a weight that leaves nothing": (two_sets, "actor", """--actor_training_data {"name":"rows.jsonl","weight":0.001}""", [
+                                      ["reward_training_data: ",
+                                       "mine' has no split dev (it has train); take one of these"]),
+    "a weight that leaves nothing": (two_sets, "actor",
+                                     """--actor_training_data {"name":"rows.jsonl","weight":0.001}""", [
         "actor_training_data: its weights leave no row to train on; raise them"]),
-    "half a list": (None, "actor", "--actor_training_data [a.jsonl", ["command line: 'actor_training_data' is not JSON"]),
-    "one of several that is not there": (two_sets, "rlhf", """--rlhf_training_data ["rows.jsonl","no.jsonl"]""",
+    "half a list": (None, "actor", "--actor_training_data [a.jsonl",
+                    ["command line: 'actor_training_data' is not JSON"]),
+    "one of several that is not there": (two_sets, "rlhf",
+                                         """--rlhf_training_data ["rows.jsonl","no.jsonl"]""",
                                          ["rlhf_training_data: 'no.jsonl' does not exist"]),
-    "no completion that is short enough": (wordy, "actor", "--actor_training_data wordy.jsonl --max_completion_tokens 2", [
+    "no completion that is short enough": (wordy, "actor",
+                                           "--actor_training_data wordy.jsonl --max_completion_tokens 2", [
         "max_completion_tokens: no completion has 2 tokens or fewer; raise it"]),
-    "a broken validation set": (two_sets, "rlhf", "--rlhf_training_data rows.jsonl --rlhf_validation_data held.jsonl.gz",
+    "a broken validation set": (two_sets, "rlhf", "--rlhf_training_data rows.jsonl "
+                                                  "--rlhf_validation_data held.jsonl.gz",
                                 ["rlhf_validation_data: 'held.jsonl.gz' does not exist"]),
-    "references that are none": (two_sets, "reward", "--reward_training_data rows.jsonl --centring_data no.csv",
+    "references that are none": (two_sets, "reward", "--reward_training_data rows.jsonl "
+                                                     "--centring_data no.csv",
                                  ["centring_data: 'no.csv' does not exist"]),
 }
 
@@ -417,32 +494,47 @@ def test_a_set_that_cannot_be_used_is_named_by_its_key(case, refused, tmp_path):
     assert message.startswith(parts[0]) and all(part in message for part in parts), message
 
 
-# ---------------------------------------------------------------------------------------------------- configurations
+# --------------------------------------------------------------------------------------------- configurations
 
 CONFIGS = {  # text of the YAML file, line, what is said
     "remote code": ("trust_remote_code: true\n", 1, "unknown key 'trust_remote_code'"),
     "a mistyped role": ("seed: 1\nactor_traning_data: rows.jsonl\n", 2,
                         "unknown key 'actor_traning_data'; did you mean 'actor_training_data'?"),
-    "the role of another stage": ("reward_training_data: rows.jsonl\n", 1, "unknown key 'reward_training_data'"),
+    "the role of another stage": ("reward_training_data: rows.jsonl\n", 1,
+                                  "unknown key 'reward_training_data'"),
     "a data set that is a number": ("\nactor_training_data: 7\n", 2, "'actor_training_data' must be"),
     "no data set": ("actor_training_data: null\n", 1, "'actor_training_data' must be"),
-    "an empty list": ("actor_training_data: []\n", 1, "'actor_training_data' is an empty list; name a data set"),
-    "a list in a list": ("actor_training_data: [[a.jsonl]]\n", 1, "must be a name, a mapping with 'name', or a list of these"),
-    "a mapping without a name": ("actor_training_data: {weight: 2}\n", 1, "'actor_training_data' has no 'name' in {'weight': 2}"),
-    "remote code in a mapping": ("seed: 1\nactor_training_data:\n  - name: a/b\n    trust_remote_code: true\n", 2,
-                                 "'actor_training_data' has an unknown key 'trust_remote_code'; code of a data set is never run"),
+    "an empty list": ("actor_training_data: []\n", 1, "'actor_training_data' is an empty "
+                                                      "list; name a data set"),
+    "a list in a list": ("actor_training_data: [[a.jsonl]]\n", 1,
+                         "must be a name, a mapping with 'name', or a list of these"),
+    "a mapping without a name": ("actor_training_data: {weight: 2}\n", 1,
+                                 "'actor_training_data' has no 'name' in {'weight': 2}"),
+    "remote code in a mapping": ("seed: 1\nactor_training_data:\n  - name: a/b\n    "
+                                 "trust_remote_code: true\n", 2,
+                                 "'actor_training_data' has an unknown key 'trust_remote_code'; code of a "
+                                 "data set is never run"),
     "a mistyped key in a mapping": ("actor_training_data: {name: a, wieght: 2}\n", 1,
-                                    "has an unknown key 'wieght'; valid keys: name, config, split, revision, data_dir, weight"),
-    "a weight of 0": ("actor_training_data: {name: a, weight: 0}\n", 1, "has a weight of 0; a number above 0 is needed"),
-    "a weight below 0": ("actor_training_data: {name: a, weight: -1}\n", 1, "has a weight of -1; a number above 0 is needed"),
-    "a weight of text": ("actor_training_data: {name: a, weight: half}\n", 1, "has a weight of 'half'; a number above 0"),
-    "a weight without an end": ("actor_training_data: {name: a, weight: .inf}\n", 1, "has a weight of inf; a number above 0"),
-    "a split that is a list": ("actor_training_data: {name: a, split: [a]}\n", 1, "has ['a'] for 'split'; text is needed"),
-    "bad rows otherwise": ("on_bad_rows: ignore\n", 1, "'on_bad_rows' must be one of error, skip, found 'ignore'"),
+                                    "has an unknown key 'wieght'; valid keys: name, config, split, "
+                                    "revision, data_dir, weight"),
+    "a weight of 0": ("actor_training_data: {name: a, weight: 0}\n", 1,
+                      "has a weight of 0; a number above 0 is needed"),
+    "a weight below 0": ("actor_training_data: {name: a, weight: -1}\n", 1,
+                         "has a weight of -1; a number above 0 is needed"),
+    "a weight of text": ("actor_training_data: {name: a, weight: half}\n", 1,
+                         "has a weight of 'half'; a number above 0"),
+    "a weight without an end": ("actor_training_data: {name: a, weight: .inf}\n", 1,
+                                "has a weight of inf; a number above 0"),
+    "a split that is a list": ("actor_training_data: {name: a, split: [a]}\n", 1,
+                               "has ['a'] for 'split'; text is needed"),
+    "bad rows otherwise": ("on_bad_rows: ignore\n", 1, "'on_bad_rows' must be one of error, "
+                                                       "skip, found 'ignore'"),
     "a prompt of no tokens": ("max_prompt_tokens: 0\n", 1, "'max_prompt_tokens' must be at least 8, found 0"),
-    "a name twice": ("actor_training_data: a\nactor_training_data: b\n", 2, "key 'actor_training_data' stands twice (line 1)"),
+    "a name twice": ("actor_training_data: a\nactor_training_data: b\n", 2,
+                     "key 'actor_training_data' stands twice (line 1)"),
     "not YAML": ("actor_training_data: [a\n", 2, "is not valid YAML"),
-    "not UTF-8": (b"actor_training_data: caf\xe9\n", None, "is not UTF-8 text; a configuration is a YAML file"),
+    "not UTF-8": (b"actor_training_data: caf\xe9\n", None,
+                  "is not UTF-8 text; a configuration is a YAML file"),
 }
 
 
@@ -455,12 +547,17 @@ def test_a_broken_configuration_is_named_by_its_line(case, refused, tmp_path):
 
 
 OPTIONS = {
-    "a group of one": ("reward", "--max_completions 1", "command line: 'max_completions' must be at least 2, found 1"),
-    "a negative ratio": ("reward", "--min_score_ratio=-1", "command line: 'min_score_ratio' must be at least 0.0, found -1.0"),
-    "no pairs": ("reward", "--max_pairs_per_prompt 0", "command line: 'max_pairs_per_prompt' must be at least 1, found 0"),
-    "EOS alone": ("actor", "--max_completion_tokens 1", "command line: 'max_completion_tokens' must be at least 2, found 1"),
+    "a group of one": ("reward", "--max_completions 1", "command line: 'max_completions' must be "
+                                                        "at least 2, found 1"),
+    "a negative ratio": ("reward", "--min_score_ratio=-1", "command line: 'min_score_ratio' must be at "
+                                                           "least 0.0, found -1.0"),
+    "no pairs": ("reward", "--max_pairs_per_prompt 0", "command line: 'max_pairs_per_prompt' must be "
+                                                       "at least 1, found 0"),
+    "EOS alone": ("actor", "--max_completion_tokens 1", "command line: 'max_completion_tokens' must be "
+                                                        "at least 2, found 1"),
     "remote code": ("rlhf", "--trust_remote_code true", "command line: unknown key '--trust_remote_code'"),
-    "a used folder": ("actor", "--output_dir used", "output_dir: 'used' is in use; go on with --resume, or name"),
+    "a used folder": ("actor", "--output_dir used", "output_dir: 'used' is in use; go on with "
+                                                    "--resume, or name"),
 }
 
 
@@ -473,7 +570,7 @@ def test_an_option_that_makes_no_sense_is_named(case, refused, tmp_path):
     assert refused(role, f"--{role}_training_data", "rows.jsonl", *words.split()).startswith(expected)
 
 
-# ------------------------------------------------------------------------------------------------------ from outside
+# ----------------------------------------------------------------------------------------------- from outside
 
 
 @pytest.mark.parametrize(("script", "words", "content", "expected"), [
@@ -481,11 +578,14 @@ def test_an_option_that_makes_no_sense_is_named(case, refused, tmp_path):
      f"a.jsonl:1: column 'completion' is missing (found: prompt){OR_SKIP}"),
     ("train_reward.py", f"--model {MINI} --reward_training_data a.jsonl", b"\x1f\x8b\n",
      "a.jsonl:1: is not text but a .gz file; give its name the ending .gz"),
-    ("prepare_data.py", "--data no.jsonl", b"", "data: 'no.jsonl' does not exist (looked in {folder} and {project})"),
+    ("prepare_data.py", "--data no.jsonl", b"", "data: 'no.jsonl' does not exist (looked in "
+                                                "{folder} and {project})"),
 ])
 def test_a_real_command_says_one_line_and_exits_with_2(script, words, content, expected, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(content)
     command = [sys.executable, str(PROJECT / "scripts" / script), "--output_dir", "run", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: {expected}\n".format(folder=tmp_path, project=PROJECT))
+    assert ((done.returncode, done.stderr) == (2,
+                                               f"error: {expected}\n".format(folder=tmp_path,
+                                                                             project=PROJECT)))
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -70,12 +70,14 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("layout", EXAMPLES)
 def test_examples_of_every_layout_read_alike(layout, tmp_path):
-    assert load_examples(write(tmp_path, EXAMPLES[layout]), "actor_training_data") == [Example(TLDR, " Buy one.", None)]
+    assert (load_examples(write(tmp_path, EXAMPLES[layout]), "actor_training_data")
+            == [Example(TLDR, " Buy one.", None)])
 
 
 def test_other_prompts_stay_as_they_are_and_facts_are_kept(tmp_path):
     path = write(tmp_path, {"prompt": "Why is tea green?\n", "completion": "\nIt is.  ", "facts": {"a": "b"}})
-    assert load_examples(path, "actor_training_data") == [Example("Why is tea green?", "\nIt is.", {"a": "b"})]
+    assert (load_examples(path, "actor_training_data") == [Example("Why is tea green?", "\nIt is.",
+                                                                   {"a": "b"})])
 
 
 def test_prompts_alone_are_enough_for_ppo(tmp_path):
@@ -101,12 +103,15 @@ COMPARISONS = {
 
 def openai_row(choice, first="Pots.", second="Buy one.", **info):
     return {"info": {"id": "t3", **POST, "site": None, "article": None, **info},
-            "summaries": [{"text": first, "policy": "sup4", "note": ""}, {"text": f" {second}", "policy": "ref", "note": "ok"}],
+            "summaries": [{"text": first, "policy": "sup4", "note": ""},
+                          {"text": f" {second}", "policy": "ref", "note": "ok"}],
             "choice": choice, "worker": "w7", "batch": "batch3", "split": "train", "extra": {"confidence": 8}}
 
 
 def test_the_choice_of_an_openai_row_is_the_better_summary(tmp_path):
-    """Polarity by hand: choice 1 is the second, choice 0 the first; what the row says besides goes along with the pair."""
+    """Polarity by hand: choice 1 is the second, choice 0 the first; what the row says besides goes along with
+    the pair.
+    """
     note = {"confidence": "8", "policies": "ref and sup4", "batch": "batch3", "worker": "w7"}
     found = rankings(write(tmp_path, openai_row(1), openai_row(0)))
     assert found == [Ranking(TLDR, [" Buy one.", " Pots."], [(0, 1), (1, 0)], None, [note, note])]
@@ -115,7 +120,8 @@ def test_the_choice_of_an_openai_row_is_the_better_summary(tmp_path):
 
 
 def shp_row(label, ratio=2.5, history="Why is the sky blue?", a="Buy one.", b="Pots."):
-    return {"post_id": "x", "domain": "askscience_train", "history": history, "human_ref_A": a, "human_ref_B": b,
+    return {"post_id": "x", "domain": "askscience_train", "history": history, "human_ref_A": a,
+            "human_ref_B": b,
             "labels": label, "score_A": 5, "score_B": 2, "score_ratio": ratio}
 
 
@@ -126,11 +132,14 @@ def test_the_label_of_an_shp_row_is_1_for_the_first_answer(tmp_path):
 
 
 def test_small_ratios_and_too_many_pairs_of_a_prompt_are_dropped_and_counted(tmp_path):
-    rows = [shp_row(1, 1.9), *(shp_row(1, 2.0, a=f"a{n}", b=f"b{n}") for n in range(4)), shp_row(1, 9.0, history="Q")]
+    rows = [shp_row(1, 1.9), *(shp_row(1, 2.0, a=f"a{n}", b=f"b{n}") for n in range(4)),
+            shp_row(1, 9.0, history="Q")]
     path, said = write(tmp_path, *rows), []
-    found = load_rankings(path, "reward_training_data", 9, said.append, min_score_ratio=2.0, max_pairs_per_prompt=3)
+    found = load_rankings(path, "reward_training_data", 9, said.append, min_score_ratio=2.0,
+                          max_pairs_per_prompt=3)
     assert {group.prompt: len(group.pairs) for group in found} == {"Why is the sky blue?": 3, "Q": 1}
-    assert said == [f"{path}: dropped 2 rows (1 a score_ratio that is too small, 1 more pairs of one prompt than "
+    assert said == [f"{path}: dropped 2 rows (1 a score_ratio that is too small, 1 more pairs "
+                    f"of one prompt than "
                     "max_pairs_per_prompt)"]
     assert sum(len(group.pairs) for group in rankings(path)) == 6  # by default every row counts
 
@@ -143,14 +152,16 @@ def test_messages_are_a_dialogue_whose_last_answer_is_the_completion(tmp_path):
     turns = ("user", "Hi "), ("assistant", "Hello"), ("user", "Tea?"), ("assistant", " Buy one.\n")
     [found] = load_examples(write(tmp_path, messages_row(*turns)), "actor_training_data")
     assert found == Example("Human: Hi\n\nAssistant: Hello\n\nHuman: Tea?\n\nAssistant:", " Buy one.", None)
-    [found] = load_examples(write(tmp_path, messages_row(("system", "Be kind."), ("user", "Tea?"))), "rlhf_training_data", False)
+    [found] = load_examples(write(tmp_path, messages_row(("system", "Be kind."), ("user", "Tea?"))),
+                            "rlhf_training_data", False)
     assert found == Example("System: Be kind.\n\nHuman: Tea?\n\nAssistant:", None, None)
     # the same layout as that of hh-rlhf, so that one model serves both
     assert rankings(write(tmp_path, COMPARISONS["Anthropic/hh-rlhf"][1]))[0].prompt == DIALOGUE.strip()
 
 
 def test_an_article_is_a_prompt_of_its_own(tmp_path):
-    [found] = rankings(write(tmp_path, openai_row(1, article="It rained.\n", site="cnn", post="", title=None, subreddit=None)))
+    [found] = rankings(write(tmp_path, openai_row(1, article="It rained.\n", site="cnn", post="", title=None,
+                                                  subreddit=None)))
     assert found.prompt == "It rained.\n\nTL;DR:" and found.completions == [" Buy one.", " Pots."]
 
 
@@ -160,7 +171,8 @@ def test_notes_stay_with_their_pair_when_a_group_is_split(tmp_path):
     for cap in (2, 3, 9):
         for group in rankings(write(tmp_path, *rows), cap):
             for (better, worse), note in zip(group.pairs, group.notes, strict=True):
-                assert note["batch"] == (group.completions[better] + group.completions[worse]).replace(" ", "")
+                assert (note["batch"] == (group.completions[better] + group.completions[worse]).replace(" ",
+                                                                                                        ""))
 
 
 @pytest.mark.parametrize("layout", COMPARISONS)
@@ -190,7 +202,8 @@ def test_every_real_dialogue_is_a_pair_or_counted():
     found = rankings(str(path), said=said)
     assert said == [f"{path}: dropped 9 rows (4 an empty answer, 5 share no prompt)"]
     assert sum(len(group.pairs) for group in found) == 2312 - 9
-    assert all(group.prompt.startswith("Human:") and group.prompt.endswith("\n\nAssistant:") for group in found)
+    assert all(group.prompt.startswith("Human:") and group.prompt.endswith("\n\nAssistant:")
+               for group in found)
 
 
 @pytest.mark.parametrize(
@@ -208,13 +221,15 @@ def test_every_real_dialogue_is_a_pair_or_counted():
 )
 def test_hub_splits_are_chosen_by_role(field, splits, expected, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: splits)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([{"split": split}]))
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda name, split: datasets.Dataset.from_list([{"split": split}]))
     assert rows_of("some/dataset", field) == [(f"some/dataset[{expected}]:1", {"split": expected})]
 
 
 @pytest.mark.parametrize("error", [
     ConnectionError("offline"), RuntimeError("Dataset scripts are no longer supported"),
-    DatasetGenerationError("An error occurred while generating the dataset"), NonMatchingSplitsSizesError("other sizes"),
+    DatasetGenerationError("An error occurred while generating the dataset"),
+    NonMatchingSplitsSizesError("other sizes"),
 ])
 def test_an_unreachable_hub_is_a_users_error(error, monkeypatch):
     def fail(name):
@@ -232,10 +247,13 @@ def test_an_unreachable_hub_is_a_users_error(error, monkeypatch):
 def test_tokenising_apart_equals_tokenising_together(name):
     """Detail 2, on the posts of the mini data set and on awkward text."""
     tokenizer = tokenizer_of(name)
-    texts = [(e.prompt, e.completion) for e in load_examples("data/tldr_mini/actor_validation.jsonl.gz", "x")[:200]]
-    texts += [(TLDR, " Buy one."), (TLDR, "\nBuy"), (TLDR, "  two spaces"), (TLDR, " ☕ naïve"), ("Why?", " 1,000.")]
+    texts = [(e.prompt, e.completion) for e in load_examples("data/tldr_mini/actor_validation.jsonl.gz",
+                                                             "x")[:200]]
+    texts += [(TLDR, " Buy one."), (TLDR, "\nBuy"), (TLDR, "  two spaces"), (TLDR, " ☕ naïve"),
+              ("Why?", " 1,000.")]
     prompts, completions = map(list, zip(*texts, strict=True))
-    apart = zip(prompt_tokens(tokenizer, prompts, 10_000), completion_tokens(tokenizer, completions), strict=True)
+    apart = zip(prompt_tokens(tokenizer, prompts, 10_000), completion_tokens(tokenizer, completions),
+                strict=True)
     together = tokenizer([p + c for p, c in texts])["input_ids"]
     for (prompt, completion), both in zip(apart, together, strict=True):
         assert prompt + completion == [*both, tokenizer.eos_token_id]
@@ -244,10 +262,12 @@ def test_tokenising_apart_equals_tokenising_together(name):
 
 @pytest.mark.parametrize("name", ["opt-mini", "opt"])
 def test_special_tokens_that_somebody_wrote_are_text(name):
-    """Detail 4: a post that holds the EOS's spelling must not end there, nor may padding be written into it."""
+    """Detail 4: a post that holds the EOS's spelling must not end there, nor may padding be written into it.
+    """
     tokenizer = tokenizer_of(name)
     text = " a </s> b <pad> c"
-    [prompt], [completion] = prompt_tokens(tokenizer, [text.strip()], 99), completion_tokens(tokenizer, [text])
+    [prompt], [completion] = prompt_tokens(tokenizer, [text.strip()],
+                                           99), completion_tokens(tokenizer, [text])
     special = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     assert not special & {*prompt[1:], *completion[:-1]}
     assert tokenizer.decode(completion[:-1]) == text
@@ -307,7 +327,8 @@ def test_cut_prompts_end_in_tldr_for_real_tokenizers(name):
     tokenizer = tokenizer_of(name)
     prompts = [e.prompt for e in load_examples("data/tldr_mini/actor_validation.jsonl.gz", "x")[:50]]
     end = tokenizer("\n\nTL;DR:", add_special_tokens=False)["input_ids"]
-    for ids, whole in zip(prompt_tokens(tokenizer, prompts, 70), prompt_tokens(tokenizer, prompts, 512), strict=True):
+    for ids, whole in zip(prompt_tokens(tokenizer, prompts, 70), prompt_tokens(tokenizer, prompts, 512),
+                          strict=True):
         assert 20 < len(ids) <= 70 and ids[:10] == whole[:10]
         assert ids[-len(end) :] == end
 
@@ -338,7 +359,8 @@ def test_group_cap_keeps_each_pair_once(cap, tmp_path):
     expected = [(f" {x}", f" {y}") for x, y in pairs]
     as_pairs = rankings(write(tmp_path, *(pair(x, y) for x, y in pairs)), cap)
     as_ranking = rankings(
-        write(tmp_path, {"prompt": "P", "completions": list(letters), "label_scores": [6, 5, 4, 3, 2, 1]}), cap
+        write(tmp_path, {"prompt": "P", "completions": list(letters), "label_scores": [6, 5, 4, 3, 2, 1]}),
+        cap
     )
     for found in (as_pairs, as_ranking):
         assert all_pairs(found) == expected
@@ -359,7 +381,8 @@ def test_ranks_with_ties(tmp_path):
 @pytest.mark.parametrize("cap", [2, 9])
 def test_rankings_of_ties_alone_are_dropped_and_counted(cap, tmp_path):
     """Whether or not they are small enough for one group; PPO takes their prompts."""
-    rows = [{"prompt": f"P{n}", "completions": ["a", "b", "c"], "ranks": [1, 1, rank]} for n, rank in enumerate((1, 2, 1))]
+    rows = [{"prompt": f"P{n}", "completions": ["a", "b", "c"], "ranks": [1, 1, rank]}
+            for n, rank in enumerate((1, 2, 1))]
     path, said = write(tmp_path, *rows), []
     assert {row.prompt for row in rankings(path, cap, said)} == {"P1"}
     assert said == [f"{path}: dropped 2 rows (2 ties alone)"]
@@ -369,7 +392,8 @@ def test_rankings_of_ties_alone_are_dropped_and_counted(cap, tmp_path):
 def test_dropped_pairs_are_counted_with_their_reason(tmp_path):
     other = DIALOGUE.replace("Hi", "Ho")
     path = write(
-        tmp_path, pair("a", "b"), pair("a", "\na"), pair("a", "a"), pair("a", "  "), pair("TL;DR:", "TL;DR: b"),
+        tmp_path, pair("a", "b"), pair("a", "\na"), pair("a", "a"), pair("a", "  "),
+        pair("TL;DR:", "TL;DR: b"),
         {"chosen": f"{DIALOGUE} yes", "rejected": f"{other} no"},
     )
     said = []
@@ -388,7 +412,8 @@ def test_a_file_with_no_usable_pair_is_refused(tmp_path):
 
 
 def test_split_off_holds_whole_prompts_out(tmp_path):
-    rows = data.load_examples(write(tmp_path, *({"prompt": f"P{i % 20}", "completion": str(i)} for i in range(60))), "x")
+    rows = data.load_examples(write(tmp_path, *({"prompt": f"P{i % 20}", "completion": str(i)}
+                                                for i in range(60))), "x")
     stay, held = split_off(rows, 0.25, seed=3)
     assert len({row.prompt for row in held}) == 5 and sorted([*stay, *held]) == sorted(rows)
     assert not {row.prompt for row in held} & {row.prompt for row in stay}
@@ -404,8 +429,8 @@ def test_overlap_is_refused_with_its_places_or_said(tmp_path):
     said = []
     refuse_overlap({"train": one, "test": two[:1]}, False, said.append)
     assert not said
-    clash = (f"the same prompt stands in train and in test: 'P8' ({first}:9 and {second}:2), 'P7' ({first}:8 and {second}:3), "
-             f"'P6' ({first}:7 and {second}:4) and 3 more")
+    clash = (f"the same prompt stands in train and in test: 'P8' ({first}:9 and {second}:2), 'P7' ({first}:8 "
+             f"and {second}:3), 'P6' ({first}:7 and {second}:4) and 3 more")
     with pytest.raises(UserError) as caught:
         refuse_overlap({"train": one, "test": two}, False, said.append)
     assert str(caught.value) == clash + "; remove it from one, or accept it with allow_overlap: true"
@@ -423,8 +448,10 @@ def test_every_stage_refuses_a_prompt_in_two_splits(load, kind, role, split, tmp
     rows = [{"prompt": f"P{i}", "completion": " a", "chosen": " a", "rejected": " b"} for i in range(9)]
     shared = {"training": rows[:3], "validation": rows[3:6], "test": rows[6:]}
     shared[split] = [*shared[split], rows[1]]
-    files = {f"{role}_{name}_data": write(tmp_path, *part, name=f"{name}.jsonl") for name, part in shared.items()}
-    with pytest.raises(UserError, match=f"^the same prompt stands in {role}_training_data and in {role}_{split}_data: 'P1'"):
+    files = {f"{role}_{name}_data": write(tmp_path, *part, name=f"{name}.jsonl")
+             for name, part in shared.items()}
+    with pytest.raises(UserError, match=f"^the same prompt stands in {role}_training_data and in "
+                                        f"{role}_{split}_data: 'P1'"):
         load(kind(**files), mini_tokenizer(), DataReport())
 
 
@@ -476,7 +503,8 @@ BROKEN_RANKINGS = {
     "one summary": {"info": POST, "summaries": [{"text": "a"}], "choice": 0},
     "summaries of text": {"info": POST, "summaries": ["a", "b"], "choice": 0},
     "summary without text": {"info": POST, "summaries": [{"text": "a"}, {"note": "b"}], "choice": 0},
-    "no post in info": {"info": {"title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
+    "no post in info": {"info": {"title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}],
+                        "choice": 0},
     "prompt is a list": {"prompt": ["P"], "chosen": "a", "rejected": "b"},
     "chosen a number": pair(1, "b"),
     "rejected null": pair("a", None),
@@ -522,7 +550,8 @@ def test_a_broken_ranking_is_named_by_file_and_line(case, tmp_path):
     refused(lambda: rankings(str(path)), f"{path}:3: ")
 
 
-WHOLE = gzip.compress("".join(f'{{"prompt": "P{i * 7919}", "completion": "c"}}\n' for i in range(2000)).encode())
+WHOLE = gzip.compress("".join(f'{{"prompt": "P{i * 7919}", "completion": "c"}}\n'
+                              for i in range(2000)).encode())
 BROKEN_FILES = {
     "no gzip": ("a.jsonl.gz", GOOD.encode()),
     "truncated gzip": ("a.jsonl.gz", WHOLE[: len(WHOLE) // 2]),
@@ -542,7 +571,8 @@ def test_a_broken_file_is_named(case, tmp_path):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    message = refused(lambda: load_examples(str(path), "actor_training_data"), f"{path}:", "actor_training_data: ")
+    message = refused(lambda: load_examples(str(path), "actor_training_data"), f"{path}:",
+                      "actor_training_data: ")
     assert str(path) in message
 
 

@@ -1,4 +1,6 @@
-"""The data card is true: each row that it shows is read as the block below it says, and its links lead somewhere."""
+"""The data card is true: each row that it shows is read as the block below it says, and its links lead
+somewhere.
+"""
 
 import itertools
 import json
@@ -28,7 +30,8 @@ SHOWN = [(heading, *pair) for heading, text in zip(HEADINGS, SECTIONS, strict=Tr
 
 def of_ranking(path):
     [group] = load_rankings(path, "reward_training_data", 9, print)
-    made = {"prompt": group.prompt, "pairs": sorted([group.completions[b], group.completions[w]] for b, w in group.pairs)}
+    made = {"prompt": group.prompt, "pairs": sorted([group.completions[b], group.completions[w]]
+                                                    for b, w in group.pairs)}
     return made | ({"notes": group.notes} if group.notes else {})
 
 
@@ -37,7 +40,8 @@ def of_example(path, field):
     return {"prompt": example.prompt, "completion": example.completion}
 
 
-@pytest.mark.parametrize(("heading", "row", "made"), SHOWN, ids=[f"{n} {shown[0]}" for n, shown in enumerate(SHOWN)])
+@pytest.mark.parametrize(("heading", "row", "made"), SHOWN,
+                         ids=[f"{n} {shown[0]}" for n, shown in enumerate(SHOWN)])
 def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
     path, made = tmp_path / "row.jsonl", json.loads(made)
     path.write_text(json.dumps(json.loads(row)) + "\n", encoding="utf-8")
@@ -62,32 +66,38 @@ PPO_ROWS = {  # how a line of the table begins: its columns, and the prompt that
     "| SFT, PPO | `subreddit`": ({"subreddit": "tea", "title": "t", "post": "p"},
                                  "SUBREDDIT: r/tea\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"),
     "| SFT, PPO | `prompt` (and `label`)": ({"prompt": "P", "label": "l"}, "P"),
-    "| `rating_data`, PPO |": ({"info": {"article": "A"}, "summary": {"text": "s", "axes": {}}}, "A\n\nTL;DR:"),
+    "| `rating_data`, PPO |": ({"info": {"article": "A"}, "summary": {"text": "s", "axes": {}}},
+                               "A\n\nTL;DR:"),
 }
 
 
-BOTH = [pair for pair in itertools.combinations(PPO_ROWS, 2) if "`subreddit`" not in pair[0] or "rating" not in pair[1]]
+BOTH = [pair for pair in itertools.combinations(PPO_ROWS, 2) if "`subreddit`" not in pair[0]
+        or "rating" not in pair[1]]
 
 
-@pytest.mark.parametrize(("one", "other"), BOTH)  # `summary` cannot be the text of the one and the object of the other
+# `summary` cannot be the text of the one and the object of the other
+@pytest.mark.parametrize(("one", "other"), BOTH)
 def test_the_first_line_that_fits_decides(one, other, tmp_path):
     """For a row with the columns of two lines of the table."""
     row, path = PPO_ROWS[one][0] | PPO_ROWS[other][0], tmp_path / "row.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     first = min(one, other, key=lambda line: CARD.index(f"\n{line}"))
-    made = "P" if {"chosen", "prompt"} <= row.keys() else PPO_ROWS[first][1]  # a comparison has its prompt there, too
+    # a comparison has its prompt there, too
+    made = "P" if {"chosen", "prompt"} <= row.keys() else PPO_ROWS[first][1]
     assert of_example(str(path), "rlhf_training_data")["prompt"] == made
 
 
 def test_mixtures_and_commands_are_understood():
     [mixture] = re.findall(r"```yaml\n(.*?)```", CARD, re.DOTALL)
-    assert [source.name for source in sources_of(parse_sources(yaml.safe_load(mixture)["reward_training_data"]))] == [
-        "CarperAI/openai_summarize_comparisons", "Anthropic/hh-rlhf", "openai/summarize_from_feedback"]
+    assert ([source.name
+             for source in sources_of(parse_sources(yaml.safe_load(mixture)["reward_training_data"]))] == [
+        "CarperAI/openai_summarize_comparisons", "Anthropic/hh-rlhf", "openai/summarize_from_feedback"])
     commands = re.findall(r"python scripts/prepare_data.py (.*?)[\n`]", CARD)
     for words in commands:
         assert parse_config(prepare_data.PrepareConfig, None, words.split()).data
     [words] = re.findall(r"`--reward_training_data (.*?)`", CARD)
-    config = parse_config(train_reward.RewardStageConfig, None, ["--reward_training_data", *shlex.split(words)])
+    config = parse_config(train_reward.RewardStageConfig, None,
+                          ["--reward_training_data", *shlex.split(words)])
     assert commands and [source.weight for source in sources_of(config.reward_training_data)] == [1, 2]
 
 

@@ -1,4 +1,6 @@
-"""Every public layout in every kind of file: it is read as its publisher means it, and the scripts train from it."""
+"""Every public layout in every kind of file: it is read as its publisher means it, and the scripts train from
+it.
+"""
 
 import gzip
 import itertools
@@ -11,7 +13,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import train_ppo
 import train_reward
 import train_sft
-from hub_layouts import COMPARED, ENDINGS, PROMPTS, SUPERVISED, rows_of, stories, trl_preference, trl_tldr, write
+from hub_layouts import (
+    COMPARED,
+    ENDINGS,
+    PROMPTS,
+    SUPERVISED,
+    rows_of,
+    stories,
+    trl_preference,
+    trl_tldr,
+    write,
+)
 from real_posts import data_folder
 from utils.config import PROJECT, parse_config
 from utils.data.rows import load_examples, load_rankings
@@ -21,14 +33,15 @@ PROMPT_SOURCES = SUPERVISED | COMPARED | PROMPTS  # PPO needs no more than a pro
 
 
 def rankings(path, said=None, **options):
-    return load_rankings(path, "reward_training_data", 9, [].append if said is None else said.append, **options)
+    return load_rankings(path, "reward_training_data", 9, [].append if said is None else said.append,
+                         **options)
 
 
 def pairs_of(group):
     return sorted((group.completions[better], group.completions[worse]) for better, worse in group.pairs)
 
 
-# ------------------------------------------------------------------------------------------------- what a row means
+# ------------------------------------------------------------------------------------------- what a row means
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -57,14 +70,15 @@ def test_prompts_of_any_layout_will_do_for_ppo(name, tmp_path):
 
 
 def test_what_openai_says_of_a_pair_goes_along_with_it(tmp_path):
-    groups = rankings(write(tmp_path, rows_of(COMPARED["openai/summarize_from_feedback, comparisons"], 2), ".parquet"))
+    groups = rankings(write(tmp_path, rows_of(COMPARED["openai/summarize_from_feedback, comparisons"], 2),
+                            ".parquet"))
     for group in groups:
         assert group.notes == [
             {"policies": "ref and sup4_ppo_rm3_kl10", "batch": "batch7", "worker": "w1"},
             {"policies": "ref and sup4_ppo_rm3_kl10", "batch": "batch7", "worker": "w1", "confidence": "7"}]
 
 
-# ------------------------------------------------------------------------------------------------- training from it
+# ------------------------------------------------------------------------------------------- training from it
 
 
 MINI = PROJECT / "assets" / "opt-mini"
@@ -82,16 +96,18 @@ def reward_model(tmp_path_factory):
 STAGES = {
     "actor": (train_sft, "SFTStageConfig", "--max_steps 1 --eval_steps 1 --max_new_tokens 2"),
     "reward": (train_reward, "RewardStageConfig", "--max_steps 1 --eval_steps 1 --max_completion_tokens 160"),
-    "rlhf": (train_ppo, "PPOStageConfig", "--total_episodes 4 --prompts_per_update 2 --responses_per_prompt 2 --ppo_epochs 1 "
-             "--eval_steps 9 --max_new_tokens 2 --reward_model {reward_model}"),
+    "rlhf": (train_ppo, "PPOStageConfig", "--total_episodes 4 --prompts_per_update 2 --responses_per_prompt "
+                                          "2 --ppo_epochs 1 --eval_steps 9 --max_new_tokens 2 "
+                                          "--reward_model {reward_model}"),
 }
 
 
 def train(role, data, out, reward_model=None, extra=""):
     """The real script on one data set, from which it holds posts out itself; where its run lies."""
     script, kind, words = STAGES[role]
-    words = (f"--model {MINI} --{role}_training_data {data} --output_dir {out} --max_prompt_tokens 224 --eval_rows 2 "
-             f"--test_rows 2 --per_device_batch_size 2 --report_to none {words.format(reward_model=reward_model)} {extra}")
+    words = (f"--model {MINI} --{role}_training_data {data} --output_dir {out} --max_prompt_tokens "
+             f"224 --eval_rows 2 --test_rows 2 --per_device_batch_size 2 --report_to none "
+             f"{words.format(reward_model=reward_model)} {extra}")
     script.main(parse_config(getattr(script, kind), None, words.split()))
     return out
 
@@ -99,7 +115,8 @@ def train(role, data, out, reward_model=None, extra=""):
 ROLES = {"actor": SUPERVISED, "reward": COMPARED, "rlhf": PROMPT_SOURCES}
 # each layout in each role that takes it, from one kind of file after the other
 TRAININGS = [(role, name, ending) for (role, name), ending in zip(
-    [(role, name) for role, layouts in ROLES.items() for name in layouts], itertools.cycle(ENDINGS), strict=False)]
+    [(role, name) for role, layouts in ROLES.items() for name in layouts], itertools.cycle(ENDINGS),
+    strict=False)]
 
 
 # the first layout of each role in `make test`, the others in `make test-slow`
@@ -107,7 +124,8 @@ FIRST = {role: next(iter(layouts)) for role, layouts in ROLES.items()}
 
 
 @pytest.mark.parametrize(("role", "name", "ending"), [
-    pytest.param(*training, marks=[] if FIRST[training[0]] == training[1] else pytest.mark.slow) for training in TRAININGS])
+    pytest.param(*training, marks=[] if FIRST[training[0]] == training[1] else pytest.mark.slow)
+    for training in TRAININGS])
 def test_the_script_trains_from_every_layout(role, name, ending, reward_model, tmp_path):
     data = write(tmp_path, rows_of(ROLES[role][name], COUNT), ending)
     run = train(role, data, tmp_path / "run", reward_model)
@@ -120,7 +138,8 @@ def test_the_script_trains_from_every_layout(role, name, ending, reward_model, t
 def test_the_script_trains_from_a_mixture_of_layouts(tmp_path):
     """Dialogues, and a random half of the posts that stay when some are held out."""
     names = "Anthropic/hh-rlhf", "CarperAI/openai_summarize_comparisons"
-    dialogues, posts = (write(tmp_path, rows_of(COMPARED[name], COUNT), name=name.replace("/", "-")) for name in names)
+    dialogues, posts = (write(tmp_path, rows_of(COMPARED[name], COUNT), name=name.replace("/", "-"))
+                        for name in names)
     data = json.dumps([dialogues, {"name": posts, "weight": 0.5}], separators=(",", ":"))
     run = train("reward", data, tmp_path / "run")
     figures = json.loads((run / "data.json").read_text())["reward_training_data"]
@@ -133,7 +152,7 @@ def test_every_kind_of_file_is_trained_from():
     assert {ending for _, _, ending in TRAININGS} == set(ENDINGS)
 
 
-# ---------------------------------------------------------------------------------------------- real data, unchanged
+# --------------------------------------------------------------------------------------- real data, unchanged
 
 
 def real(name):
@@ -170,12 +189,14 @@ def test_dialogues_that_part_too_early_are_reported_and_the_others_are_whole():
     assert found.sets[0].meta["dropped"]["share no prompt"] == {"rows": 5, "first": odd}
     even = [row for number, row in enumerate(rows, start=1) if number not in odd]
     whole = {(row["chosen"].strip(), row["rejected"].strip()) for row in even}
-    made = [(group.prompt + better, group.prompt + worse) for group in found for better, worse in pairs_of(group)]
+    made = [(group.prompt + better, group.prompt + worse) for group in found
+            for better, worse in pairs_of(group)]
     assert all(pair in whole for pair in made)
-    assert len(made) == sum(all(row[c].rpartition(turn)[2].strip() for c in ("chosen", "rejected")) for row in even)
+    assert len(made) == sum(all(row[c].rpartition(turn)[2].strip() for c in ("chosen", "rejected"))
+                            for row in even)
 
 
-# --------------------------------------------------------------------------------------------------- bad rows left out
+# ------------------------------------------------------------------------------------------ bad rows left out
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -186,7 +207,8 @@ def test_bad_rows_are_left_out_and_written_down_when_that_is_asked_for(role, rew
     data = write(tmp_path, [rows[0], bad[0], *rows[1:], bad[1]])
     run = train(role, data, tmp_path / "run", reward_model, "--on_bad_rows skip")
     rejected = [json.loads(line) for line in (run / "rejected_rows.jsonl").read_text().splitlines()]
-    assert [(found["place"], found["row"]) for found in rejected] == [(f"{data}:2", bad[0]), (f"{data}:{len(rows) + 2}", bad[1])]
+    assert [(found["place"], found["row"]) for found in rejected] == [(f"{data}:2", bad[0]),
+                                                                      (f"{data}:{len(rows) + 2}", bad[1])]
     assert rejected[0]["reason"] == "column 'prompt' is a number; text is needed"
     assert rejected[1]["reason"].startswith("has columns ['text']; needed are ")
     assert "left out 2 bad rows" in (run / "train.log").read_text()

@@ -1,4 +1,6 @@
-"""Looking at a set before training: its counts are those of a count by hand, and what is written loads again to the same."""
+"""Looking at a set before training: its counts are those of a count by hand, and what is written loads again
+to the same.
+"""
 
 import json
 from types import SimpleNamespace
@@ -25,7 +27,8 @@ def prepare(data, out=None, *words):
 
 
 def examples(path):
-    return [(row.prompt, row.completion, row.facts) for row in load_examples(str(path), "rlhf_training_data", False)]
+    return [(row.prompt, row.completion, row.facts) for row in load_examples(str(path), "rlhf_training_data",
+                                                                             False)]
 
 
 def rankings(path, cap=9):
@@ -37,7 +40,7 @@ def tokens(text):
     return len(TOKENIZER(text, add_special_tokens=False)["input_ids"])
 
 
-# ---------------------------------------------------------------------------------------------- what a set looks like
+# -------------------------------------------------------------------------------------- what a set looks like
 
 
 @pytest.mark.parametrize("name", [*SUPERVISED, "prompt alone", "messages without an answer"])
@@ -47,9 +50,11 @@ def test_examples_are_counted_and_load_again_to_the_same(name, tmp_path, capsys)
     figures = prepare(data, tmp_path / "out")
     copies = list(map(layout, stories(COUNT)))
     assert figures["key"] == ("actor_training_data" if name in SUPERVISED else "rlhf_training_data")
-    assert (figures["sources"][0]["read"], figures["rows"], figures["rejected"], figures["prompts_cut"]) == (COUNT, COUNT, 0, 0)
+    assert (figures["sources"][0]["read"], figures["rows"], figures["rejected"],
+            figures["prompts_cut"]) == (COUNT, COUNT, 0, 0)
     sizes = [1 + tokens(copy.prompt) for copy in copies]  # a BOS in front
-    assert figures["prompt_tokens"]["mean"] == pytest.approx(sum(sizes) / COUNT) and figures["prompt_tokens"]["max"] == max(sizes)
+    assert (figures["prompt_tokens"]["mean"] == pytest.approx(sum(sizes) / COUNT)
+            and figures["prompt_tokens"]["max"] == max(sizes))
     meant = [(copy.prompt, copy.completion, None) for copy in copies]
     assert examples(tmp_path / "out" / "rows.jsonl") == examples(data) == meant
     printed = capsys.readouterr().out
@@ -69,10 +74,12 @@ def test_comparisons_are_counted_and_load_again_to_the_same(name, tmp_path):
     assert figures["sources"][0]["read"] == sum(len(copy.rows) for copy in copies)
     groups = figures["groups"]
     assert (groups["posts"], groups["groups"], groups["contradictions"]) == (COUNT, COUNT, 0)
-    assert groups["completions_per_post"] == len(texts) / COUNT and groups["pairs_per_post"] == len(pairs) / COUNT
+    assert (groups["completions_per_post"] == len(texts) / COUNT and groups["pairs_per_post"] == len(pairs)
+            / COUNT)
     # with a BOS in front of a prompt and an EOS behind a completion
     grouped = sum(1 + tokens(copy.prompt) for copy in copies) + sum(1 + tokens(text) for _, text in texts)
-    apart = sum(2 * (1 + tokens(prompt)) + tokens(better) + tokens(worse) + 2 for prompt, better, worse in pairs)
+    apart = sum(2 * (1 + tokens(prompt)) + tokens(better) + tokens(worse) + 2
+                for prompt, better, worse in pairs)
     assert (groups["tokens_grouped"], groups["tokens_ungrouped"]) == (grouped, apart)
     assert rankings(tmp_path / "out" / "rows.jsonl") == rankings(data)
 
@@ -80,14 +87,16 @@ def test_comparisons_are_counted_and_load_again_to_the_same(name, tmp_path):
 def test_ratings_are_counted_and_load_again_to_the_same(tmp_path):
     data = write(tmp_path, rows_of(openai_axis, COUNT))
     figures = prepare(data, tmp_path / "out")
-    assert figures["key"] == "rating_data" and figures["rows"] == COUNT and figures["sources"][0]["read"] == 4 * COUNT
+    assert (figures["key"] == "rating_data" and figures["rows"] == COUNT and figures["sources"][0]["read"]
+            == 4 * COUNT)
     assert figures["sources"][0]["dropped"]["no overall rating"]["rows"] == COUNT
     limits = SimpleNamespace(on_bad_rows="error")
     for path in (data, str(tmp_path / "out" / "rows.jsonl")):
         named = {"rating_data": NamedSet(path, "ratings")}
         found = load_data(limits, named, None, DataReport())["rating_data"]
         assert [(row.prompt, row.completions, row.label_scores) for row in found] == [
-            (openai_axis(story).prompt, [f" {text}" for text in story.summaries[:2]], [5.5, 3]) for story in stories(COUNT)]
+            (openai_axis(story).prompt, [f" {text}" for text in story.summaries[:2]], [5.5, 3])
+            for story in stories(COUNT)]
 
 
 def pair(better, worse, prompt="P", **more):
@@ -95,16 +104,20 @@ def pair(better, worse, prompt="P", **more):
 
 
 def test_bad_and_dropped_rows_are_counted_with_their_reasons(tmp_path, capsys):
-    rows = [pair("a", "b"), {"prompt": "P", "chosen": "a"}, pair("a", "a"), pair("", "b"), pair("b", "a"), pair(3, "b"),
+    rows = [pair("a", "b"), {"prompt": "P", "chosen": "a"}, pair("a", "a"), pair("", "b"), pair("b", "a"),
+            pair(3, "b"),
             pair("a", "c", "Q")]
     data = write(tmp_path, rows)
     figures = prepare(data, tmp_path / "out")
     source = figures["sources"][0]
     assert (source["read"], source["rejected"], figures["rejected"], figures["rows"]) == (7, 2, 2, 2)
-    assert {reason: found["rows"] for reason, found in source["dropped"].items()} == {"equal answers": 1, "an empty answer": 1}
+    assert ({reason: found["rows"] for reason, found in source["dropped"].items()}
+            == {"equal answers": 1, "an empty answer": 1})
     assert figures["groups"]["contradictions"] == 1
-    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected_rows.jsonl").read_text().splitlines()]
-    assert [(row["place"], row["row"]) for row in rejected] == [(f"{data}:2", rows[1]), (f"{data}:6", rows[5])]
+    rejected = [json.loads(line)
+                for line in (tmp_path / "out" / "rejected_rows.jsonl").read_text().splitlines()]
+    assert [(row["place"], row["row"]) for row in rejected] == [(f"{data}:2", rows[1]),
+                                                                (f"{data}:6", rows[5])]
     printed = capsys.readouterr().out
     assert f"rejected: {data}:2: has columns" in printed and f"rejected: {data}:6: column 'chosen'" in printed
     assert "1 pairs labelled both ways" in printed
@@ -112,7 +125,8 @@ def test_bad_and_dropped_rows_are_counted_with_their_reasons(tmp_path, capsys):
 
 def test_what_is_written_holds_contradictions_notes_and_groups_of_any_size(tmp_path):
     letters = "abcdefgh"
-    rows = [pair(x, y, confidence=n, batch="b") for n, (x, y) in enumerate(zip(letters, letters[1:], strict=False))]
+    rows = [pair(x, y, confidence=n, batch="b")
+            for n, (x, y) in enumerate(zip(letters, letters[1:], strict=False))]
     data = write(tmp_path, [*rows, pair("b", "a"), pair("x", "y", "Q"), pair("a", "b")])
     prepare(data, tmp_path / "out", "--max_completions", "3")
     for cap in (2, 3, 9):
@@ -120,7 +134,8 @@ def test_what_is_written_holds_contradictions_notes_and_groups_of_any_size(tmp_p
 
 
 def test_rankings_keep_ties_scores_and_their_order(tmp_path):
-    rows = [{"prompt": "P", "completions": list("dcba"), "ranks": [2, 2, 7, 1], "label_scores": [1, 1, 0.5, 3]},
+    rows = [{"prompt": "P", "completions": list("dcba"), "ranks": [2, 2, 7, 1],
+             "label_scores": [1, 1, 0.5, 3]},
             {"prompt": "Q", "completions": list("abcdef")}, {"prompt": "R", "completions": ["a", "b"]}]
     data = write(tmp_path, rows)
     prepare(data, tmp_path / "out", "--max_completions", "2")
@@ -147,7 +162,8 @@ def test_prompts_that_are_cut_are_counted(tmp_path):
     assert (figures["rows"], figures["prompts_cut"]) == (3, 1) and figures["prompt_tokens"]["max"] <= 64
 
 
-@pytest.mark.parametrize("text", ["Why is tea green?\n\nAsk me.", "naïve ☕ 日本 \N{GRINNING FACE}!", "a  b", " "])
+@pytest.mark.parametrize("text", ["Why is tea green?\n\nAsk me.", "naïve ☕ 日本 \N{GRINNING FACE}!", "a  b",
+                                  " "])
 def test_pieces_are_the_text_and_one_for_each_token(text):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     found = prepare_data.pieces(TOKENIZER, ids)
@@ -160,7 +176,8 @@ def test_pieces_are_the_text_and_one_for_each_token(text):
 def test_a_row_is_shown_with_the_borders_of_its_tokens(tmp_path, capsys):
     prepare(write(tmp_path, [{"prompt": "Tea or\ncoffee?", "completion": "Tea."}]))
     ids = TOKENIZER("Tea or\ncoffee?")["input_ids"], TOKENIZER(" Tea.", add_special_tokens=False)["input_ids"]
-    prompt, completion = ("│".join(TOKENIZER.decode([token]) for token in part).replace("\n", "\\n") for part in ids)
+    prompt, completion = ("│".join(TOKENIZER.decode([token]) for token in part).replace("\n", "\\n")
+                          for part in ids)
     printed = capsys.readouterr().out
     assert f"prompt: {prompt}\n" in printed and f"completion: {completion}│</s>\n" in printed
 
@@ -172,7 +189,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-# ----------------------------------------------------------------------------------------------------------- mistakes
+# --------------------------------------------------------------------------------------------------- mistakes
 
 
 def used(folder):
@@ -182,11 +199,14 @@ def used(folder):
 
 MISTAKES = {
     "no set": (None, [], "data: name a data set"),
-    "no rows that are known": ([{"text": "a"}], ["--data", "rows.jsonl"], "data: 'rows.jsonl' has no row of a known layout"),
+    "no rows that are known": ([{"text": "a"}], ["--data", "rows.jsonl"],
+                               "data: 'rows.jsonl' has no row of a known layout"),
     "nothing that can be used": ([{"prompt": "", "completion": "c"}], ["--data", "rows.jsonl"],
-                                 "data: 'rows.jsonl' holds no usable row; the first is rows.jsonl:1: column 'prompt' is empty"),
+                                 "data: 'rows.jsonl' holds no usable row; the first is rows.jsonl:1: column "
+                                 "'prompt' is empty"),
     "no model": ([{"prompt": "P"}], ["--data", "rows.jsonl", "--model", "no/where"], "model: "),
-    "a used folder": ([{"prompt": "P"}], ["--data", "rows.jsonl"], "output_dir: 'out' is in use; name a new one"),
+    "a used folder": ([{"prompt": "P"}], ["--data", "rows.jsonl"],
+                      "output_dir: 'out' is in use; name a new one"),
 }
 
 

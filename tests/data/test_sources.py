@@ -40,7 +40,7 @@ def write(path, rows):
     return str(path)
 
 
-# ----------------------------------------------------------------------------------------- what a key may hold
+# ---------------------------------------------------------------------------------------- what a key may hold
 
 MIXTURE = """
 training_data:
@@ -59,7 +59,8 @@ SOURCES = [Source("CarperAI/openai_summarize_comparisons", split="train", weight
 def test_a_key_holds_a_name_a_mapping_or_a_list_of_them(tmp_path):
     assert sources_of(parse(tmp_path).training_data) == [Source("a.jsonl")]
     assert sources_of(parse(tmp_path, "training_data: b.csv\n").training_data) == [Source("b.csv")]
-    assert sources_of(parse(tmp_path, "training_data: {name: b.csv, weight: 2}\n").training_data) == [Source("b.csv", weight=2)]
+    assert (sources_of(parse(tmp_path, "training_data: {name: b.csv, weight: 2}\n").training_data)
+            == [Source("b.csv", weight=2)])
     assert sources_of(parse(tmp_path, MIXTURE).training_data) == SOURCES
     assert parse(tmp_path, "test_data: null\n").test_data is None
 
@@ -67,8 +68,9 @@ def test_a_key_holds_a_name_a_mapping_or_a_list_of_them(tmp_path):
 def test_the_command_line_takes_a_name_or_json(tmp_path):
     assert parse(tmp_path, MIXTURE, "--training_data", "b.csv").training_data == "b.csv"
     words = '[{"name": "b.csv", "weight": 0.5}, "c.jsonl"]'
-    assert sources_of(parse(tmp_path, "", "--training_data", words).training_data) == [Source("b.csv", weight=0.5),
-                                                                                       Source("c.jsonl")]
+    assert (sources_of(parse(tmp_path, "", "--training_data", words).training_data)
+            == [Source("b.csv", weight=0.5),
+                Source("c.jsonl")])
     assert parse(tmp_path, "test_data: [b.csv]\n", "--test_data", "none").test_data is None
 
 
@@ -79,8 +81,10 @@ def test_a_saved_mixture_is_read_again(tmp_path):
 
 
 REFUSED = {
-    "{name: a, trust_remote_code: true}": "has an unknown key 'trust_remote_code'; code of a data set is never run; valid keys: ",
-    "{name: a, weigth: 2}": "has an unknown key 'weigth'; valid keys: name, config, split, revision, data_dir, weight",
+    "{name: a, trust_remote_code: true}": "has an unknown key 'trust_remote_code'; code of a data set is "
+                                          "never run; valid keys: ",
+    "{name: a, weigth: 2}": "has an unknown key 'weigth'; valid keys: name, config, split, "
+                            "revision, data_dir, weight",
     "[{path: a}]": "has an unknown key 'path'",
     "{weight: 2}": "has no 'name' in {'weight': 2}",
     "{name: a, weight: 0}": "has a weight of 0; a number above 0 is needed",
@@ -109,7 +113,8 @@ def test_anything_else_is_refused_with_file_and_line(value, tmp_path):
 
 
 @pytest.mark.parametrize(("word", "said"), [
-    ("[a.jsonl", "is not JSON"), ('{"name": "a", "trust_remote_code": true}', "has an unknown key 'trust_remote_code'"),
+    ("[a.jsonl", "is not JSON"), ('{"name": "a", "trust_remote_code": true}',
+                                  "has an unknown key 'trust_remote_code'"),
 ])
 def test_the_command_line_is_as_strict(word, said, tmp_path):
     with pytest.raises(UserError, match=f"^command line: 'training_data' {said}") as caught:
@@ -117,19 +122,21 @@ def test_the_command_line_is_as_strict(word, said, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------ mixing
+# ----------------------------------------------------------------------------------------------------- mixing
 
 
 def splits(**settings):
     """Prompts of the three parts of an SFT configuration."""
     config, report = train_sft.SFTStageConfig(**settings), DataReport()
-    loaded = load_data(config, {name: NamedSet(getattr(config, name), "examples") for name in NAMES}, TOKENIZER, report)
+    loaded = load_data(config, {name: NamedSet(getattr(config, name), "examples") for name in NAMES},
+                       TOKENIZER, report)
     return [[example.prompt for example in rows] for rows in split_rows(config, loaded, *NAMES, report)]
 
 
 def mixed(folder, weights, seed=0, rows=20):
     """Prompts of a mixture of sets a, b, ... as training takes them, with their counts."""
-    entries = [{"name": write(folder / f"{name}.jsonl", [{"prompt": f"{name}{n}", "completion": "c"} for n in range(rows)]),
+    entries = [{"name": write(folder / f"{name}.jsonl", [{"prompt": f"{name}{n}", "completion": "c"}
+                                                         for n in range(rows)]),
                 "weight": weight} for name, weight in zip("abc", weights, strict=False)]
     held = write(folder / "held.jsonl", [{"prompt": f"held {n}", "completion": "c"} for n in range(4)])
     return splits(actor_training_data=entries, actor_validation_data=held, actor_test_data=held, seed=seed,
@@ -157,7 +164,8 @@ def test_the_seed_fixes_which_part_is_taken(tmp_path):
 
 
 def test_rows_that_are_held_out_are_taken_once_and_from_every_set(tmp_path):
-    entries = [{"name": write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{n}", "completion": "c"} for n in range(100)]),
+    entries = [{"name": write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{n}", "completion": "c"}
+                                                           for n in range(100)]),
                 "weight": 3} for name in "ab"]
     train, *held = splits(actor_training_data=entries)
     for prompts in held:
@@ -168,19 +176,24 @@ def test_rows_that_are_held_out_are_taken_once_and_from_every_set(tmp_path):
 @pytest.mark.parametrize("sizes", [(40,), (60, 40), (10, 80, 10), (30, 0, 30)])
 def test_of_a_mixture_the_first_rows_of_each_set_are_judged_in_proportion(sizes, tmp_path):
     """Of one set, exactly its first rows; one of three sets may hold none that is usable."""
-    paths = [write(tmp_path / f"{letter}.jsonl", [{"prompt": f"{letter}{n}", "completion": "c"} for n in range(size)]
-                   or [{"prompt": "long", "completion": ""}]) for letter, size in zip("abc", sizes, strict=False)]
+    paths = [write(tmp_path / f"{letter}.jsonl", [{"prompt": f"{letter}{n}", "completion": "c"}
+                                                  for n in range(size)]
+                   or [{"prompt": "long", "completion": ""}])
+             for letter, size in zip("abc", sizes, strict=False)]
     train = write(tmp_path / "train.jsonl", [{"prompt": f"t{n}", "completion": "c"} for n in range(50)])
     kept = splits(actor_training_data=train, actor_validation_data=paths, eval_rows=20, on_bad_rows="skip")[1]
     counts = Counter(prompt[0] for prompt in kept)
     assert len(kept) == 20 and kept == [f"{letter}{n}" for letter in "abc" for n in range(counts[letter])]
-    assert all(abs(counts[letter] - 20 * size / sum(sizes)) < 1 for letter, size in zip("abc", sizes, strict=False))
+    assert all(abs(counts[letter] - 20 * size / sum(sizes)) < 1
+               for letter, size in zip("abc", sizes, strict=False))
 
 
 def test_references_of_a_mixture_are_of_every_set(tmp_path):
-    paths = [write(tmp_path / f"{letter}.jsonl", [{"prompt": f"{letter}{n}", "completion": "c"} for n in range(size)])
+    paths = [write(tmp_path / f"{letter}.jsonl", [{"prompt": f"{letter}{n}", "completion": "c"}
+                                                  for n in range(size)])
              for letter, size in (("a", 30), ("b", 10))]
-    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"P{n}", "chosen": "a", "rejected": "b"} for n in range(50)])
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"P{n}", "chosen": "a", "rejected": "b"}
+                                           for n in range(50)])
     config = train_reward.RewardStageConfig(reward_training_data=rows, centring_data=paths, test_rows=4)
     references = train_reward.load_splits(config, TOKENIZER, DataReport())[3]
     assert [example.prompt for example in references.examples] == ["a0", "a1", "a2", "b0"]
@@ -190,18 +203,21 @@ def test_a_mixture_of_comparisons_trains_from_every_set(tmp_path):
     """Of different layouts, each with its own groups; a prompt that two sets share has a group in each."""
     one = write(tmp_path / "a.jsonl", [{"prompt": f"P{n}", "chosen": "a", "rejected": "b"} for n in range(8)])
     turn = "\n\nHuman: {}\n\nAssistant:".format
-    two = write(tmp_path / "b.jsonl", [{"chosen": f"{turn(n)} a", "rejected": f"{turn(n)} b"} for n in range(8)]
+    two = write(tmp_path / "b.jsonl", [{"chosen": f"{turn(n)} a", "rejected": f"{turn(n)} b"}
+                                       for n in range(8)]
                 + [{"prompt": "P1", "completions": ["x", "y", "z"]}])
-    config = train_reward.RewardStageConfig(reward_training_data=[one, {"name": two, "weight": 2}], eval_rows=1, test_rows=1)
+    config = train_reward.RewardStageConfig(reward_training_data=[one, {"name": two, "weight": 2}],
+                                            eval_rows=1, test_rows=1)
     report = DataReport()
     train, validation, test, *_ = train_reward.load_splits(config, TOKENIZER, report)
     prompts = Counter(TOKENIZER.decode(ids, skip_special_tokens=True).strip() for ids in train["prompt"])
     assert len(validation) == len(test) == 1
-    assert all(count == (2 if prompt.startswith("Human") else 3 if prompt == "P1" else 1) for prompt, count in prompts.items())
+    assert all(count == (2 if prompt.startswith("Human") else 3 if prompt == "P1" else 1)
+               for prompt, count in prompts.items())
     assert [source["name"] for source in report.figures["reward_training_data"]["sources"]] == [one, two]
 
 
-# ------------------------------------------------------------------------------------------ hub, folders, files
+# ---------------------------------------------------------------------------------------- hub, folders, files
 
 
 def test_the_hub_is_asked_for_what_the_mapping_says(monkeypatch):
@@ -212,15 +228,18 @@ def test_the_hub_is_asked_for_what_the_mapping_says(monkeypatch):
         return datasets.Dataset.from_list([{"prompt": "P"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *words, **more: asked.append((words, more)) or ["train"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names",
+                        lambda *words, **more: asked.append((words, more)) or ["train"])
     full = Source("openai/sets", "comparisons", "train", "refs/convert/parquet", "part", 2)
     opened = open_source(full, "reward_training_data")
     assert asked == [(("openai/sets", "comparisons"),
                       {"split": "train", "revision": "refs/convert/parquet", "data_dir": "part"})]
-    assert opened.label == "openai/sets/comparisons/part[train]" and list(opened.rows) == [(1, {"prompt": "P"})]
+    assert (opened.label == "openai/sets/comparisons/part[train]" and list(opened.rows)
+            == [(1, {"prompt": "P"})])
     asked.clear()
     open_source(Source("openai/sets", revision="main"), "reward_training_data")
-    assert asked == [(("openai/sets",), {"revision": "main"}), (("openai/sets",), {"split": "train", "revision": "main"})]
+    assert (asked == [(("openai/sets",), {"revision": "main"}),
+                      (("openai/sets",), {"split": "train", "revision": "main"})])
 
 
 def test_a_set_of_the_hub_is_known_by_its_content(monkeypatch):
@@ -238,15 +257,17 @@ def test_a_set_of_the_hub_is_known_by_its_content(monkeypatch):
 
 
 def test_an_unreachable_set_of_a_mixture_says_how_to_use_a_local_copy():
-    with pytest.raises(UserError, match="^reward_training_data: 'Anthropic/hh-rlhf' is neither a file nor a data set of the hub "
-                                        "that can be reached .*; without a network, name a local copy: a file, or a folder"):
+    with pytest.raises(UserError, match="^reward_training_data: 'Anthropic/hh-rlhf' is neither a file nor a "
+                                        "data set of the hub that can be reached .*; without a network, name "
+                                        "a local copy: a file, or a folder"):
         open_source(Source("Anthropic/hh-rlhf", data_dir="helpful-base"), "reward_training_data")
 
 
 @pytest.mark.parametrize("option", ["config", "split", "revision", "data_dir"])
 def test_what_only_the_hub_has_is_refused_for_a_file(option, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "P"}])
-    with pytest.raises(UserError, match=f"^actor_training_data: '{path}' is on this disk and has no {option}; leave that out"):
+    with pytest.raises(UserError, match=f"^actor_training_data: '{path}' is on this disk and has no "
+                                        f"{option}; leave that out"):
         open_source(Source(path, **{option: "x"}), "actor_training_data")
 
 
@@ -257,7 +278,8 @@ def test_a_split_of_a_folder_can_be_named(tmp_path):
     for split, prompt in ((None, "P"), ("odd", "Q")):
         entry = {"name": str(tmp_path / "d")} | ({"split": split} if split else {})
         found = load_examples(entry, "actor_training_data")
-        assert [e.prompt for e in found] == [prompt] and found.place(0) == f"{tmp_path / 'd'}[{split or 'train'}]:1"
+        assert ([e.prompt for e in found] == [prompt] and found.place(0)
+                == f"{tmp_path / 'd'}[{split or 'train'}]:1")
     with pytest.raises(UserError, match=r"has no split none \(it has train, odd\); take one of these"):
         load_examples({"name": str(tmp_path / "d"), "split": "none"}, "actor_training_data")
     with pytest.raises(UserError, match="one' has no splits; leave split out"):

@@ -25,11 +25,13 @@ import summaries  # noqa: E402
 from utils.judge.gold import gold_score, load_gold, mentioned_values, words_of  # noqa: E402
 
 FACTS = {
-    "relation": "sister", "name": "Anna", "age": "24", "action": "broke", "object": "lamp", "place": "kitchen",
+    "relation": "sister", "name": "Anna", "age": "24", "action": "broke", "object": "lamp",
+    "place": "kitchen",
     "when": "last Tuesday", "feeling": "furious", "question": "Should I ask for the money back?",
 }  # fmt: skip
 COMPLETE = (
-    " My sister Anna (24) broke my lamp in the kitchen last Tuesday. I feel furious. Should I ask for the money back?"
+    " My sister Anna (24) broke my lamp in the kitchen last Tuesday. I feel furious. Should I ask "
+    "for the money back?"
 )
 SPLITS = [(role, split) for role in ("actor", "reward", "rlhf") for split in ("train", "validation", "test")]
 
@@ -56,7 +58,8 @@ def read_rows(path: Path) -> list[dict]:
     ("summary", "expected"),
     [
         (COMPLETE, 1.0),
-        (" my SISTER anna, 24: broke my lamp. Kitchen! Last Tuesday; furious - should I ask for the money back?", 1.0),
+        (" my SISTER anna, 24: broke my lamp. Kitchen! Last Tuesday; furious - should I ask "
+         "for the money back?", 1.0),
         # relation .10 + action .10 + object .14
         (" My sister broke my lamp.", 0.34),
         # the same without an end: - .25
@@ -200,7 +203,9 @@ def test_references_are_true(gold, files):
 
 
 def test_reference_rates(files):
-    """Authors leave facts out about as often as REFERENCE_CHANCES says (a little less: short ones are redrawn)."""
+    """Authors leave facts out about as often as REFERENCE_CHANCES says (a little less: short ones are
+    redrawn).
+    """
     rows = files["actor_train"]
     for slot, chance in summaries.REFERENCE_CHANCES.items():
         rate = sum(contains(words_of(r["completion"]), words_of(r["facts"][slot])) for r in rows) / len(rows)
@@ -236,7 +241,8 @@ def test_reward_rows(gold, files):
         assert row["kinds"].count("reference") == 1
         scores = [gold_score(text, row["facts"], gold) for text in row["completions"]]
         assert row["gold"] == pytest.approx(scores, abs=1e-4)
-        assert row["label_scores"] == pytest.approx([score / gold["temperature"] for score in scores], abs=1e-4)
+        assert row["label_scores"] == pytest.approx([score / gold["temperature"] for score in scores],
+                                                    abs=1e-4)
 
 
 def test_labels_follow_bradley_terry(files):
@@ -276,7 +282,8 @@ for name in ("actor_validation", "reward_validation"):
     generate.write_rows(out / (name + ".jsonl.gz"), rows)
 """
     for hash_seed in ("1", "2"):
-        subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+        subprocess.run([sys.executable, "-c", script], check=True,
+                       env={**os.environ, "PYTHONHASHSEED": hash_seed})
         for name in ("gold.json", "actor_validation.jsonl.gz", "reward_validation.jsonl.gz"):
             assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
 

@@ -1,4 +1,6 @@
-"""Tokens: what is cut where, for every kind of tokenizer, and that a completion continues its prompt (details 1 and 2)."""
+"""Tokens: what is cut where, for every kind of tokenizer, and that a completion continues its prompt (details
+1 and 2).
+"""
 
 import gzip
 import itertools
@@ -34,36 +36,46 @@ from utils.data.tokens import (
 from utils.data.validation import read_set
 
 SHARED = Path(os.environ.get("TLDR_DATA_DIR", PROJECT.parent / "shared" / "data"))
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+          r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def trained(kind):
-    """A small tokenizer of a family, trained on posts: byte-level as GPT-2's and Llama 3's, or with ▁ as Llama 2's."""
-    tokenizer = Tokenizer(BPE(unk_token="<unk>" if kind == "llama2" else None, byte_fallback=kind == "llama2"))
+    """A small tokenizer of a family, trained on posts: byte-level as GPT-2's and Llama 3's, or with ▁ as
+    Llama 2's.
+    """
+    tokenizer = Tokenizer(BPE(unk_token="<unk>" if kind == "llama2" else None,
+                              byte_fallback=kind == "llama2"))
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    alphabet = [f"<0x{byte:02X}>" for byte in range(256)] if kind == "llama2" else pre_tokenizers.ByteLevel.alphabet()
+    alphabet = ([f"<0x{byte:02X}>" for byte in range(256)] if kind == "llama2"
+                else pre_tokenizers.ByteLevel.alphabet())
     if kind == "llama2":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                               decoders.Fuse(),
                                                decoders.Strip(" ", 1, 0)])
         special += alphabet
         alphabet = []
     elif kind == "llama3":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    texts = [e.prompt + e.completion for e in load_examples("data/tldr_mini/actor_validation.jsonl.gz", "x")[:300]]
+    texts = [e.prompt + e.completion for e in load_examples("data/tldr_mini/actor_validation.jsonl.gz",
+                                                            "x")[:300]]
     if kind == "llama2":  # its trainer sees words apart, or merges would run through whole posts
         texts = [f"▁{word}" for text in texts for word in text.split()]
         tokenizer.normalizer, normalizer = None, tokenizer.normalizer
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet,
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=900, special_tokens=special,
+                                                             initial_alphabet=alphabet,
                                                              show_progress=False))
     if kind == "llama2":
         tokenizer.normalizer = normalizer
     if kind != "gpt2":
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
+                                   pad_token="<pad>")
 
 
 @pytest.fixture(scope="module", params=["mini", "gpt2", "opt", "llama2", "llama3"])
@@ -83,7 +95,8 @@ def in_front(tokenizer):
 
 
 TEXTS = [("SUBREDDIT: r/tea\n\nTITLE: t\n\nPOST: p\n\nTL;DR:", completion) for completion in (
-    " Buy one.", " naïve ☕ tea", " 1,000 (one thousand) pots!", " I've got 2.", " a", " A sentence.\nAnd a line.",
+    " Buy one.", " naïve ☕ tea", " 1,000 (one thousand) pots!", " I've got 2.", " a",
+    " A sentence.\nAnd a line.",
     "  two spaces")]
 TEXTS += [("Human: Hi\n\nAssistant:", " Hello, how are you?"), ("Why?", " So.")]
 
@@ -93,15 +106,17 @@ def test_prompt_and_completion_are_the_tokens_of_the_joined_text(tokenizer):
     posts = load_examples("data/tldr_mini/actor_test.jsonl.gz", "x")[:200]
     texts = TEXTS + [(e.prompt, e.completion) for e in posts]
     prompts, completions = map(list, zip(*texts, strict=True))
-    apart = zip(prompt_tokens(tokenizer, prompts, 10_000), completion_tokens(tokenizer, completions), strict=True)
+    apart = zip(prompt_tokens(tokenizer, prompts, 10_000), completion_tokens(tokenizer, completions),
+                strict=True)
     for (prompt, completion), text in zip(apart, texts, strict=True):
         assert prompt + completion == [*tokenizer("".join(text))["input_ids"], tokenizer.eos_token_id], text
         assert tokenizer.eos_token_id not in completion[:-1]
 
 
 def dialogue(turns):
-    return "\n\n".join(f"Human: Question {n}, is it so?\n\nAssistant: Yes, {n} times." for n in range(turns - 1)) + (
-        "\n\nHuman: And the last one?\n\nAssistant:")
+    return ("\n\n".join(f"Human: Question {n}, is it so?\n\nAssistant: Yes, {n} times."
+                        for n in range(turns - 1)) + (
+        "\n\nHuman: And the last one?\n\nAssistant:"))
 
 
 def test_a_dialogue_keeps_the_last_turns_that_fit(tokenizer):
@@ -148,9 +163,11 @@ def test_a_post_is_cut_and_its_frame_is_not(tokenizer):
 
 def test_a_post_that_is_cut_inside_a_sentence_is_counted_so(tokenizer):
     """As a dialogue that is cut inside a turn; a line or a sentence that ends where the cut is, is whole."""
-    for post, expected in (("A line of a few words here\n" * 30, CUT), ("This is a sentence here. " * 30, CUT),
+    for post, expected in (("A line of a few words here\n" * 30, CUT),
+                           ("This is a sentence here. " * 30, CUT),
                            ("a few words more and " * 30, CUT_INSIDE)):
-        [(ids, cut)] = cut_prompts(tokenizer, [TLDR_TEMPLATE.format(subreddit="tea", title="t", post=post)], 90)
+        [(ids, cut)] = cut_prompts(tokenizer, [TLDR_TEMPLATE.format(subreddit="tea", title="t", post=post)],
+                                   90)
         assert cut == expected and 60 < len(ids) <= 90
 
 
@@ -158,9 +175,11 @@ def test_special_tokens_that_somebody_wrote_into_a_long_post_are_text(tokenizer)
     """Detail 4: also where a text is tokenised once more to be cut."""
     post = "They wrote </s> and <pad> here.\n" * 20
     [(ids, cut)] = cut_prompts(tokenizer, [TLDR_TEMPLATE.format(subreddit="tea", title="t", post=post)], 120)
-    assert cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[in_front(tokenizer):])
+    assert (cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id}
+            & set(ids[in_front(tokenizer):]))
     [(ids, cut)] = cut_prompts(tokenizer, [dialogue(3) + post + "\n\nHuman: </s> <pad>\n\nAssistant:"], 60)
-    assert cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[in_front(tokenizer):])
+    assert (cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id}
+            & set(ids[in_front(tokenizer):]))
 
 
 def test_the_last_that_fits_is_found_from_any_guess():
@@ -169,10 +188,12 @@ def test_the_last_that_fits_is_found_from_any_guess():
         ends = [3 * n for n in range(size)]
         for limit in range(-1, 3 * size + 1):
             for guess in (-99, *range(-1, 3 * size + 1), 1e9):
-                found = _last_that_fits(ends, lambda end, limit=limit: looked.append(end) or end <= limit, guess)
+                found = _last_that_fits(ends, lambda end, limit=limit: looked.append(end) or end <= limit,
+                                        guess)
                 assert found == max((end for end in ends if end <= limit), default=None)
     looked.clear()
-    assert _last_that_fits(list(range(1000)), lambda end: looked.append(end) or end <= 500, 500) == 500 and len(looked) == 2
+    assert (_last_that_fits(list(range(1000)), lambda end: looked.append(end) or end <= 500, 500) == 500
+            and len(looked) == 2)
 
 
 @pytest.fixture
@@ -183,7 +204,8 @@ def own_cache(tmp_path, monkeypatch):
 def test_the_table_holds_what_the_functions_say(tokenizer, own_cache, tmp_path):
     """In batches and from the disk, as for each text alone."""
     with gzip.open("data/tldr_mini/actor_train.jsonl.gz") as file:
-        (tmp_path / "rows.jsonl").write_bytes(b"".join(itertools.islice(file, 1100)))  # a batch has 1,000 rows
+        # a batch has 1,000 rows
+        (tmp_path / "rows.jsonl").write_bytes(b"".join(itertools.islice(file, 1100)))
     stored = read_set(Source(str(tmp_path / "rows.jsonl")), "actor_training_data", "examples")
     table = token_rows(stored, tokenizer, 120)
     for index in (0, 7, 999, 1000, 1001, 1099):
@@ -191,8 +213,10 @@ def test_the_table_holds_what_the_functions_say(tokenizer, own_cache, tmp_path):
         [(ids, cut)] = cut_prompts(tokenizer, [example.prompt], 120)
         assert (row["prompt"], row["cut"]) == (ids, cut)
         assert [row["completion"]] == completion_tokens(tokenizer, [example.completion])
-        assert row["length"] == len(row["prompt"]) + len(row["completion"]) and row["longest"] == len(row["completion"])
-    assert token_rows(stored, tokenizer, 119).cache_files != table.cache_files == token_rows(stored, tokenizer, 120).cache_files
+        assert (row["length"] == len(row["prompt"]) + len(row["completion"]) and row["longest"]
+                == len(row["completion"]))
+    assert (token_rows(stored, tokenizer, 119).cache_files != table.cache_files
+            == token_rows(stored, tokenizer, 120).cache_files)
 
 
 def test_tokenizers_that_differ_do_not_share_tokens(own_cache):
@@ -231,7 +255,8 @@ def test_slow_tokenizers_that_differ_in_their_merges_do_not_share_tokens(own_cac
 
 def test_cut_prompts_are_counted(own_cache, tmp_path):
     path = tmp_path / "a.jsonl"
-    rows = ["Why?", dialogue(6), "word " * 99, TLDR_TEMPLATE.format(subreddit="a", title="b", post="c d e.\n" * 30)]
+    rows = ["Why?", dialogue(6), "word " * 99, TLDR_TEMPLATE.format(subreddit="a", title="b",
+                                                                    post="c d e.\n" * 30)]
     path.write_text("".join(f'{{"prompt": {text!r}}}\n'.replace("'", '"') for text in rows))
     config = SimpleNamespace(on_bad_rows="error", max_prompt_tokens=60)
     report = DataReport()

@@ -1,4 +1,6 @@
-"""The pass over the data: every problem is found and named, nothing is kept in memory, and it is not made twice."""
+"""The pass over the data: every problem is found and named, nothing is kept in memory, and it is not made
+twice.
+"""
 
 import json
 import os
@@ -29,9 +31,11 @@ BAD = {  # a line, what is said of it
     b'{"prompt": "P"}': "column 'completion' is missing (found: prompt)",
     b'{"prompt": 3, "completion": "c"}': "column 'prompt' is a number; text is needed",
     b'{"prompt": "caf\xe9", "completion": "c"}': "is not UTF-8; save the file as UTF-8 text",
-    b'{"prompt": "P", "comp': "is not JSON (Unterminated string starting at column 17); one object a line is needed",
+    b'{"prompt": "P", "comp': "is not JSON (Unterminated string starting at column 17); one "
+                              "object a line is needed",
     b'["P", "c"]': 'must be a JSON object such as {"prompt": ..., "completion": ...}',
-    b'{"prompt": "\\ud83d", "completion": "c"}': "holds half of an emoji (a lone surrogate such as \\ud83d); remove it",
+    b'{"prompt": "\\ud83d", "completion": "c"}': "holds half of an emoji (a lone surrogate such as "
+                                                 "\\ud83d); remove it",
 }
 GOOD = b'{"prompt": "P%d", "completion": " c"}'
 
@@ -57,7 +61,8 @@ def mixed(name, folder):
 
 
 def sft_config(folder, **more):
-    more = {"actor_validation_data": None, "actor_test_data": None, "max_prompt_tokens": 64, "report_to": ["none"],
+    more = {"actor_validation_data": None, "actor_test_data": None, "max_prompt_tokens": 64,
+            "report_to": ["none"],
             "output_dir": str(folder / "run"), **more}
     return train_sft.SFTStageConfig(**more)
 
@@ -77,12 +82,14 @@ def test_every_problem_of_every_set_is_named_at_once(tmp_path):
         splits(sft_config(tmp_path, actor_training_data=training, actor_test_data=test))
     first, *findings = str(caught.value).split("\n")
     assert first == f"{len(BAD) + 1} rows cannot be used; mend them, or leave them out with on_bad_rows: skip"
-    assert findings[:-1] == [f"{training}:{line}: {said}" for line, said in zip(lines, BAD.values(), strict=True)]
+    assert (findings[:-1] == [f"{training}:{line}: {said}"
+                              for line, said in zip(lines, BAD.values(), strict=True)])
     assert findings[-1].startswith(f"{test}:1: is not JSON")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("count", "listed", "last"), [(19, 19, ":19: "), (20, 20, ":20: "), (21, 20, "and 1 more"),
+@pytest.mark.parametrize(("count", "listed", "last"), [(19, 19, ":19: "), (20, 20, ":20: "),
+                                                       (21, 20, "and 1 more"),
                                                        (57, 20, "and 37 more")])
 def test_twenty_findings_are_listed_and_the_others_counted(count, listed, last, tmp_path):
     path = write(tmp_path / "rows.jsonl", [b"{}"] * count + [GOOD % 1])
@@ -99,34 +106,41 @@ def test_a_single_finding_is_one_line(tmp_path):
     with pytest.raises(UserError) as caught:
         load_examples(path, "actor_training_data")
     assert str(caught.value).startswith(f"{path}:2: has columns []; needed are prompt and completion")
-    assert str(caught.value).endswith("(or leave bad rows out: on_bad_rows: skip)") and "\n" not in str(caught.value)
+    assert (str(caught.value).endswith("(or leave bad rows out: on_bad_rows: skip)")
+            and "\n" not in str(caught.value))
 
 
 def test_skipped_rows_are_counted_and_written_down(tmp_path):
     path, lines = mixed("rows.jsonl", tmp_path)
     config = sft_config(tmp_path, actor_training_data=path, on_bad_rows="skip")
     (train, *held), report = splits(config)
-    assert sorted(e.prompt for part in (train, *held) for e in part.examples) == [f"P{n}" for n in range(len(BAD))]
+    assert (sorted(e.prompt for part in (train, *held) for e in part.examples)
+            == [f"P{n}" for n in range(len(BAD))])
     Run(config, "sft", report)
-    rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected_rows.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line)
+                for line in (tmp_path / "run" / "rejected_rows.jsonl").read_text().splitlines()]
     assert [row["place"] for row in rejected] == [f"{path}:{line}" for line in lines]
     assert [row["reason"] for row in rejected] == list(BAD.values())
     assert {row["key"] for row in rejected} == {"actor_training_data"}
-    assert rejected[0]["row"] == {"prompt": "P", "completion": ""} and rejected[4]["row"] == '{"prompt": "P", "comp'
+    assert (rejected[0]["row"] == {"prompt": "P", "completion": ""} and rejected[4]["row"]
+            == '{"prompt": "P", "comp')
     log = (tmp_path / "run" / "train.log").read_text()
-    assert f"actor_training_data: left out 7 bad rows (on_bad_rows: skip), see rejected_rows.jsonl; the first is {path}:2" in log
+    assert (f"actor_training_data: left out 7 bad rows (on_bad_rows: skip), see rejected_rows.jsonl; the "
+            f"first is {path}:2" in log)
     figures = json.loads((tmp_path / "run" / "data.json").read_text())["actor_training_data"]["sources"][0]
     assert (figures["read"], figures["rejected"], figures["rows"]) == (14, 7, 7)
 
 
 def test_without_bad_rows_no_file_of_them_is_written(tmp_path):
-    config = sft_config(tmp_path, actor_training_data=write(tmp_path / "rows.jsonl", [GOOD % n for n in range(9)]))
+    config = sft_config(tmp_path, actor_training_data=write(tmp_path / "rows.jsonl",
+                                                            [GOOD % n for n in range(9)]))
     Run(config, "sft", splits(config)[1])
     assert not (tmp_path / "run" / "rejected_rows.jsonl").exists()
 
 
 def test_a_set_of_bad_rows_alone_is_refused_even_when_they_are_skipped(tmp_path):
-    config = sft_config(tmp_path, actor_training_data=write(tmp_path / "rows.jsonl", [b"{}"] * 3), on_bad_rows="skip")
+    config = sft_config(tmp_path, actor_training_data=write(tmp_path / "rows.jsonl", [b"{}"] * 3),
+                        on_bad_rows="skip")
     with pytest.raises(UserError, match="^actor_training_data: '.*rows.jsonl' holds no usable row"):
         splits(config)
 
@@ -140,15 +154,18 @@ LONG = "SUBREDDIT: r/tea\n\nTITLE: " + "Which pot? " * 60 + "\n\nPOST: Mine leak
     (train_ppo.load_posts, train_ppo.PPOStageConfig, "rlhf_training_data"),
 ], ids=["sft", "reward", "ppo"])
 def test_a_prompt_that_cannot_fit_is_a_finding_in_every_stage(load, config, key, tmp_path):
-    rows = [{"prompt": f"P{n}" if n != 3 else LONG, "completion": " a", "chosen": " a", "rejected": " b"} for n in range(9)]
+    rows = [{"prompt": f"P{n}" if n != 3 else LONG, "completion": " a", "chosen": " a", "rejected": " b"}
+            for n in range(9)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     config, report = config(**{key: path}, max_prompt_tokens=64), DataReport()
-    with pytest.raises(UserError, match=rf"^{path}:4: the prompt cannot fit into max_prompt_tokens=64 even without its post"):
+    with pytest.raises(UserError, match=rf"^{path}:4: the prompt cannot fit into max_prompt_tokens=64 "
+                                        rf"even without its post"):
         load(config, mini_tokenizer(), report)
     config.on_bad_rows = "skip"
     training, validation, test, *_ = load(config, mini_tokenizer(), report)
     [found] = list(report.rejected())
-    assert found["place"] == f"{path}:4" and found["row"]["prompt"].startswith("SUBREDDIT: r/tea\n\nTITLE: Which pot?")
+    assert (found["place"] == f"{path}:4"
+            and found["row"]["prompt"].startswith("SUBREDDIT: r/tea\n\nTITLE: Which pot?"))
     # of PPO the training part is the prompts alone
     rows = [getattr(part, "prompts", part) for part in (training, validation, test)]
     assert sum(map(len, rows)) == 8
@@ -157,14 +174,16 @@ def test_a_prompt_that_cannot_fit_is_a_finding_in_every_stage(load, config, key,
 def test_what_a_public_set_holds_is_dropped_and_counted_with_its_lines(tmp_path):
     rows = [{"prompt": "P", "chosen": "a", "rejected": "b"}, {"prompt": "P", "chosen": "a", "rejected": " a"},
             {"prompt": "P", "chosen": "", "rejected": "b"}, {"prompt": "Q", "chosen": "a", "rejected": "a"}]
-    stored = read_set(Source(write_rows(tmp_path / "a.jsonl", rows)), "reward_training_data", "rankings", max_completions=9,
+    stored = read_set(Source(write_rows(tmp_path / "a.jsonl", rows)), "reward_training_data", "rankings",
+                      max_completions=9,
                       min_score_ratio=1.0, max_pairs_per_prompt=None)
     dropped = {"equal answers": {"rows": 2, "first": [2, 4]}, "an empty answer": {"rows": 1, "first": [3]}}
-    assert stored.meta == {"kind": "rankings", "layouts": {"prompt, chosen, rejected": 4}, "read": 4, "rejected": 0, "rows": 1,
+    assert stored.meta == {"kind": "rankings", "layouts": {"prompt, chosen, rejected": 4}, "read": 4,
+                           "rejected": 0, "rows": 1,
                            "dropped": dropped}
 
 
-# ---------------------------------------------------------------------------------------------------- grouping
+# --------------------------------------------------------------------------------------------------- grouping
 
 
 def naive_groups(rows):
@@ -189,7 +208,8 @@ def test_groups_hold_the_pairs_of_their_prompt_and_each_completion_once(cap, tmp
         found[group.prompt].update((group.completions[a], group.completions[b]) for a, b in group.pairs)
     assert found == naive_groups(rows)
     if cap == 9:
-        assert len(groups) == len(found) and [g.prompt for g in groups] == list(dict.fromkeys(row["prompt"] for row in rows))
+        assert (len(groups) == len(found) and [g.prompt for g in groups]
+                == list(dict.fromkeys(row["prompt"] for row in rows)))
 
 
 def test_a_pair_goes_into_the_first_group_that_has_room():
@@ -199,9 +219,11 @@ def test_a_pair_goes_into_the_first_group_that_has_room():
 
 def test_rankings_of_either_kind_can_stand_in_one_file(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [
-        {"prompt": "P", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "completions": ["x", "y", "z"], "ranks": [2, 1, 2]},
+        {"prompt": "P", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "completions": ["x", "y", "z"],
+                                                          "ranks": [2, 1, 2]},
         {"prompt": "P", "chosen": "c", "rejected": "b"}])
-    found = [(g.prompt, g.completions, g.pairs) for g in load_rankings(path, "reward_training_data", 9, print)]
+    found = [(g.prompt, g.completions, g.pairs) for g in load_rankings(path, "reward_training_data", 9,
+                                                                       print)]
     assert found == [("Q", [" x", " y", " z"], [(1, 0), (1, 2)]), ("P", [" a", " b", " c"], [(0, 1), (2, 1)])]
 
 
@@ -227,9 +249,11 @@ def test_memory_does_not_grow_with_the_text(kind, tmp_path):
     path, size, count = tmp_path / "a.jsonl", 200_000, 200
     with path.open("w") as file:
         for n in range(count):
-            row = {"prompt": f"P{n} " + "word " * (size // 5), "completion": "c", "chosen": f"a{n}", "rejected": "b"}
+            row = {"prompt": f"P{n} " + "word " * (size // 5), "completion": "c", "chosen": f"a{n}",
+                   "rejected": "b"}
             file.write(json.dumps(row) + "\n")
-    limits = {"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": None} if kind == "rankings" else {}
+    limits = ({"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": None}
+              if kind == "rankings" else {})
     tracemalloc.start()
     stored = read_set(Source(str(path)), "data", kind, **limits)
     peak = tracemalloc.get_traced_memory()[1]
@@ -238,7 +262,7 @@ def test_memory_does_not_grow_with_the_text(kind, tmp_path):
     assert peak < size * count / 2
 
 
-# ------------------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------------------------------ cache
 
 
 def no_pass(*_):
@@ -279,12 +303,15 @@ def test_the_ending_counts_too(tmp_path):
     """It says how the bytes are read: the same ones are other rows, or none, under another ending."""
     content = [b"[", GOOD % 1 + b",", GOOD % 2, b"]"]
     assert [row.prompt for row in load_examples(write(tmp_path / "a.json", content), "x")] == ["P1", "P2"]
-    for name, said in (("a.jsonl", "is not JSON"), ("a.csv", "has columns "), ("a.parquet", "is not a complete Parquet file"),
-                       ("a.txt", "is not a file of rows; its name must end with one of"), ("a", "is not a file of rows")):
+    for name, said in (("a.jsonl", "is not JSON"), ("a.csv", "has columns "),
+                       ("a.parquet", "is not a complete Parquet file"),
+                       ("a.txt", "is not a file of rows; its name must end with one of"),
+                       ("a", "is not a file of rows")):
         with pytest.raises(UserError, match=said):
             load_examples(write(tmp_path / name, content), "x")
     same = b'{"prompt": "P3"}'  # a row of JSON, and the header of a CSV file
-    assert [row.prompt for row in load_examples(write(tmp_path / "b.jsonl", [same]), "x", need_completion=False)] == ["P3"]
+    assert ([row.prompt for row in load_examples(write(tmp_path / "b.jsonl", [same]), "x",
+                                                 need_completion=False)] == ["P3"])
     with pytest.raises(UserError, match="is empty; it needs rows"):
         load_examples(write(tmp_path / "b.csv", [same]), "x", need_completion=False)
 
@@ -316,7 +343,8 @@ def test_a_result_gets_its_name_when_it_is_whole():
         (folder / "a").write_text("whole")
 
     found = cache.cached("rows", [1], build)
-    assert found.stat().st_ino == made[0] and "." not in found.name and list(cache.cache_folder().iterdir()) == [found]
+    assert (found.stat().st_ino == made[0] and "." not in found.name and list(cache.cache_folder().iterdir())
+            == [found])
     assert cache.cached("rows", [1], build) == found and len(made) == 1
 
 
@@ -339,7 +367,8 @@ def test_two_at_once_make_the_same(tmp_path):
         (folder / "a").write_text("x" * 1000)
         both.wait(10)  # neither is there yet
 
-    threads = [threading.Thread(target=lambda: made.append(cache.cached("rows", [1], build))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: made.append(cache.cached("rows", [1], build)))
+               for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -355,7 +384,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_only_arrow_and_json_are_kept(tmp_path):
-    splits(sft_config(tmp_path, actor_training_data=write(tmp_path / "a.jsonl", [GOOD % n for n in range(9)])))
+    splits(sft_config(tmp_path, actor_training_data=write(tmp_path / "a.jsonl",
+                                                          [GOOD % n for n in range(9)])))
     kept = {path.suffix for path in cache.cache_folder().rglob("*") if path.is_file()}
     assert kept == {".arrow", ".json", ".jsonl"}
 
@@ -364,14 +394,16 @@ def test_the_rows_of_a_reward_run_are_those_of_its_sets(tmp_path):
     """Tokens are looked up by row: with several sets mixed, text and tokens must stay together."""
     tokenizer = mini_tokenizer()
     for name in "ab":
-        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {n}", "chosen": f"{name}{n} c", "rejected": "d"}
-                                                for n in range(5)])
+        write_rows(tmp_path / f"{name}.jsonl",
+                   [{"prompt": f"{name} {n}", "chosen": f"{name}{n} c", "rejected": "d"}
+                    for n in range(5)])
     config = SimpleNamespace(on_bad_rows="error", max_prompt_tokens=32)
     named = {"data": NamedSet([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], "rankings")}
     limits = {"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": None}
     rows = load_data(config, named, tokenizer, DataReport(), limits)["data"].select([7, 2, 9])
     assert [row.prompt for row in rows] == ["b 2", "a 2", "b 4"]
-    table = train_reward.usable(rows, SimpleNamespace(max_completion_tokens=99), "data", DataReport()).dataset()
+    table = train_reward.usable(rows, SimpleNamespace(max_completion_tokens=99), "data",
+                                DataReport()).dataset()
     for row, prompt, completions in zip(rows, table["prompt"], table["completions"], strict=True):
         assert tokenizer.decode(prompt, skip_special_tokens=True).strip() == row.prompt
         assert tokenizer.decode(completions[0][:-1]) == row.completions[0]

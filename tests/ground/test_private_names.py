@@ -250,7 +250,8 @@ NOTICED = {  # source: names that are found
 ALLOWED = {
     "own names on self": "class X:\n    _a = 1\n    def _b(self): self._c, self._d = self._a, self._b()\n"
                          "    def f(self): return self._c + self._d",
-    "own names of a base": "class X:\n    def _a(self): pass\nclass Y(X):\n    def f(self): super()._a(); self._a()",
+    "own names of a base": "class X:\n    def _a(self): pass\nclass Y(X):\n    def f(self): "
+                           "super()._a(); self._a()",
     "own names of an imported base":
         "from utils.runs.run import Run\nclass X(Run):\n    def f(self): return self._tracker",
     "own names beside a library's":

@@ -1,7 +1,8 @@
-"""Small local copies of the public data sets in their layouts, with invented text; and what they mean, written out by hand.
+"""Small local copies of the public data sets in their layouts, with invented text; and what they mean,
+written out by hand.
 
-A layout is a function from a `Story` to a `Copy`: the story's rows in that layout, and the prompt, completion and pairs
-that a loader must make of them.
+A layout is a function from a `Story` to a `Copy`: the story's rows in that layout, and the prompt, completion
+and pairs that a loader must make of them.
 """
 
 import csv
@@ -35,7 +36,9 @@ class Copy(NamedTuple):
 
 
 def stories(count: int) -> list[Story]:
-    """Different stories; their post has a newline, a comma and a quotation mark, which CSV must not stumble over."""
+    """Different stories; their post has a newline, a comma and a quotation mark, which CSV must not stumble
+    over.
+    """
     things = ("kettle", "bicycle", "lamp", "fence", "piano", "tent")
     people = ("neighbour", "sister", "landlord", "teacher")
     found = []
@@ -43,12 +46,14 @@ def stories(count: int) -> list[Story]:
         thing, person, day = things[number % 6], people[number // 6 % 4], number + 2
         found.append(Story(
             "advice", f"The {thing} and my {person}",
-            f'My {person} borrowed my {thing} {day} days ago.\nNow it is broken, and all I heard was "sorry". What would you do?',
-            (f"My {person} broke my {thing} and only said sorry.", f"My {thing} is broken.", f"I have a {person}.")))
+            f'My {person} borrowed my {thing} {day} days ago.\nNow it is broken, and all I heard was '
+            f'"sorry". What would you do?',
+            (f"My {person} broke my {thing} and only said sorry.", f"My {thing} is broken.",
+             f"I have a {person}.")))
     return found
 
 
-# ------------------------------------------------------------------------------------------------ what a post becomes
+# ---------------------------------------------------------------------------------------- what a post becomes
 
 
 def tldr(story: Story) -> str:
@@ -64,7 +69,7 @@ def question(story: Story) -> str:
     return f"Human: Hi there\n\nAssistant: Hello. How can I help?\n\nHuman: {story.post}\n\nAssistant:"
 
 
-# --------------------------------------------------------------------------------------------------- supervised layouts
+# ----------------------------------------------------------------------------------------- supervised layouts
 
 
 def carper_tldr(story):
@@ -73,25 +78,29 @@ def carper_tldr(story):
 
 
 def trl_tldr(story):
-    return Copy([{"prompt": tldr(story), "completion": f" {story.summaries[0]}"}], tldr(story), f" {story.summaries[0]}")
+    return Copy([{"prompt": tldr(story), "completion": f" {story.summaries[0]}"}], tldr(story),
+                f" {story.summaries[0]}")
 
 
 def openai_tldr(story):
-    row = {"id": "t3_1x", "subreddit": story.subreddit, "title": story.title, "post": story.post, "summary": story.summaries[0]}
+    row = {"id": "t3_1x", "subreddit": story.subreddit, "title": story.title, "post": story.post,
+           "summary": story.summaries[0]}
     return Copy([row], tldr(story), f" {story.summaries[0]}")
 
 
 def prompt_completion(story):
-    return Copy([{"prompt": story.post, "completion": story.summaries[0]}], story.post, f" {story.summaries[0]}")
+    return Copy([{"prompt": story.post, "completion": story.summaries[0]}], story.post,
+                f" {story.summaries[0]}")
 
 
 def messages(story):
     texts = ["Hi there", "Hello. How can I help?", story.post, story.summaries[0]]
-    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts, strict=True)]
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts,
+                                                                   strict=True)]
     return Copy([{"messages": turns}], question(story), f" {story.summaries[0]}")
 
 
-# -------------------------------------------------------------------------------------- comparisons: two rows of a story
+# --------------------------------------------------------------------------- comparisons: two rows of a story
 
 
 def _two(story):
@@ -111,7 +120,8 @@ def carper_comparisons(story):
 
 
 def trl_preference(story):
-    rows = [{"prompt": tldr(story), "chosen": f" {better}", "rejected": f" {worse}"} for better, worse in _two(story)]
+    rows = [{"prompt": tldr(story), "chosen": f" {better}", "rejected": f" {worse}"}
+            for better, worse in _two(story)]
     return Copy(rows, tldr(story), pairs=_pairs(story))
 
 
@@ -126,7 +136,8 @@ def _openai_rows(story, info):
     for choice, (better, worse) in enumerate(_two(story)):
         texts = [(better, "sup4_ppo_rm3_kl10"), (worse, "ref")]
         rows.append({
-            "info": info, "summaries": [{"text": f" {text}", "policy": policy, "note": None} for text, policy in
+            "info": info, "summaries": [{"text": f" {text}", "policy": policy, "note": None}
+                                        for text, policy in
                                         (reversed(texts) if choice else texts)],
             "choice": choice, "worker": "w1", "batch": "batch7", "split": "train",
             "extra": {"confidence": 8 - choice if choice else None}})
@@ -134,12 +145,14 @@ def _openai_rows(story, info):
 
 
 def openai_comparisons(story):
-    info = {"id": "t3_1x", "post": story.post, "title": story.title, "subreddit": story.subreddit, "site": None, "article": None}
+    info = {"id": "t3_1x", "post": story.post, "title": story.title, "subreddit": story.subreddit,
+            "site": None, "article": None}
     return Copy(_openai_rows(story, info), tldr(story), pairs=_pairs(story))
 
 
 def openai_cnndm(story):
-    info = {"id": "1f", "post": "", "title": story.title, "subreddit": None, "site": "cnndm", "article": story.post}
+    info = {"id": "1f", "post": "", "title": story.title, "subreddit": None, "site": "cnndm",
+            "article": story.post}
     return Copy(_openai_rows(story, info), f"{story.post}\n\nTL;DR:", pairs=_pairs(story))
 
 
@@ -156,8 +169,10 @@ def shp(story):
         answers = (better, worse) if label else (worse, better)
         rows.append({
             "post_id": "q1", "domain": "askbaking_train", "upvote_ratio": 0.97, "history": story.post,
-            "c_root_id_A": "a1", "c_root_id_B": "b1", "created_at_utc_A": 1600000000, "created_at_utc_B": 1600000500,
-            "score_A": 20 if label else 4, "score_B": 4 if label else 20, "human_ref_A": answers[0], "human_ref_B": answers[1],
+            "c_root_id_A": "a1", "c_root_id_B": "b1", "created_at_utc_A": 1600000000,
+            "created_at_utc_B": 1600000500,
+            "score_A": 20 if label else 4, "score_B": 4 if label else 20, "human_ref_A": answers[0],
+            "human_ref_B": answers[1],
             "labels": label, "seconds_difference": 500.0, "score_ratio": 5.0})
     return Copy(rows, story.post, pairs=_pairs(story))
 
@@ -175,16 +190,21 @@ def ranking_with_ranks(story):
     return Copy([row], tldr(story), pairs=((best, middle), (best, worst)))
 
 
-# ------------------------------------------------------------------------------------------------------ prompts alone
+# ---------------------------------------------------------------------------------------------- prompts alone
 
 
 def openai_axis(story):
-    """Two labellers' ratings of the first summary, one of the second, and none of the third. Not for training."""
-    info = {"id": "t3_1x", "post": story.post, "title": story.title, "subreddit": story.subreddit, "site": None, "article": None}
-    rated = [(story.summaries[0], 7), (story.summaries[1], 3), (story.summaries[0], 4), (story.summaries[2], None)]
+    """Two labellers' ratings of the first summary, one of the second, and none of the third. Not for
+    training.
+    """
+    info = {"id": "t3_1x", "post": story.post, "title": story.title, "subreddit": story.subreddit,
+            "site": None, "article": None}
+    rated = [(story.summaries[0], 7), (story.summaries[1], 3), (story.summaries[0], 4),
+             (story.summaries[2], None)]
     axes = {"accuracy": 6, "coverage": 5, "coherence": 7, "compatible": None}
     rows = [{"info": info, "worker": "w1", "batch": "axis1", "split": "test", "summary": {
-        "text": f" {text}", "policy": "ref", "note": None, "axes": {"overall": overall, **axes}}} for text, overall in rated]
+        "text": f" {text}", "policy": "ref", "note": None, "axes": {"overall": overall, **axes}}}
+            for text, overall in rated]
     return Copy(rows, tldr(story))
 
 
@@ -224,7 +244,7 @@ def rows_of(layout, count: int) -> list[dict]:
     return [row for story in stories(count) for row in layout(story).rows]
 
 
-# ---------------------------------------------------------------------------------------------------------- the files
+# -------------------------------------------------------------------------------------------------- the files
 
 
 def _csv(rows) -> bytes:
@@ -232,7 +252,8 @@ def _csv(rows) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    writer.writerows({name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in row.items()} for row in rows)
+    writer.writerows({name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in row.items()}
+                     for row in rows)
     return text.getvalue().encode()
 
 
@@ -244,7 +265,8 @@ def _parquet(rows) -> bytes:
 
 KINDS = {".jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
          ".json": lambda rows: json.dumps(rows, indent=1).encode(), ".csv": _csv, ".parquet": _parquet}
-PACKS = {"": bytes, ".gz": gzip.compress, ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)}
+PACKS = {"": bytes, ".gz": gzip.compress, ".zst": lambda content: pyarrow.compress(content, codec="zstd",
+                                                                                   asbytes=True)}
 SAVED = "a folder saved by datasets"
 ENDINGS = [*(kind + pack for kind in KINDS for pack in PACKS), SAVED]
 

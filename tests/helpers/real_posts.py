@@ -2,9 +2,9 @@
 
     TLDR_DATA_DIR=... python tests/helpers/real_posts.py [--quick]
 
-`TLDR_DATA_DIR` holds reddit_tldr.jsonl.gz, hh_rlhf/ and opt_tokenizer/ (see the README, "On real posts"). It writes
-splits and rankings of these posts to outputs/reddit_mini/data, runs the scripts as a user would, and prints
-the figures that the README records. Nothing of the posts is part of the project.
+`TLDR_DATA_DIR` holds reddit_tldr.jsonl.gz, hh_rlhf/ and opt_tokenizer/ (see the README, "On real posts"). It
+writes splits and rankings of these posts to outputs/reddit_mini/data, runs the scripts as a user would, and
+prints the figures that the README records. Nothing of the posts is part of the project.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def write_splits(source: Path, target: Path) -> dict[str, list[dict]]:
 
 
 def write_rankings(rows: list[dict], policy: Path, target: Path, count: int) -> Path:
-    """The real TL;DR above one that the policy sampled and one of another post; these two are not compared."""
+    """The real TL;DR above one that the policy sampled and one of another post; these two are not compared.
+    """
     from utils.data.layouts import TLDR_TEMPLATE
     from utils.data.tokens import prompt_tokens
     from utils.models.generation import sample
@@ -67,7 +68,8 @@ def write_rankings(rows: list[dict], policy: Path, target: Path, count: int) -> 
     prompts = [TLDR_TEMPLATE.format(**row) for row in rows]
     samples = sample(
         load_policy(parent), prompt_tokens(tokenizer, prompts, 304), k=1, max_new_tokens=64, temperature=1.0,
-        seeds=list(range(count)), eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, progress="rankings",
+        seeds=list(range(count)), eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+        progress="rankings",
     )
     texts = tokenizer.batch_decode(samples.responses, skip_special_tokens=True)
     others = rows[1:] + rows[:1]
@@ -83,7 +85,8 @@ def write_small_opt(tokenizer: Path, target: Path) -> Path:
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    config = OPTConfig(vocab_size=50272, hidden_size=192, word_embed_proj_dim=96, ffn_dim=384, num_hidden_layers=4,
+    config = OPTConfig(vocab_size=50272, hidden_size=192, word_embed_proj_dim=96, ffn_dim=384,
+                       num_hidden_layers=4,
                        num_attention_heads=6, max_position_embeddings=640, dropout=0.0)
     OPTForCausalLM(config).save_pretrained(target)
     loaded.save_pretrained(target)
@@ -104,7 +107,8 @@ def run_stage(stage: str, out: Path, words: str) -> dict:
     """Run a script as a user does; its summary."""
     script = ROOT / "scripts" / f"train_{stage}.py"
     config = ROOT / "configs" / "reddit_mini" / f"{stage}.yaml"
-    subprocess.run([sys.executable, script, "--config", config, "--output_dir", out, *words.split()], check=True)
+    subprocess.run([sys.executable, script, "--config", config, "--output_dir", out, *words.split()],
+                   check=True)
     return json.loads((out / "summary.json").read_text())
 
 
@@ -115,27 +119,32 @@ def run_all(source: Path, out: Path, quick: bool) -> dict[str, dict]:
     splits = write_splits(source, data)
     figures = baselines(splits["test"][:200])
     held = f"--actor_validation_data {data}/validation.jsonl --actor_test_data {data}/test.jsonl"
-    figures["sft"] = run_stage("sft", out / "sft", f"--actor_training_data {data}/train.jsonl {held} {more['sft']}")
-    rankings = write_rankings(splits["train"], out / "sft" / "final", data / "rankings.jsonl", 40 if quick else 2000)
+    figures["sft"] = run_stage("sft", out / "sft", f"--actor_training_data {data}/train.jsonl "
+                                                   f"{held} {more['sft']}")
+    rankings = write_rankings(splits["train"], out / "sft" / "final", data / "rankings.jsonl",
+                              40 if quick else 2000)
     figures["reward"] = run_stage(
         "reward", out / "reward", f"--model {out}/sft/final --reward_training_data {rankings} "
         f"--centring_data {data}/validation.jsonl {more['reward']}")
     figures["ppo"] = run_stage(
-        "ppo", out / "ppo", f"--model {out}/sft/final --reward_model {out}/reward/final --rlhf_training_data {data}/train.jsonl "
-        f"--rlhf_validation_data {data}/validation.jsonl --rlhf_test_data {data}/test.jsonl {more['ppo']}")
+        "ppo", out / "ppo", f"--model {out}/sft/final --reward_model {out}/reward/final --rlhf_training_data "
+                            f"{data}/train.jsonl --rlhf_validation_data {data}/validation.jsonl "
+                            f"--rlhf_test_data {data}/test.jsonl {more['ppo']}")
     dialogues = source / "hh_rlhf" / "harmless-base_test.jsonl.gz"
     figures["hh-rlhf"] = run_stage(
-        "reward", out / "hh", f"--model {out}/sft/final --reward_training_data {dialogues} --max_prompt_tokens 224 "
-        f"--max_completion_tokens 160 --centring_data none {more['reward']}")
+        "reward", out / "hh", f"--model {out}/sft/final --reward_training_data {dialogues} "
+                              f"--max_prompt_tokens 224 --max_completion_tokens 160 --centring_data "
+                              f"none {more['reward']}")
     small = write_small_opt(source / "opt_tokenizer", out / "small_opt")
     figures["small random OPT, sft"] = run_stage(
-        "sft", out / "small_opt_sft", f"--model {small} --max_prompt_tokens 512 --actor_training_data {data}/train.jsonl "
-        f"{held} {more['sft']}")
+        "sft", out / "small_opt_sft", f"--model {small} --max_prompt_tokens 512 --actor_training_data "
+                                      f"{data}/train.jsonl {held} {more['sft']}")
     return figures
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "reddit_mini")
     arguments = parser.parse_args()

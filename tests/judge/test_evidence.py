@@ -1,4 +1,6 @@
-"""The real `main()` of compare_seeds.py and over_optimisation.py: their tables against figures worked out by hand."""
+"""The real `main()` of compare_seeds.py and over_optimisation.py: their tables against figures worked out by
+hand.
+"""
 
 import itertools
 import json
@@ -19,14 +21,15 @@ from utils.judge.gold import gold_score, load_gold
 from utils.models.generation import sample
 from utils.models.parents import Parent
 
-# ------------------------------------------------------------------------------------------------------ the seeds
+# -------------------------------------------------------------------------------------------------- the seeds
 
 SUMMARIES = {
     "sft": {"base_rouge_avg": 0.2, "rouge_avg": 0.7, "seed": 0},
     "reward": {"accuracy": 0.6, "label_ceiling": 0.8, "seed": 0},
     "ppo": {"score_before": 0.0, "score_after": 1.0, "kl": 2.0, "rouge_avg": 0.1},
 }
-GOLD = {"gold_win_rate": 0.8, "gold_win_rate_low": 0.75, "gold_win_rate_high": 0.85, "gold_win_rate_greedy": 0.9,
+GOLD = {"gold_win_rate": 0.8, "gold_win_rate_low": 0.75, "gold_win_rate_high": 0.85,
+        "gold_win_rate_greedy": 0.9,
         "gold_before": 0.5, "gold_after": 0.7}
 METRICS = {
     "sft": [{"step": 0, "eval/rouge_avg": 0.2}, {"step": 5, "sft/loss": 2.0}, {"step": 10, "sft/loss": 1.0}],
@@ -46,8 +49,10 @@ def written_seed(folder, number, ended=0.98, kl_coef=0.05, gold=GOLD, **ppo):
         run.mkdir(parents=True)
         summary = {**summary, "seed": number}
         (run / "summary.json").write_text(json.dumps(summary))
-        settings = {"seed": number, "output_dir": str(run), "model": f"{folder}/sft/final" if stage != "sft" else "base",
-                    "learning_rate": 1e-3, **({"kl_coef": kl_coef, "reward_model": str(folder)} if stage == "ppo" else {})}
+        settings = {"seed": number, "output_dir": str(run), "model": f"{folder}/sft/final" if stage != "sft"
+                    else "base",
+                    "learning_rate": 1e-3, **({"kl_coef": kl_coef, "reward_model": str(folder)}
+                                              if stage == "ppo" else {})}
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
         rows = METRICS[stage] + ([{"step": 3, "objective/ended": ended}] if stage == "ppo" else [])
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,7 +64,8 @@ def compared(*words):
 
 
 def markdown_rows(printed):
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()
+            if line.startswith("| ")]
     header, _, *rows = rows
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
@@ -74,17 +80,21 @@ def test_table_over_seeds_by_hand(tmp_path, capsys):
     rows = markdown_rows(printed)
     assert list(rows) == ["0", "1", "7", "mean", "sd", "min", "max"]
     assert rows["1"] == {
-        "seed": "1", "ROUGE mean, base → SFT": "0.200 → 0.700", "reward accuracy": "0.600", "of its ceiling": "75.0%",
-        "gold win rate, sampled (95 %)": "0.600 (0.750 - 0.850)", "greedy": "0.900", "gold score, SFT → PPO": "0.500 → 0.900",
+        "seed": "1", "ROUGE mean, base → SFT": "0.200 → 0.700", "reward accuracy": "0.600",
+        "of its ceiling": "75.0%",
+        "gold win rate, sampled (95 %)": "0.600 (0.750 - 0.850)", "greedy": "0.900",
+        "gold score, SFT → PPO": "0.500 → 0.900",
         "KL": "3.00", "with EOS": "1.000", "reward score, SFT → PPO": "0.000 → 1.000",
     }
     line = next(line for line in printed.splitlines() if line.startswith("│ 1 "))
     assert line.endswith("│") and len(line) < 140
-    assert [cell.strip() for cell in line.strip("│").split("│")] == list(rows["1"].values())  # nothing is cut off or wrapped
+    # nothing is cut off or wrapped
+    assert [cell.strip() for cell in line.strip("│").split("│")] == list(rows["1"].values())
     spread = {name: [rows[label][name] for label in ("mean", "sd", "min", "max")] for name in rows["1"]}
     assert spread["gold win rate, sampled (95 %)"] == ["0.700", "0.100", "0.600", "0.800"]
     assert spread["KL"] == ["4.00", "2.65", "2.00", "7.00"]  # sqrt((4 + 1 + 9) / 2)
-    assert spread["gold score, SFT → PPO"] == ["0.500 → 0.800", "0.000 → 0.100", "0.500 → 0.700", "0.500 → 0.900"]
+    assert spread["gold score, SFT → PPO"] == ["0.500 → 0.800", "0.000 → 0.100", "0.500 → 0.700",
+                                               "0.500 → 0.900"]
     assert spread["with EOS"] == ["0.980", "0.020", "0.960", "1.000"]
     assert "collapsed: none" in printed
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -124,15 +134,19 @@ def test_seeds_without_gold_scores_are_judged_by_their_ends(tmp_path, capsys):
 
 def test_a_summary_with_some_of_the_gold_figures_is_broken(tmp_path):
     gold = {name: value for name, value in GOLD.items() if name != "gold_after"}
-    with pytest.raises(UserError, match="^runs: '.*ppo/summary.json' has no 'gold_after'; train that stage again"):
+    with pytest.raises(UserError, match="^runs: '.*ppo/summary.json' has no 'gold_after'; "
+                                        "train that stage again"):
         compared("--runs", written_seed(tmp_path / "a", 0, gold=gold))
 
 
 @pytest.mark.parametrize(("break_it", "message"), [
     (lambda seed: None, "^runs: '.*/none' does not exist"),
-    (lambda seed: (seed / "ppo" / "summary.json").unlink(), "^runs: no finished run in '.*seed/ppo' .*train it to its end first"),
-    (lambda seed: (seed / "sft" / "summary.json").write_text("{"), "^runs: '.*seed/sft/summary.json' is no JSON object"),
-    (lambda seed: (seed / "sft" / "summary.json").write_text("{}"), "^runs: '.*seed/sft/summary.json' has no 'base_rouge_avg'"),
+    (lambda seed: (seed / "ppo" / "summary.json").unlink(), "^runs: no finished run in '.*seed/ppo' .*train "
+                                                            "it to its end first"),
+    (lambda seed: (seed / "sft" / "summary.json").write_text("{"),
+     "^runs: '.*seed/sft/summary.json' is no JSON object"),
+    (lambda seed: (seed / "sft" / "summary.json").write_text("{}"),
+     "^runs: '.*seed/sft/summary.json' has no 'base_rouge_avg'"),
 ])
 def test_a_folder_that_is_no_finished_seed_is_refused(break_it, message, tmp_path):
     written_seed(tmp_path / "seed", 0)
@@ -151,8 +165,10 @@ def test_two_runs_of_one_seed_are_refused(tmp_path):
     ([], "error: runs: name the folders"),
     (["--runs"], "error: command line: --runs: expected at least one argument"),
     (["--runs", "nowhere"], "error: runs: 'nowhere' does not exist"),
-    (["--runs", "nowhere", "--output", "no/folder.png"], "error: output: 'no/folder.png' must be a .png file in a folder"),
-    (["--runs", "nowhere", "--output", "figure.gif"], "error: output: 'figure.gif' must be a .png file in a folder"),
+    (["--runs", "nowhere", "--output", "no/folder.png"], "error: output: 'no/folder.png' must be a "
+                                                         ".png file in a folder"),
+    (["--runs", "nowhere", "--output", "figure.gif"], "error: output: 'figure.gif' must be a "
+                                                      ".png file in a folder"),
     (["--nonsense"], "error: command line: unknown key '--nonsense'"),
 ])
 def test_mistakes_are_one_line_and_status_2(script, words, message, tmp_path, monkeypatch, capsys):
@@ -170,7 +186,8 @@ def test_mistakes_are_one_line_and_status_2(script, words, message, tmp_path, mo
 
 def test_runs_of_two_configurations_are_no_seeds_of_one(tmp_path):
     seeds = [written_seed(tmp_path / "a", 0), written_seed(tmp_path / "b", 1, kl_coef=0.1)]
-    with pytest.raises(UserError, match="^runs: ppo/kl_coef is 0.1 with seed 1 but 0.05 with seed 0; compare seeds of one"):
+    with pytest.raises(UserError, match="^runs: ppo/kl_coef is 0.1 with seed 1 but 0.05 with seed 0; "
+                                        "compare seeds of one"):
         compared("--runs", *seeds)
 
 
@@ -182,11 +199,12 @@ def test_help_says_what_collapsed_means(monkeypatch, capsys):
     assert left.value.code == 0 and "A seed counts as collapsed when" in printed and "--markdown" in printed
 
 
-# ------------------------------------------------------------------------------------------------ over-optimisation
+# ------------------------------------------------------------------------------------------ over-optimisation
 
 K, POSTS = 6, 3
 # kl, near-greedy score and gold, sampled score and gold of the evaluations at updates 0, 3, 6, 9
-POINTS = [(-1e-7, 0.5, 0.6, 0.1, 0.5), (2.0, 0.9, 0.8, 0.6, 0.8), (4.0, 1.2, 0.7, 0.9, 0.76), (9.0, 1.5, 0.4, 1.2, 0.3)]
+POINTS = [(-1e-7, 0.5, 0.6, 0.1, 0.5), (2.0, 0.9, 0.8, 0.6, 0.8), (4.0, 1.2, 0.7, 0.9, 0.76),
+          (9.0, 1.5, 0.4, 1.2, 0.3)]
 NAMES = ("eval/kl", "eval/score", "eval/gold", "eval/score_sampled", "eval/gold_sampled")
 
 
@@ -197,9 +215,12 @@ def models(tmp_path_factory):
     tokenizer = mini_tokenizer()
     config = opt_config(tokenizer)
     torch.manual_seed(0)
-    policy, reward_model = AutoModelForCausalLM.from_config(config), AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():  # so that within 8 tokens some samples end, and others are cut off after a full stop
-        for token, logit in ((tokenizer.eos_token_id, 6.0), (tokenizer(".", add_special_tokens=False)["input_ids"][-1], 7.0)):
+    policy, reward_model = (AutoModelForCausalLM.from_config(config),
+                            AutoModelForSequenceClassification.from_config(config))
+    # so that within 8 tokens some samples end, and others are cut off after a full stop
+    with torch.no_grad():
+        for token, logit in ((tokenizer.eos_token_id, 6.0),
+                             (tokenizer(".", add_special_tokens=False)["input_ids"][-1], 7.0)):
             weight = policy.lm_head.weight[token]
             policy.model.decoder.final_layer_norm.bias += logit * weight / weight.square().sum()
     for name, model in (("sft", policy), ("reward", reward_model)):
@@ -214,11 +235,13 @@ def written_run(models, tmp_path):
     def write(name, points=POINTS, names=NAMES, model="sft", **settings):
         run = tmp_path / name
         (run / "final").mkdir(parents=True)
-        settings = {"temperature": 0.9, "max_new_tokens": 8, "max_prompt_tokens": 256, "missing_eos_score": -1.0,
+        settings = {"temperature": 0.9, "max_new_tokens": 8, "max_prompt_tokens": 256,
+                    "missing_eos_score": -1.0,
                     "eval_rows": POSTS, "kl_budget": 8.0, "kl_coef": 0.05, **settings}
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
         rows = [{"step": 3 * i, **dict(zip(names, point, strict=False))} for i, point in enumerate(points)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 9, "objective/kl": 9.0}]))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n"
+                                                   for row in [*rows, {"step": 9, "objective/kl": 9.0}]))
         (run / "summary.json").write_text("{}")
         parents = {"model": Parent("model", str(models / model)).identity,
                    "reward_model": Parent("reward_model", str(models / "reward")).identity}
@@ -228,13 +251,16 @@ def written_run(models, tmp_path):
 
 
 def drawn(models, runs, *words):
-    words = ["--sft", str(models / "sft"), "--reward_model", str(models / "reward"), "--rows", str(POSTS), "--best_of", str(K),
+    words = ["--sft", str(models / "sft"), "--reward_model", str(models / "reward"), "--rows", str(POSTS),
+             "--best_of", str(K),
              *(["--runs", *runs] if runs else []), *words]
     return over_optimisation.main(parse_config(over_optimisation.OverOptimisationConfig, None, words))
 
 
 def test_figure_and_numbers(models, written_run, tmp_path, capsys, monkeypatch):
-    """The rule picks update 6: update 9 scores higher beyond the budget. Gold peaks at update 3: .76 / .8 = .95."""
+    """The rule picks update 6: update 9 scores higher beyond the budget. Gold peaks at update 3: .76 / .8 =
+    .95.
+    """
     monkeypatch.setattr(over_optimisation, "SCORED_IN_A_ROW", 4)  # two rows for the 6 samples of a post
     other = [(0.0, 0.5, 0.6, 0.1, -0.5), (1.0, 0.4, 0.8, 0.6, -0.2)]
     runs = [written_run("one"), written_run("two", other, kl_coef=0.0)]
@@ -243,14 +269,16 @@ def test_figure_and_numbers(models, written_run, tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "o.json").read_text())
     one, two = found["runs"]
     assert one["rule"]["update"] == 6 and two["rule"]["update"] == 0
-    assert one["rule"]["gold"] == {"picked": 0.76, "peak": 0.8, "peak_update": 3, "ratio": pytest.approx(0.95)}
+    assert one["rule"]["gold"] == {"picked": 0.76, "peak": 0.8, "peak_update": 3,
+                                   "ratio": pytest.approx(0.95)}
     assert one["rule"]["greedy_gold"]["ratio"] == pytest.approx(0.7 / 0.8)
     assert two["rule"]["gold"]["ratio"] is None  # of a peak below 0
     assert [point["gold"] for point in one["points"]] == [0.5, 0.8, 0.76, 0.3]
     printed = capsys.readouterr().out
     assert "6 of 9" in printed and "0.950" in printed and "0.875" in printed and "note:" not in printed
     for point, (n, score, gold) in zip(found["best_of_n"], naive_best_of_n(models), strict=True):
-        assert point == {"n": n, "kl": pytest.approx(math.log(n) - (n - 1) / n), "score": pytest.approx(score, abs=1e-4),
+        assert point == {"n": n, "kl": pytest.approx(math.log(n) - (n - 1) / n),
+                         "score": pytest.approx(score, abs=1e-4),
                          "gold": pytest.approx(gold, abs=1e-4)}
 
 
@@ -264,14 +292,17 @@ def naive_best_of_n(models):
         ["gzip", "-dc", PROJECT / "data/tldr_mini/rlhf_validation.jsonl.gz"], capture_output=True, check=True
     ).stdout.splitlines()[:POSTS]]
     prompts = [tokenizer(post["prompt"])["input_ids"] for post in posts]
-    found = sample(AutoModelForCausalLM.from_pretrained(models / "sft"), prompts, k=K, max_new_tokens=8, temperature=0.9,
+    found = sample(AutoModelForCausalLM.from_pretrained(models / "sft"), prompts, k=K, max_new_tokens=8,
+                   temperature=0.9,
                    seeds=list(range(POSTS * K)), eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(found.responses, skip_special_tokens=True)
     cut = [text for text, ended in zip(texts, found.ended, strict=True) if not ended]
-    assert len(cut) < len(texts) and any(text.endswith(".") for text in cut), "both kinds of samples must be there"
+    assert len(cut) < len(texts) and any(text.endswith(".")
+                                         for text in cut), ("both kinds of samples must be there")
     judged = []
     for i, (tokens, ended) in enumerate(zip(found.responses, found.ended, strict=True)):
-        score = reward_model(input_ids=torch.tensor([prompts[i // K] + tokens])).logits.item() if ended else -1.0
+        score = (reward_model(input_ids=torch.tensor([prompts[i // K] + tokens])).logits.item() if ended
+                 else -1.0)
         judged.append((score, gold_score(texts[i], posts[i // K]["facts"], rules, ended)))
     for n in (1, 2, 4):
         scores, golds = [], []
@@ -283,7 +314,8 @@ def naive_best_of_n(models):
         yield n, fmean(scores), fmean(golds)
 
 
-def test_the_rule_takes_the_first_of_equal_scores_and_the_last_policy_where_none_is_within_the_budget(written_run):
+def test_the_rule_takes_the_first_of_equal_scores_and_the_last_policy_where_none_is_within_the_budget(
+    written_run):
     points = [(1.0, score, 0.0, 0.0, 0.0) for score in (0.5, 0.7, 0.7)]
     equal = over_optimisation.load_run(written_run("equal", points))
     assert over_optimisation.picked(equal)["update"] == 3
@@ -304,7 +336,8 @@ def test_an_evaluation_that_is_not_a_number_is_left_out(written_run):
 
 
 @pytest.mark.parametrize(("write", "message"), [
-    ({"names": NAMES[:3]}, "^runs: '.*/run/metrics.jsonl' has evaluations without eval/score_sampled; train it again"),
+    ({"names": NAMES[:3]}, "^runs: '.*/run/metrics.jsonl' has evaluations without "
+                           "eval/score_sampled; train it again"),
     ({"points": []}, "^runs: '.*/run' is no finished PPO run"),
     ({"model": "reward"}, "^runs: the model of '.*/run' was not '.*/sft'; give the one it was trained with"),
     ({"temperature": 0.7}, "^runs: temperature is 0.7 in '.*/run' but 0.9 in '.*/first'"),

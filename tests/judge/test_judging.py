@@ -1,4 +1,6 @@
-"""Judging summaries: each measure against an independent way to get it, and no pass of a model that nobody asked for."""
+"""Judging summaries: each measure against an independent way to get it, and no pass of a model that nobody
+asked for.
+"""
 
 import json
 import math
@@ -19,7 +21,8 @@ from utils.judge.judging import Judge
 from utils.models.policy_value import Models, PolicyAndValue
 
 PROMPTS = random_groups([5, 1, 8, 3, 6], [[1]] * 5)[0]
-POSTS = Tokenised([SimpleNamespace(prompt="p", completion=" w3 w4.", facts=None) for _ in PROMPTS], PROMPTS, None)
+POSTS = Tokenised([SimpleNamespace(prompt="p", completion=" w3 w4.", facts=None) for _ in PROMPTS], PROMPTS,
+                  None)
 CONFIG = SimpleNamespace(max_new_tokens=6, eval_batch_size=2, temperature=0.7, eval_temperature=0.01, seed=0,
                          missing_eos_score=-1.0, kl_budget=20.0)
 
@@ -58,7 +61,8 @@ def test_each_policys_summaries_are_scored_and_one_without_eos_gets_the_fixed_sc
     found = [ours.summaries(policy("opt", seed), POSTS, 2.0, "") for seed in (2, 3)]
     assert found[0].tokens != found[1].tokens
     for summaries, scores in zip(found, ours.scores(POSTS, found, ""), strict=True):
-        for prompt, response, ended, score in zip(PROMPTS, summaries.tokens, summaries.ended, scores, strict=True):
+        for prompt, response, ended, score in zip(PROMPTS, summaries.tokens, summaries.ended, scores,
+                                                  strict=True):
             stock = ours.reward_model(input_ids=torch.tensor([prompt + response])).logits.item()
             assert score == pytest.approx(stock if ended else -1.0, abs=1e-4)
     assert any(not ended for summaries in found for ended in summaries.ended)
@@ -82,11 +86,13 @@ def test_an_evaluation_samples_twice_and_asks_each_judge_once(monkeypatch):
     for model, name in ((ours.ref_policy, "reference"), (ours.reward_model, "reward")):
         model.base_model.register_forward_hook(lambda *_, name=name: asked.append(name))
     drawn, sample = [], evaluation.sample
-    monkeypatch.setattr(evaluation, "sample", lambda *a, **k: (drawn.append(k["temperature"]), sample(*a, **k))[1])
+    monkeypatch.setattr(evaluation, "sample", lambda *a, **k: (drawn.append(k["temperature"]),
+                                                               sample(*a, **k))[1])
     figures, offered = evaluated(trained, ours)
     assert drawn == [0.01, 0.7]
     assert asked.count("reference") == asked.count("reward") == 3, "five rows in batches of two"
-    assert list(figures) == ["eval/tokens", "eval/ended", "eval/score", "eval/score_sampled", "eval/kl", "eval/rouge_avg"]
+    assert list(figures) == ["eval/tokens", "eval/ended", "eval/score", "eval/score_sampled", "eval/kl",
+                             "eval/rouge_avg"]
     assert offered == [(3, figures["eval/score"], figures["eval/kl"])]
 
 
@@ -117,7 +123,8 @@ class RecordedGold:
 def test_an_evaluations_kl_and_score_are_of_the_right_summaries():
     """The KL of sampled summaries (greedy ones are no sample of the policy), the score of greedy ones."""
     figures, offered = evaluated(policy("opt"), Recorded(), RecordedGold())
-    assert {name: figures[f"eval/{name}"] for name in ("kl", "score", "score_sampled", "gold", "gold_sampled", "rouge_avg")} == {
+    assert {name: figures[f"eval/{name}"] for name in ("kl", "score", "score_sampled", "gold", "gold_sampled",
+                                                       "rouge_avg")} == {
         "kl": 7.0, "score": 0.01, "score_sampled": 0.7, "gold": 0.01, "gold_sampled": 0.7, "rouge_avg": 0.01}
     assert offered == [(3, 0.01, 7.0)]
 
@@ -130,7 +137,8 @@ def test_a_policy_beyond_the_kl_budget_is_never_chosen(kl, kept):
 
 def test_examples_whose_completion_is_too_long_are_dropped_and_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "p q", "completion": text}) + "\n" for text in (" a a a", " a a", " a a a a")))
+    path.write_text("".join(json.dumps({"prompt": "p q", "completion": text}) + "\n"
+                            for text in (" a a a", " a a", " a a a a")))
     tokenizer = mini_tokenizer()
     config = SimpleNamespace(max_prompt_tokens=9, on_bad_rows="error")
     rows = load_data(config, {"data": NamedSet(str(path), "examples")}, tokenizer, DataReport())["data"]

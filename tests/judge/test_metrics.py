@@ -16,7 +16,7 @@ from utils.judge import metrics
 
 SCRIPTS = Path(metrics.__file__).resolve().parents[2]
 
-# ----------------------------------------------------------------------------------------------------------- ROUGE
+# ------------------------------------------------------------------------------------------------------ ROUGE
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,8 @@ def rouge():
 @pytest.mark.parametrize(
     "prediction, reference, rouge1, rouge2, rouge_l",
     [
-        # precision 3/3 recall 3/6; bigrams 2/2 and 2/5; longest common subsequence as rouge1. "cats" stems to "cat".
+        # precision 3/3 recall 3/6; bigrams 2/2 and 2/5; longest common subsequence as rouge1. "cats" stems to
+        # "cat".
         ("the cats sat", "the cat sat on the mat", 2 / 3, 4 / 7, 2 / 3),
         ("sat cat the", "the cat sat", 1.0, 0.0, 1 / 3),  # right words, wrong order
         ("dogs bark", "the cat sat", 0.0, 0.0, 0.0),
@@ -36,7 +37,8 @@ def rouge():
 )
 def test_rouge_by_hand(rouge, prediction, reference, rouge1, rouge2, rouge_l):
     result = rouge.compute(predictions=[prediction], references=[reference])
-    expected = {"rouge1": rouge1, "rouge2": rouge2, "rougeL": rouge_l, "rouge_avg": (rouge1 + rouge2 + rouge_l) / 3}
+    expected = {"rouge1": rouge1, "rouge2": rouge2, "rougeL": rouge_l,
+                "rouge_avg": (rouge1 + rouge2 + rouge_l) / 3}
     assert result == pytest.approx(expected)
 
 
@@ -79,12 +81,13 @@ def test_rouge_needs_no_network_prints_nothing_and_leaves_no_file(tmp_path):
     )
     places = {name: str(tmp_path) for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "TMPDIR")}
     environment = {**os.environ, **places, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(SCRIPTS)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True,
+                         text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert list(tmp_path.rglob("*")) == []
 
 
-# -------------------------------------------------------------------------------------------------------- accuracy
+# --------------------------------------------------------------------------------------------------- accuracy
 
 
 def test_pair_accuracy_by_hand():
@@ -111,7 +114,7 @@ def test_groups_must_match():
         metrics.label_ceiling([[1.0, 2.0]], [[(0, 1)], [(0, 1)]])
 
 
-# ------------------------------------------------------------------------------------------------------- bootstrap
+# -------------------------------------------------------------------------------------------------- bootstrap
 
 
 def test_bootstrap_is_a_ratio_and_deterministic():
@@ -147,7 +150,8 @@ def test_bootstrap_interval_covers_the_truth():
     rng = np.random.default_rng(0)
     covered, truth = 0, (4.5 * 0.4 + 2.5 * 0.9) / (4.5 + 2.5)
     for trial in range(400):
-        hard = rng.random(80) < 0.5  # pairs of one post share its difficulty, and hard posts have more of them
+        # pairs of one post share its difficulty, and hard posts have more of them
+        hard = rng.random(80) < 0.5
         counts = np.where(hard, rng.integers(1, 9, size=80), rng.integers(1, 5, size=80))
         correct = rng.binomial(counts, np.where(hard, 0.4, 0.9))
         _, low, high = metrics.bootstrap_interval(correct, counts, seed=trial, resamples=400)
@@ -158,10 +162,12 @@ def test_bootstrap_interval_covers_the_truth():
 def test_bootstrap_equals_plain_loops_over_the_same_draws():
     numerators, denominators = [1.0, 9.0, 0.0, 2.0, 4.0], [1.0, 10.0, 2.0, 3.0, 4.0]
     drawn = np.random.default_rng(5).integers(5, size=(41, 5)).tolist()
-    ratios = sorted(sum(numerators[g] for g in groups) / sum(denominators[g] for g in groups) for groups in drawn)
+    ratios = sorted(sum(numerators[g] for g in groups) / sum(denominators[g] for g in groups)
+                    for groups in drawn)
     # 41 ratios: the 5 % and 95 % points are the third from either end, with nothing to interpolate
     expected = (16 / 20, ratios[2], ratios[-3])
-    assert metrics.bootstrap_interval(numerators, denominators, seed=5, resamples=41, level=0.9) == pytest.approx(expected)
+    assert metrics.bootstrap_interval(numerators, denominators, seed=5, resamples=41,
+                                      level=0.9) == pytest.approx(expected)
 
 
 def test_bootstrap_leaves_out_empty_groups():
@@ -171,15 +177,17 @@ def test_bootstrap_leaves_out_empty_groups():
         metrics.bootstrap_interval([0.0, 0.0], [0.0, 0.0], seed=0)
 
 
-# --------------------------------------------------------------------------------------------- ceiling and win rate
+# --------------------------------------------------------------------------------------- ceiling and win rate
 
 
 def test_label_ceiling_by_hand():
-    label_scores = [[math.log(3), 0.0, 0.0], [0.0, math.log(9)]]  # differences of ln 3, ln 9 and 0: p = 3/4, 1/10, 1/2
+    # differences of ln 3, ln 9 and 0: p = 3/4, 1/10, 1/2
+    label_scores = [[math.log(3), 0.0, 0.0], [0.0, math.log(9)]]
     assert metrics.label_ceiling(label_scores, [[(0, 1)], []]) == pytest.approx(0.75)
     assert metrics.label_ceiling(label_scores, [[(1, 0)], []]) == pytest.approx(0.75)
     # a mean over pairs, not over groups
-    assert metrics.label_ceiling(label_scores, [[(0, 1), (1, 2)], [(0, 1)]]) == pytest.approx((0.75 + 0.5 + 0.9) / 3)
+    assert (metrics.label_ceiling(label_scores, [[(0, 1), (1, 2)], [(0, 1)]])
+            == pytest.approx((0.75 + 0.5 + 0.9) / 3))
     assert metrics.label_ceiling([[1000.0, -1000.0]], [[(1, 0)]]) == 1.0
     with pytest.raises(ValueError, match="no pairs"):
         metrics.label_ceiling([[1.0]], [[]])
@@ -191,7 +199,8 @@ def test_label_ceiling_is_what_the_labellers_own_scores_reach():
     first_wins = rng.random(20_000) < 1 / (1 + np.exp(label_scores[:, 1] - label_scores[:, 0]))
     pairs = [[(0, 1)] if first else [(1, 0)] for first in first_wins]
     correct, counts = metrics.pair_accuracy(label_scores.tolist(), pairs)
-    assert metrics.label_ceiling(label_scores.tolist(), pairs) == pytest.approx(correct.sum() / counts.sum(), abs=0.01)
+    assert metrics.label_ceiling(label_scores.tolist(), pairs) == pytest.approx(correct.sum() / counts.sum(),
+                                                                                abs=0.01)
 
 
 def test_win_rate_counts_ties_as_one_half():
@@ -204,11 +213,13 @@ def test_win_rate_counts_ties_as_one_half():
     assert metrics.win_rate([1.0] * 9, [1.0] * 9, seed=0) == (0.5, 0.5, 0.5)
 
 
-# -------------------------------------------------------------------------------------------- length-controlled win rate
+# --------------------------------------------------------------------------------- length-controlled win rate
 
 
 def duels(intercept, slope, count, seed, shift=0.5):
-    """Scores and lengths of `count` duels whose winner is drawn from the model that is fitted; ours are longer."""
+    """Scores and lengths of `count` duels whose winner is drawn from the model that is fitted; ours are
+    longer.
+    """
     rng = np.random.default_rng(seed)
     our_lengths, their_lengths = np.exp(rng.normal(3 + shift, 0.5, count)), np.exp(rng.normal(3, 0.5, count))
     chance = 1 / (1 + np.exp(-intercept - slope * np.log(our_lengths / their_lengths)))
@@ -218,15 +229,19 @@ def duels(intercept, slope, count, seed, shift=0.5):
 @pytest.mark.parametrize("intercept", [-1.0, 0.0, 0.7])
 @pytest.mark.parametrize("slope", [0.0, 2.0, -1.5])
 def test_length_control_recovers_a_planted_intercept(intercept, slope):
-    """The standard error of the intercept is about 2.5 / sqrt(20,000) = .018, that of its sigmoid a quarter of it."""
+    """The standard error of the intercept is about 2.5 / sqrt(20,000) = .018, that of its sigmoid a quarter
+    of it.
+    """
     planted = 1 / (1 + math.exp(-intercept))
-    assert metrics.length_controlled_win_rate(*duels(intercept, slope, 20_000, seed=4)) == pytest.approx(planted, abs=0.02)
+    assert (metrics.length_controlled_win_rate(*duels(intercept, slope, 20_000, seed=4))
+            == pytest.approx(planted, abs=0.02))
 
 
 def test_length_control_when_length_alone_decides():
     rng = np.random.default_rng(6)
     our_lengths, their_lengths = rng.integers(20, 60, 500), rng.integers(10, 40, 500)
-    rate = metrics.length_controlled_win_rate(our_lengths, their_lengths, our_lengths, their_lengths)  # separable
+    # separable
+    rate = metrics.length_controlled_win_rate(our_lengths, their_lengths, our_lengths, their_lengths)
     assert rate == pytest.approx(0.5, abs=0.1)
     assert metrics.win_rate(our_lengths, their_lengths, seed=0)[0] > 0.8
     noisy = duels(0.0, 2.0, 5000, seed=7, shift=1.0)
@@ -254,7 +269,8 @@ def test_length_control_is_the_maximum_of_the_likelihood():
             total -= win * math.log(p) + (1 - win) * math.log(1 - p)
         return total
 
-    a, _ = min(((a / 100, b / 100) for a in range(-200, 200) for b in range(-100, 600)), key=lambda ab: loss(*ab))
+    a, _ = min(((a / 100, b / 100) for a in range(-200, 200) for b in range(-100, 600)),
+               key=lambda ab: loss(*ab))
     rate = metrics.length_controlled_win_rate(ours, theirs, lengths, others)
     assert rate == pytest.approx(1 / (1 + math.exp(-a)), abs=0.003)
 
@@ -264,7 +280,8 @@ def test_length_control_turns_round_with_the_sides():
     there = metrics.length_controlled_win_rate(ours, theirs, our_lengths, their_lengths)
     back = metrics.length_controlled_win_rate(theirs, ours, their_lengths, our_lengths)
     assert there == pytest.approx(1 - back, abs=1e-9)
-    assert there == pytest.approx(metrics.length_controlled_win_rate(ours, theirs, 10 * our_lengths, 10 * their_lengths))
+    assert (there == pytest.approx(metrics.length_controlled_win_rate(ours, theirs, 10 * our_lengths,
+                                                                      10 * their_lengths)))
 
 
 def test_length_control_refuses_what_means_nothing():
@@ -274,7 +291,7 @@ def test_length_control_refuses_what_means_nothing():
         metrics.length_controlled_win_rate([1.0], [0.0], [0], [5])
 
 
-# ----------------------------------------------------------------------------------------------------- calibration
+# ------------------------------------------------------------------------------------------------ calibration
 
 
 def calibration_error_by_definition(probabilities, outcomes, bins):
@@ -319,9 +336,11 @@ def test_calibration_error_equals_its_definition(bins):
     rng = np.random.default_rng(2)
     probabilities, outcomes = rng.random(200), rng.integers(0, 2, size=200)
     error = metrics.expected_calibration_error(probabilities, outcomes, bins)
-    assert error == pytest.approx(calibration_error_by_definition(probabilities.tolist(), outcomes.tolist(), bins))
+    assert (error == pytest.approx(calibration_error_by_definition(probabilities.tolist(), outcomes.tolist(),
+                                                                   bins)))
     order = rng.permutation(200)
-    assert metrics.expected_calibration_error(probabilities[order], outcomes[order], bins) == pytest.approx(error)
+    assert metrics.expected_calibration_error(probabilities[order], outcomes[order],
+                                              bins) == pytest.approx(error)
 
 
 def test_calibration_error_tells_a_calibrated_model_from_an_overconfident_one():
@@ -331,7 +350,7 @@ def test_calibration_error_tells_a_calibrated_model_from_an_overconfident_one():
     assert metrics.expected_calibration_error(probabilities, outcomes) < 0.02
     assert metrics.expected_calibration_error(np.sqrt(probabilities), outcomes) > 0.05
 
-# -------------------------------------------------------------------------------------------------------- best of n
+# -------------------------------------------------------------------------------------------------- best of n
 
 
 @pytest.mark.parametrize("scores", [
@@ -341,7 +360,9 @@ def test_calibration_error_tells_a_calibrated_model_from_an_overconfident_one():
     [7.0],
 ])
 def test_best_of_n_is_the_mean_over_all_subsets(scores):
-    """Every subset of size n by itself; where several of it share the highest score, their mean is what it is worth."""
+    """Every subset of size n by itself; where several of it share the highest score, their mean is what it is
+    worth.
+    """
     values = random.Random(len(scores)).choices(range(-3, 9), k=len(scores))
     for n in range(1, len(scores) + 1):
         best = [max(subset) for subset in itertools.combinations(scores, n)]
@@ -372,7 +393,9 @@ def test_best_of_more_samples_than_there_are_is_refused(n):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 64])
 def test_best_of_n_kl_is_the_integral_of_its_density(n):
-    """With u the share of samples that score lower, best-of-n has density n u^(n-1) where the policy has density 1."""
+    """With u the share of samples that score lower, best-of-n has density n u^(n-1) where the policy has
+    density 1.
+    """
     u = (np.arange(1_000_000) + 0.5) / 1_000_000
     density = n * u ** (n - 1)
     integral = np.mean(np.where(density > 0, density * np.log(np.maximum(density, 1e-300)), 0.0))

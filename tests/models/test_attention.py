@@ -28,11 +28,13 @@ def test_a_model_says_the_same_as_with_sdpa(family, block, monkeypatch):
         model.set_attn_implementation(name)
         logprobs = response_logprobs(model, GROUPS, 1.0)
         logprobs.square().sum().backward()
-        samples = sample(model, [[5, 6, 7, 8, 9]] * 2, k=3, max_new_tokens=4, temperature=1.0, seeds=list(range(6)), eos_id=-1,
+        samples = sample(model, [[5, 6, 7, 8, 9]] * 2, k=3, max_new_tokens=4, temperature=1.0,
+                         seeds=list(range(6)), eos_id=-1,
                          pad_id=PAD)
         padded = torch.tensor([[PAD, PAD, 5, 6, 7], [4, 5, 6, 7, 8]])
         plain = model(padded, attention_mask=(padded != PAD).long())
-        found.append([logprobs, plain.logits[:, -1], torch.tensor(samples.logprobs), *(p.grad for p in model.parameters())])
+        found.append([logprobs, plain.logits[:, -1], torch.tensor(samples.logprobs),
+                      *(p.grad for p in model.parameters())])
     for sdpa, blocks in zip(*found, strict=True):
         torch.testing.assert_close(blocks, sdpa, rtol=1e-4, atol=1e-4)
 
@@ -47,7 +49,8 @@ def test_nothing_above_the_diagonal_is_computed(monkeypatch):
 
     monkeypatch.setattr(attention, "sdpa_attention_forward", counted)
     query, key, value = torch.randn(3, 1, 2, length, 8)
-    causal_blocks(torch.nn.Module(), query, key, value, torch.ones(1, 1, length, length, dtype=torch.bool).tril())
+    causal_blocks(torch.nn.Module(), query, key, value,
+                  torch.ones(1, 1, length, length, dtype=torch.bool).tril())
     assert sum(entries) / length**2 == 10 / 16
 
 
@@ -61,7 +64,8 @@ def saved(config, folder) -> Parent:
 
 
 def test_a_model_whose_attention_cannot_be_chosen_keeps_sdpa(tmp_path):
-    config = FalconConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    config = FalconConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+                          alibi=False)
     model = load_policy(saved(config, tmp_path / "falcon")).eval()
     assert model.config._attn_implementation == "sdpa"
     prompts, completions = random_groups([5, 3], [[2, 4], [3]])
@@ -75,8 +79,10 @@ def test_a_model_whose_attention_cannot_be_chosen_keeps_sdpa(tmp_path):
 
 @pytest.mark.parametrize(("config", "reason"), [
     (BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=4), "cannot be loaded: .*attention"),
-    (GPTJConfig(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, rotary_dim=4), "cannot be loaded: .*attention"),
-    (GraniteConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    (GPTJConfig(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, rotary_dim=4),
+     "cannot be loaded: .*attention"),
+    (GraniteConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                   num_attention_heads=4,
                    logits_scaling=8.0), "changes its logits behind the head .logits_scaling"),
 ])
 def test_models_that_would_be_computed_wrongly_are_refused(config, reason, tmp_path):

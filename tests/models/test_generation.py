@@ -71,7 +71,8 @@ def test_near_zero_temperature_is_transformers_greedy_search(family):
 @every_family
 def test_top_k_of_one_is_greedy(family):
     model = policy(family)
-    assert draw(model, PROMPTS, top_k=1, temperature=1.5).responses == draw(model, PROMPTS, temperature=1e-3).responses
+    assert (draw(model, PROMPTS, top_k=1, temperature=1.5).responses
+            == draw(model, PROMPTS, temperature=1e-3).responses)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
@@ -100,7 +101,8 @@ def test_a_draw_inverts_the_cumulative_distribution(block):
     cumulative = logits.double().softmax(-1).cumsum(-1)
     first_above = (cumulative > uniform.double()[:, None]).int().argmax(-1)
     assert torch.equal(tokens, first_above)
-    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[torch.arange(300), tokens], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[torch.arange(300), tokens], rtol=1e-5,
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -114,7 +116,8 @@ def test_rows_that_have_ended_leave_the_batch(k, monkeypatch):
     monkeypatch.setattr(generation._Batch, "_forward", watched)
     prompts = random_groups([6] * 12, [[1]] * 12)[0]
     settings = {"k": k, "temperature": 2.0, "max_new_tokens": 50}
-    often = Counter(token for response in draw(policy("opt"), prompts, eos_id=-1, **settings).responses for token in response)
+    often = Counter(token for response in draw(policy("opt"), prompts, eos_id=-1, **settings).responses
+                    for token in response)
     settings["eos_id"] = often.most_common(1)[0][0]
     sizes.clear()
     together = draw(policy("opt"), prompts, **settings)

@@ -43,9 +43,11 @@ def test_values_and_gradients(bias, temperature, chunk):
     inputs = states.detach().double().requires_grad_()
     expected, expected_entropy = plain(exact, inputs, tokens, temperature)
     (expected * weights).sum().backward()
-    assert torch.equal(logprobs, token_logprobs(head, states, tokens, temperature)) and not entropy.requires_grad
+    assert (torch.equal(logprobs, token_logprobs(head, states, tokens, temperature))
+            and not entropy.requires_grad)
     for ours, theirs in ((logprobs, expected), (entropy, expected_entropy), (states.grad, inputs.grad),
-                         *((w.grad, v.grad) for w, v in zip(head.parameters(), exact.parameters(), strict=True))):
+                         *((w.grad, v.grad) for w, v in zip(head.parameters(), exact.parameters(),
+                                                            strict=True))):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -60,7 +62,8 @@ def kept_shapes(run) -> list[tuple]:
 def test_one_table_of_probabilities_is_kept_and_none_where_the_head_is_frozen(chunk):
     head, states, tokens, weights = work(bias=False)
     assert kept_shapes(lambda: plain(head, states, tokens, 0.7)).count((TOKENS, WORDS)) > 1
-    assert kept_shapes(lambda: token_logprobs_and_entropy(head, states, tokens, 0.7)).count((TOKENS, WORDS)) == 1
+    assert (kept_shapes(lambda: token_logprobs_and_entropy(head, states, tokens, 0.7)).count((TOKENS, WORDS))
+            == 1)
     head.requires_grad_(False)
     assert (TOKENS, WORDS) not in kept_shapes(lambda: token_logprobs_and_entropy(head, states, tokens, 0.7))
     logprobs = token_logprobs(head, states, tokens, 0.7)
@@ -75,7 +78,8 @@ def test_bfloat16_is_as_good_as_with_separate_operations(chunk):
     def gradients(run, dtype=None):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             logprobs, entropy = run(head, states, tokens, 0.7)
-        return *torch.autograd.grad((logprobs * weights).sum(), [states, head.weight]), logprobs.detach(), entropy.detach()
+        return (*torch.autograd.grad((logprobs * weights).sum(), [states, head.weight]), logprobs.detach(),
+                entropy.detach())
     exact, theirs = gradients(plain), gradients(plain, torch.bfloat16)
     ours = gradients(token_logprobs_and_entropy, torch.bfloat16)
     for a, b, c in zip(ours, theirs, exact, strict=True):

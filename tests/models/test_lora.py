@@ -30,7 +30,8 @@ def moved(model):
 @every_family
 @torch.no_grad()
 def test_a_fresh_adapter_changes_nothing_and_only_adapters_and_the_head_are_trained(family):
-    for make, measure in ((policy, lambda m: response_logprobs(m, GROUPS, 0.7)), (scalar_model, lambda m: scores(m, GROUPS))):
+    for make, measure in ((policy, lambda m: response_logprobs(m, GROUPS, 0.7)),
+                          (scalar_model, lambda m: scores(m, GROUPS))):
         model = add_adapter(make(family), CONFIG)
         assert torch.equal(measure(model), measure(make(family)))
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -43,7 +44,8 @@ def test_a_fresh_adapter_changes_nothing_and_only_adapters_and_the_head_are_trai
 @every_family
 @torch.no_grad()
 def test_a_merged_model_is_a_stock_model_that_says_the_same(family, tmp_path):
-    for make, measure in ((policy, lambda m: response_logprobs(m, GROUPS, 0.7)), (scalar_model, lambda m: scores(m, GROUPS))):
+    for make, measure in ((policy, lambda m: response_logprobs(m, GROUPS, 0.7)),
+                          (scalar_model, lambda m: scores(m, GROUPS))):
         model, stock = moved(add_adapter(make(family), CONFIG)), make(family)
         before = measure(model)
         assert merge_adapter(model) is model
@@ -59,7 +61,8 @@ def test_the_scale_is_alpha_over_rank():
     """W + alpha / rank B A, worked out by hand for one layer."""
     model = moved(add_adapter(policy("opt"), CONFIG))
     layer = model.model.decoder.layers[0].fc1
-    expected = layer.base_layer.weight + 3 / 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = (layer.base_layer.weight + 3 / 2 * layer.lora_B["default"].weight
+                @ layer.lora_A["default"].weight)
     torch.testing.assert_close(merge_adapter(model).model.decoder.layers[0].fc1.weight, expected)
 
 
@@ -69,7 +72,8 @@ def test_a_second_model_shares_the_weights_and_sees_no_adapter(family):
     model = policy(family)
     second = share_weights(model)
     add_adapter(model, CONFIG)
-    assert not torch.equal(response_logprobs(moved(model), GROUPS, 1.0), response_logprobs(second, GROUPS, 1.0))
+    assert not torch.equal(response_logprobs(moved(model), GROUPS, 1.0),
+                           response_logprobs(second, GROUPS, 1.0))
     assert torch.equal(response_logprobs(second, GROUPS, 1.0), response_logprobs(policy(family), GROUPS, 1.0))
     ours = {weight.data_ptr() for weight in model.parameters()}
     assert all(weight.data_ptr() in ours for weight in second.parameters())

@@ -54,7 +54,8 @@ def same_gradients(model, ours, stock):
     for name, gradient in stock.items():
         # keys' biases have no gradient in exact arithmetic, hence the floor
         limit = 1e-4 * max(gradient.abs().max(), 1e-2 * largest)
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=float(limit), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=float(limit),
+                                   msg=lambda m, n=name: f"{n}: {m}")
 
 
 @every_family
@@ -62,7 +63,8 @@ def test_logprobs_entropy_and_gradients(family):
     model = policy(family)
     prompts, completions = random_groups(*SIZES)
     groups = pack(prompts, completions, PAD)
-    logprobs, entropy = logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups), groups, TEMPERATURE)
+    logprobs, entropy = logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups),
+                                             groups, TEMPERATURE)
     stock = [stock_logprobs(model, *row) for row in each_row(prompts, completions)]
     expected = padded([row[0] for row in stock])
     close(logprobs, expected)
@@ -183,7 +185,8 @@ def test_plain_transformers_sees_the_centred_scores(family, tmp_path):
     centre_scores(model, scores(model, pack(prompts, completions, PAD)).mean().item())
     model.save_pretrained(tmp_path)
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    found = stock_scores(stock, [prompt + completion for prompt, completion in each_row(prompts, completions)])
+    found = stock_scores(stock,
+                         [prompt + completion for prompt, completion in each_row(prompts, completions)])
     close(found, scores(model, pack(prompts, completions, PAD)))
     assert abs(found.mean()) < 1e-5
 
@@ -205,7 +208,8 @@ def test_scores_and_values_are_float32_under_bf16():
     head = new_value_head(policy("opt"))
     head.weight.normal_()
     with torch.autocast("cpu", torch.bfloat16):
-        found = [scores(model, groups), response_values(model, groups), PolicyAndValue(policy("opt"), head).values(groups)]
+        found = [scores(model, groups), response_values(model, groups),
+                 PolicyAndValue(policy("opt"), head).values(groups)]
     for numbers in found:
         assert numbers.dtype == torch.float32
         assert (numbers != numbers.bfloat16().float()).any(), "all of them are numbers that bfloat16 has"
@@ -219,7 +223,8 @@ def test_a_head_in_16_bits_says_float32():
     states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = head(states)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found[:, 0].double(), states.double() @ head.weight[0].double() + head.bias.double())
+    torch.testing.assert_close(found[:, 0].double(), states.double() @ head.weight[0].double()
+                               + head.bias.double())
 
 
 @pytest.mark.parametrize(("family", "width"), [("opt", 512), ("opt-350m", 256)])
@@ -280,7 +285,8 @@ BROKEN = {
     "garbage": lambda folder: (folder / "model.safetensors").write_bytes(b"garbage" * 99),
     "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
     "cut off": lambda folder: os.truncate(folder / "model.safetensors", 5000),
-    "another shape": lambda folder: rewritten(folder, lambda w: w.update({first_matrix(w): torch.zeros(3, 3)})),
+    "another shape": lambda folder: rewritten(folder,
+                                              lambda w: w.update({first_matrix(w): torch.zeros(3, 3)})),
     "missing": lambda folder: rewritten(folder, lambda w: w.pop(first_matrix(w))),
     "config.json a list": lambda folder: (folder / "config.json").write_text("[1]"),
     "config.json null": lambda folder: (folder / "config.json").write_text("null"),

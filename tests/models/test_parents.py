@@ -1,4 +1,6 @@
-"""What a run starts from: a folder or a hub name, resolved once; what is known of it, and what is wrong with it."""
+"""What a run starts from: a folder or a hub name, resolved once; what is known of it, and what is wrong with
+it.
+"""
 
 import hashlib
 import json
@@ -29,7 +31,8 @@ def test_a_hub_name_is_passed_on_unchanged():
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("outputs/nothing/final", "reward_model: no model folder at 'outputs/nothing/final'; train that stage first"),
+    ("outputs/nothing/final", "reward_model: no model folder at 'outputs/nothing/final'; "
+                              "train that stage first"),
     ("outputs/nothing", "reward_model: no model folder at"), ("opt", "reward_model: no model folder at"),
     ("empty", "reward_model: '.*empty' is not a model folder .it has no config.json"),
 ])
@@ -75,7 +78,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# -------------------------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------------------------------- tokenizer
 
 
 def saved_tokenizer(folder, **special):
@@ -109,7 +112,7 @@ def test_a_folder_without_a_tokenizer_is_said(tmp_path):
         Parent("model", str(tmp_path)).tokenizer  # noqa: B018
 
 
-# ----------------------------------------------------------------------------------------------- what is known of it
+# ---------------------------------------------------------------------------------------- what is known of it
 
 
 def test_the_identity_is_the_checksum_of_every_weight_file(tmp_path):

@@ -65,14 +65,15 @@ def test_states_stand_before_their_tokens_and_ends_on_the_last(batch):
         _, prompt_columns = columns(groups, owner, 0)
         for k, completion in enumerate(group, start=1):
             row, own = columns(groups, owner, k)
-            assert groups.rows[n] == row
-            assert groups.ends[n] == own[-1]
+            assert groups.row_index[n] == row
+            assert groups.end_columns[n] == own[-1]
             assert groups.responses[n][groups.response_mask[n]].tolist() == completion
             before = [prompt_columns[-1]] + own[:-1]  # the prompt's last token predicts every first token
-            assert groups.states[n][groups.response_mask[n]].tolist() == before
-            assert groups.response_mask[n].tolist() == [i < len(completion) for i in range(groups.states.shape[1])]
+            assert groups.state_columns[n][groups.response_mask[n]].tolist() == before
+            assert (groups.response_mask[n].tolist() == [i < len(completion)
+                                                         for i in range(groups.state_columns.shape[1])])
             n += 1
-    assert n == len(groups.rows)
+    assert n == len(groups.row_index)
     assert (groups.responses[~groups.response_mask] == PAD).all()
 
 
@@ -96,7 +97,8 @@ def test_mask_by_brute_force(batch):
 def test_groups_share_rows_without_overlap(sizes):
     places, height, width = share_rows(sizes)
     assert width == max(sizes)
-    taken = [(row, column) for (row, first), size in zip(places, sizes, strict=True) for column in range(first, first + size)]
+    taken = [(row, column) for (row, first), size in zip(places, sizes, strict=True)
+             for column in range(first, first + size)]
     assert len(taken) == len(set(taken)) == sum(sizes)
     assert {row for row, _ in taken} == set(range(height)) and all(column < width for _, column in taken)
 
@@ -138,12 +140,14 @@ def test_no_groups_make_no_micro_batches():
 def test_states_are_read_at_their_row_and_column(batch):
     *_, groups = batch
     rows, width = groups.segments.shape
-    hidden = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(width), indexing="ij"), -1)  # (row, column)
+    # (row, column)
+    hidden = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(width), indexing="ij"), -1)
     found = response_states(hidden, groups).tolist()
     real = groups.response_mask.nonzero().tolist()
-    assert found == [[groups.rows[n].item(), groups.states[n, r].item()] for n, r in real]
+    assert found == [[groups.row_index[n].item(), groups.state_columns[n, r].item()] for n, r in real]
     ends = end_states(hidden, groups).tolist()
-    assert ends == [list(pair) for pair in zip(groups.rows.tolist(), groups.ends.tolist(), strict=True)]
+    assert (ends == [list(pair) for pair in zip(groups.row_index.tolist(), groups.end_columns.tolist(),
+                                                strict=True)])
 
 
 def test_spread_puts_values_back_in_order():

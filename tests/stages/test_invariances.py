@@ -169,7 +169,8 @@ def wider(groups, columns: int, tokens: int) -> PromptGroups:
         input_ids=pad(groups.input_ids, columns, VOCAB - 1),
         position_ids=pad(groups.position_ids, columns, 3),
         owners=pad(groups.owners, columns, -1), segments=pad(groups.segments, columns, -1),
-        states=pad(groups.states, tokens, 1), responses=pad(groups.responses, tokens, VOCAB - 1),
+        state_columns=pad(groups.state_columns, tokens, 1),
+        responses=pad(groups.responses, tokens, VOCAB - 1),
         response_mask=pad(groups.response_mask, tokens, False),
     )
 

@@ -3,7 +3,8 @@
     python -m pytest tests/stages/test_peers.py                  # trl's reward loss, log-probs, entropy
     .venv-bench/bin/python -m pytest tests/stages/test_peers.py  # its last PPO too (requirements-bench.txt)
 
-trl's GAE, token rewards and losses stand inside `PPOTrainer.train`, where no caller reaches them: they are not compared here.
+trl's GAE, token rewards and losses stand inside `PPOTrainer.train`, where no caller reaches them: they are
+not compared here.
 """
 
 import importlib.util
@@ -33,7 +34,7 @@ def in_rows():
     return pack(prompts, completions, PAD), single
 
 
-# ----------------------------------------------------------------------------------------------------- any trl
+# ---------------------------------------------------------------------------------------------------- any trl
 
 
 @torch.no_grad()
@@ -41,13 +42,15 @@ def in_rows():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropy(family, temperature):
     model, (groups, single) = policy(family), in_rows()
-    logprobs, entropy = logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups), groups, temperature)
+    logprobs, entropy = logprobs_and_entropy(model, response_states(hidden_states(model, groups), groups),
+                                             groups, temperature)
     for n, (prompt, completion) in enumerate(single):
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
         size = len(completion)
         theirs = trl_utils.selective_log_softmax(logits, torch.tensor(completion))
         torch.testing.assert_close(logprobs[n, :size], theirs, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(entropy[n, :size], trl_utils.entropy_from_logits(logits), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entropy[n, :size], trl_utils.entropy_from_logits(logits), atol=1e-5,
+                                   rtol=1e-5)
         assert not logprobs[n, size:].any() and not entropy[n, size:].any()
 
 
@@ -64,12 +67,14 @@ def reward_trainer(tmp_path):
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
     words = {"<s>": 0, "<pad>": PAD, "</s>": EOS, **{f"w{n}": n for n in range(3, VOCAB)}}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<s>")), pad_token="<pad>",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<s>")),
+                                        pad_token="<pad>",
                                         eos_token="</s>")
     args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None)
     model = scalar_model("opt")
     trainer = RewardTrainer(model, args, processing_class=tokenizer,
-                            train_dataset=Dataset.from_list([{"chosen_ids": [3, EOS], "rejected_ids": [4, EOS]}]))
+                            train_dataset=Dataset.from_list([{"chosen_ids": [3, EOS],
+                                                              "rejected_ids": [4, EOS]}]))
 
     def loss(examples, centring):
         trainer.args.center_rewards_coefficient = centring
@@ -81,12 +86,15 @@ def reward_trainer(tmp_path):
 
 @pytest.mark.parametrize(("margin", "centring_coef"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.1), (0.5, 0.1)])
 def test_the_reward_loss(margin, centring_coef, reward_trainer):
-    """trl: -log sigmoid(chosen - rejected - margin), plus coefficient * mean((chosen + rejected)^2), means over pairs."""
+    """trl: -log sigmoid(chosen - rejected - margin), plus coefficient * mean((chosen + rejected)^2), means
+    over pairs.
+    """
     pytest.importorskip("evaluate", reason="the reward stage needs requirements.txt")
     from train_reward import pairwise_loss
 
     (model, loss), (groups, single) = reward_trainer, in_rows()
-    examples = [{"chosen_ids": sum(single[b], []), "rejected_ids": sum(single[w], []), "margin": margin} for b, w in PAIRS]
+    examples = [{"chosen_ids": sum(single[b], []), "rejected_ids": sum(single[w], []), "margin": margin}
+                for b, w in PAIRS]
     better, worse = torch.tensor(PAIRS).T
     score = scores(model, groups)
     ours = pairwise_loss(score[better], score[worse], margin, centring_coef).mean()
@@ -98,12 +106,14 @@ def test_the_reward_loss(margin, centring_coef, reward_trainer):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------- trl's last PPO
+# --------------------------------------------------------------------------------------------- trl's last PPO
 
 
 @needs_ppo
 def test_masked_mean_variance_and_whitening():
-    """Their variance is the sample's: n / (n - 1) times ours, the population's (detail 30). The whitened differ so too."""
+    """Their variance is the sample's: n / (n - 1) times ours, the population's (detail 30). The whitened
+    differ so too.
+    """
     from trl.experimental.ppo.ppo_trainer import masked_mean, masked_var, masked_whiten
 
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +128,8 @@ def test_masked_mean_variance_and_whitening():
         # without the shift the mean is put back after scaling, so only what is around it has the factor
         rest = 0 if shift_mean else mean
         theirs = (masked_whiten(x, mask, shift_mean) - rest) * (count / (count - 1)).sqrt() + rest
-        torch.testing.assert_close(whiten(x, mask, shift_mean=shift_mean)[mask], theirs[mask].float(), check_dtype=False)
+        torch.testing.assert_close(whiten(x, mask, shift_mean=shift_mean)[mask], theirs[mask].float(),
+                                   check_dtype=False)
 
 
 @needs_ppo
@@ -145,7 +156,9 @@ def test_scores_and_values(family):
     model, (groups, single) = scalar_model(family), in_rows()
     width = max(PROMPT_SIZES)
     rows = [torch.tensor([PAD] * (width - len(p)) + p + c) for p, c in single]
-    logits, rewards, _ = get_reward(model, pad_sequence(rows, batch_first=True, padding_value=PAD), PAD, width)
+    logits, rewards, _ = get_reward(model, pad_sequence(rows, batch_first=True, padding_value=PAD), PAD,
+                                    width)
     torch.testing.assert_close(scores(model, groups), rewards, atol=1e-4, rtol=1e-4)
     mask = groups.response_mask
-    torch.testing.assert_close(response_values(model, groups)[mask], logits[:, width - 1 : -1, 0][mask], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(response_values(model, groups)[mask], logits[:, width - 1 : -1, 0][mask],
+                               atol=1e-4, rtol=1e-4)

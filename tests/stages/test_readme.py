@@ -1,4 +1,6 @@
-"""The READMEs and docs/ are true: their commands run, their files and links exist, both languages say the same."""
+"""The READMEs and docs/ are true: their commands run, their files and links exist, both languages say the
+same.
+"""
 
 import dataclasses
 import gzip
@@ -25,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 DOCS = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
 # whose links are followed as well
-CARDS = [path for path in (ROOT / "data/README.md", ROOT / "data/tldr_mini/README.md", ROOT / "tests/README.md",
+CARDS = [path for path in (ROOT / "data/README.md", ROOT / "data/tldr_mini/README.md",
+                           ROOT / "tests/README.md",
                            ROOT / "assets/opt-mini/README.md", ROOT / "CONTRIBUTING.md") if path.exists()]
 
 
@@ -41,7 +44,9 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def shown_lines(text: str) -> list[str]:
-    """What a document shows to be typed: the lines of its sh and text blocks, continued lines joined, and its inline code."""
+    """What a document shows to be typed: the lines of its sh and text blocks, continued lines joined, and its
+    inline code.
+    """
     fenced = "\n".join(blocks(text, "sh") + blocks(text, "text"))
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r" *\\\n *", " ", fenced).splitlines() + re.findall(r"`([^`\n]+)`", prose)
@@ -50,9 +55,11 @@ def shown_lines(text: str) -> list[str]:
 def commands(path: Path) -> list[str]:
     """The commands of a document that run a Python program of this project, from the program's name on.
 
-    In front may stand `python`, `torchrun` with its options and the like; a command in quotes ends with its quote.
+    In front may stand `python`, `torchrun` with its options and the like; a command in quotes ends with its
+    quote.
     """
-    pattern = r"(?:python|torchrun|deepspeed|accelerate) (?:.* )?((?:scripts|tests|data|assets)/[\w/]+\.py)( [^']*)?"
+    pattern = (r"(?:python|torchrun|deepspeed|accelerate) (?:.* "
+               r")?((?:scripts|tests|data|assets)/[\w/]+\.py)( [^']*)?")
     matches = (re.search(pattern, line) for line in shown_lines(path.read_text(encoding="utf-8")))
     return sorted({match[1] + (match[2] or "").rstrip() for match in matches if match})
 
@@ -64,12 +71,14 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/train_ppo.py": ("train_ppo", "PPOStageConfig", DEFAULTS / "ppo.yaml"),
            "scripts/studies/compare_seeds.py": ("studies.compare_seeds", "CompareConfig", None),
            "tests/helpers/kill_test.py": ("kill_test", "KillConfig", None),
-           "scripts/studies/over_optimisation.py": ("studies.over_optimisation", "OverOptimisationConfig", None),
+           "scripts/studies/over_optimisation.py": ("studies.over_optimisation", "OverOptimisationConfig",
+                                                    None),
            "scripts/prepare_data.py": ("prepare_data", "PrepareConfig", None),
            "scripts/studies/benchmark.py": ("studies.benchmark", "BenchmarkConfig", None),
            "scripts/studies/measure_memory.py": ("studies.measure_memory", "MeasureConfig", None),
            "scripts/plan_memory.py": ("plan_memory", "PlanConfig", None)}
-PLAIN = {"tests/helpers/real_posts.py": []}  # takes no configuration: the words that the documents may give it
+# takes no configuration: the words that the documents may give it
+PLAIN = {"tests/helpers/real_posts.py": []}
 COMMANDS = sorted({command for path in DOCS for command in commands(path)})
 
 
@@ -83,7 +92,9 @@ def parsed(command: str):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command, monkeypatch, tmp_path):
-    """Each parses as a user types it, from the project's folder; with files of the reader's own, from where these are."""
+    """Each parses as a user types it, from the project's folder; with files of the reader's own, from where
+    these are.
+    """
     script, *words = shlex.split(command)
     assert (ROOT / script).is_file()
     if script in PLAIN:
@@ -91,7 +102,8 @@ def test_commands_are_understood(command, monkeypatch, tmp_path):
         return
     monkeypatch.chdir(write_own_files(tmp_path) if "mine/own.yaml" in words else ROOT)
     config = parsed(command)
-    paths = [getattr(config, key, None) for key in ("output_dir", "output", "figure")] + getattr(config, "runs", [])
+    paths = ([getattr(config, key, None) for key in ("output_dir", "output", "figure")]
+             + getattr(config, "runs", []))
     assert all(path.startswith("outputs/") for path in paths if path)
     if deepspeed := getattr(config, "deepspeed", None):
         assert (ROOT / deepspeed).is_file()
@@ -107,7 +119,8 @@ def test_no_command_is_overlooked():
                 assert any(script in line for script in scripts), line
 
 
-@pytest.mark.parametrize("words", ["--nonsense 1", "nonsense", "--config configs/none.yaml", "--help --nonsense"])
+@pytest.mark.parametrize("words", ["--nonsense 1", "nonsense", "--config configs/none.yaml",
+                                   "--help --nonsense"])
 def test_a_command_that_would_not_run_is_noticed(words):
     with pytest.raises(UserError):
         parsed(f"scripts/train_sft.py {words}")
@@ -119,7 +132,8 @@ MAKE = sorted({line for path in DOCS for line in shown_lines(path.read_text(enco
 
 @pytest.mark.parametrize("command", MAKE)
 def test_make_targets_exist(command):
-    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -158,7 +172,8 @@ def test_every_document_is_in_the_index_and_in_the_readme():
     for path in DOCS[2:]:
         if path.name != "README.md":
             assert f"]({path.name})" in index, path.name
-            assert all(f"](docs/{path.name}" in readme.read_text(encoding="utf-8") for readme in READMES), path.name
+            assert all(f"](docs/{path.name}" in readme.read_text(encoding="utf-8")
+                       for readme in READMES), (path.name)
 
 
 def test_every_picture_is_shown():
@@ -182,12 +197,14 @@ def map_folders(text: str) -> set[str]:
 def test_the_map_has_every_folder(readme):
     folders = map_folders(readme.read_text(encoding="utf-8"))
     assert all((ROOT / folder).is_dir() for folder in folders)
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
+                           check=False).stdout.split("\n")
     if not any(files):
         pytest.skip("not a git checkout: which folders belong to the project is not known")
     kept = {file.split("/")[0] for file in files if "/" in file and not file.startswith(".")}
     assert kept <= folders
-    rooms = {str(Path(file).parent) for file in files if re.fullmatch(r"scripts/(utils/)?[a-z]+/[a-z_]+\.py", file)}
+    rooms = {str(Path(file).parent) for file in files if re.fullmatch(r"scripts/(utils/)?[a-z]+/[a-z_]+\.py",
+                                                                      file)}
     assert rooms <= folders
 
 
@@ -229,7 +246,8 @@ def test_the_options_are_keys_and_their_defaults_are_those_of_the_code():
 def own_rows() -> dict[str, str]:
     """The rows of "Your own data", by the key that takes them."""
     [block] = blocks(READMES[0].read_text(encoding="utf-8"), "json")
-    return dict(zip(("actor_training_data", "reward_training_data", "rlhf_training_data"), block.splitlines(), strict=True))
+    return dict(zip(("actor_training_data", "reward_training_data", "rlhf_training_data"), block.splitlines(),
+                    strict=True))
 
 
 def test_the_rows_that_the_readme_shows_are_read(tmp_path):
@@ -246,10 +264,13 @@ def test_the_rows_that_the_readme_shows_are_read(tmp_path):
 
 
 def write_own_files(folder: Path) -> Path:
-    """mine/own.yaml as docs/options.md shows it, and mine/*.jsonl: the README's rows, many of them, about other plants."""
+    """mine/own.yaml as docs/options.md shows it, and mine/*.jsonl: the README's rows, many of them, about
+    other plants.
+    """
     mine = folder / "mine"
     mine.mkdir()
-    for block in re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), re.DOTALL | re.M):
+    for block in re.findall(r"^```yaml\n(.*?)^```",
+                            (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), re.DOTALL | re.M):
         path = block.split("\n")[0].removeprefix("# ")
         assert isinstance(yaml.safe_load(block), dict) and path.startswith("mine/")
         (folder / path).write_text(block, encoding="utf-8")
@@ -264,13 +285,16 @@ QUICK = {"train_sft": "--max_steps 1 --max_new_tokens 4", "train_reward": "--max
 
 
 def run_own_data(commands: list[str], folder: Path) -> None:
-    """Run the three stages on the README's rows, with the mini model in place of OPT-125M and a few steps only."""
+    """Run the three stages on the README's rows, with the mini model in place of OPT-125M and a few steps
+    only.
+    """
     for command in commands:
         script, *words = shlex.split(command)
         stage = Path(script).stem
         model = ["--model", str(ROOT / "assets/opt-mini")] if stage == "train_sft" else []
         quick = f"{QUICK[stage]} --mixed_precision no --max_prompt_tokens 128 --eval_rows 2 --test_rows 2"
-        done = subprocess.run([sys.executable, str(ROOT / script), *words, *model, *quick.split()], cwd=folder,
+        done = subprocess.run([sys.executable, str(ROOT / script), *words, *model, *quick.split()],
+                              cwd=folder,
                               capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
 
@@ -303,24 +327,30 @@ def snippet() -> str:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """A folder with the demo's data and a trained policy where the snippet looks for it, and what the snippet prints there."""
+    """A folder with the demo's data and a trained policy where the snippet looks for it, and what the snippet
+    prints there.
+    """
     folder = tmp_path_factory.mktemp("snippet")
-    shutil.copytree(ROOT / "data" / "tldr_mini", folder / "data" / "tldr_mini", ignore=shutil.ignore_patterns("*.py"))
+    shutil.copytree(ROOT / "data" / "tldr_mini", folder / "data" / "tldr_mini",
+                    ignore=shutil.ignore_patterns("*.py"))
     words = f"--output_dir {folder}/sft --max_steps 1 --eval_rows 2 --test_rows 2 --max_new_tokens 4"
     train_sft.main(parse_config(train_sft.SFTStageConfig, DEFAULTS / "sft.yaml", words.split()))
     (folder / "outputs/tldr_mini/ppo").mkdir(parents=True)
     shutil.copytree(folder / "sft" / "final", folder / "outputs/tldr_mini/ppo/final")
-    done = subprocess.run([sys.executable, "-c", snippet()], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", snippet()], cwd=folder, capture_output=True, text=True,
+                          check=False)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
 
 @torch.no_grad()
 def test_the_snippet_writes_the_summary_that_the_model_finds_most_likely(shown):
-    """Held against the training code's tokens of the prompt, and the most likely next token, one at a time."""
+    """Held against the training code's tokens of the prompt, and the most likely next token, one at a time.
+    """
     folder, printed = shown
     final = folder / "outputs/tldr_mini/ppo/final"
-    tokenizer, model = AutoTokenizer.from_pretrained(final), AutoModelForCausalLM.from_pretrained(final).eval()
+    tokenizer, model = (AutoTokenizer.from_pretrained(final),
+                        AutoModelForCausalLM.from_pretrained(final).eval())
     with gzip.open(folder / "data/tldr_mini/rlhf_test.jsonl.gz", "rt", encoding="utf-8") as file:
         prompt = json.loads(next(file))["prompt"]
     [ids] = prompt_tokens(tokenizer, [prompt], 256)

@@ -13,4 +13,5 @@ def test_the_scripts_take_real_posts_unchanged(tmp_path):
     for name in ("reward", "hh-rlhf"):
         assert "label_ceiling" not in figures[name] and figures[name]["pairs"] > 0
     assert figures["ppo"]["episodes"] == 8 and not any(name.startswith("gold") for name in figures["ppo"])
-    assert set(figures) == {"title", "first sentence", "sft", "reward", "ppo", "hh-rlhf", "small random OPT, sft"}
+    assert set(figures) == {"title", "first sentence", "sft", "reward", "ppo", "hh-rlhf",
+                            "small random OPT, sft"}

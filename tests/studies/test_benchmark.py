@@ -25,7 +25,7 @@ from utils.config import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# ------------------------------------------------------------------------------------------------------ operations
+# ------------------------------------------------------------------------------------------------- operations
 
 
 def test_operations_by_hand():
@@ -33,13 +33,15 @@ def test_operations_by_hand():
     size = flops.Size(2, 1, 3, 5)
     # sees: prompt 1 + 2, first completion 3, second 3 + 4
     assert flops.seen(2, [1, 2]) == 13
-    # weights: q, k, v, o 2 x 2 each, MLP 2 x 3 twice: 28; 5 tokens; scores and sums over 13 pairs, 2 x 2 numbers each, 2 FLOPs
+    # weights: q, k, v, o 2 x 2 each, MLP 2 x 3 twice: 28; 5 tokens; scores and sums over 13 pairs, 2 x 2
+    # numbers each, 2 FLOPs
     bare = 2 * 28 * 5 + 2 * 2 * 2 * 13
     words = 2 * 2 * 5 * 3  # at 3 response tokens
     assert flops.groups_trunk(size, [2], [[1, 2]]) == bare
     assert flops.sft(size, [2], [[1, 2]]) == 3 * (bare + words)
     assert flops.reward(size, [2], [[1, 2]]) == 3 * bare
-    # 2 samples of 2 tokens: prompt 2 and one token of each fed, which sees 3; logits after the prompt and after each
+    # 2 samples of 2 tokens: prompt 2 and one token of each fed, which sees 3; logits after the prompt and
+    # after each
     sampling = 2 * 28 * 4 + 2 * 2 * 2 * (3 + 2 * 3) + 2 * 2 * 5 * 3
     assert flops.generation(size, [2], 2, 2) == sampling
     whole = 2 * 28 * 6 + 2 * 2 * 2 * (3 + 2 * (3 + 4))
@@ -65,13 +67,14 @@ def test_operations_as_torch_counts_them(train):
 
 def test_the_shapes_have_the_parameters_that_they_are_named_after():
     with torch.device("meta"):
-        count = {name: sum(p.numel() for p in AutoModelForCausalLM.from_config(config_of(**shape)).parameters())
+        count = {name: sum(p.numel()
+                           for p in AutoModelForCausalLM.from_config(config_of(**shape)).parameters())
                  for name, shape in SHAPES.items()}
     assert count["125m"] == 125_239_296  # the published OPT-125m
     assert 30e6 < count["30m"] < 31e6 and 11e6 < count["mini"] < 12e6
 
 
-# ------------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 
 def turn(ours, theirs, rate=1e9, memory=(100, 400), **more):
@@ -80,7 +83,8 @@ def turn(ours, theirs, rate=1e9, memory=(100, 400), **more):
 
 
 def test_the_ratio_is_that_of_turns_taken_together():
-    """The second turn fell into a slow minute for both: its ratio is as good as the others, its speed is not."""
+    """The second turn fell into a slow minute for both: its ratio is as good as the others, its speed is not.
+    """
     found = figures([turn(1, 4), turn(10, 50), turn(2, 6)], "pairs", 3 * 10**8)
     assert (found.ratio, found.ratio_low, found.ratio_high) == (4, 3, 5)
     assert (found.ours, found.theirs) == (3, 1)
@@ -129,13 +133,15 @@ def test_the_time_in_a_function_is_not_that_of_its_caller_too(monkeypatch):
     assert watch.take(7.0) == {"generation": 6, "scoring": 0, "update": 0, "data": 1, "other": 0}
 
 
-# --------------------------------------------------------------------------------------------------------- same work
+# -------------------------------------------------------------------------------------------------- same work
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [
-    ({"pairs": 6}, {"pairs": 7}), ({"pairs": 6, "tokens": 48}, {"pairs": 6, "tokens": 47}), ({"pairs": 6}, {}), ({}, {}),
+    ({"pairs": 6}, {"pairs": 7}), ({"pairs": 6, "tokens": 48}, {"pairs": 6, "tokens": 47}),
+    ({"pairs": 6}, {}), ({}, {}),
     ({"pairs": 6, "scored": True}, {"pairs": 6, "scored": False}),
-    ({"pairs": 6, "loss": 0.7}, {"pairs": 6, "loss": 0.7002}), ({"pairs": 6, "loss": float("nan")}, {"pairs": 6, "loss": 0.7}),
+    ({"pairs": 6, "loss": 0.7}, {"pairs": 6, "loss": 0.7002}), ({"pairs": 6, "loss": float("nan")},
+                                                                {"pairs": 6, "loss": 0.7}),
 ])
 def test_unequal_work_is_no_row(ours, theirs):
     sides = [{"seconds": 1.0, "memory": 1.0, **side} for side in (ours, theirs)]
@@ -156,7 +162,7 @@ def test_micro_batches_of_one_size():
     assert all_pairs(3) == [(0, 1), (0, 2), (1, 2)]
 
 
-# ------------------------------------------------------------------------------------------------------ posts, plan
+# ------------------------------------------------------------------------------------------------ posts, plan
 
 
 def test_synthetic_posts_have_the_lengths_of_real_ones():
@@ -175,14 +181,16 @@ def test_a_batch_stands_for_all_posts():
     posts = [(prompt, group[0]) for prompt, group in zip(prompts, completions, strict=True)]
     batch = batch_of(posts, 4, 2)
     assert sorted(batch.prompts) == sorted(prompts)
-    assert [(p, c[0]) for p, c in zip(batch.prompts, batch.completions, strict=True) if (p, c[0]) in posts] == \
-        list(zip(batch.prompts, (group[0] for group in batch.completions), strict=True))
+    assert ([(p, c[0]) for p, c in zip(batch.prompts, batch.completions, strict=True) if (p, c[0]) in posts]
+            == \
+        list(zip(batch.prompts, (group[0] for group in batch.completions), strict=True)))
     assert all(len(group) == 2 for group in batch.completions)
     [middle] = batch_of(posts[:3], 1, 1).prompts
     assert len(middle) == 5
     fixed = batch_of(posts, 2, 2, prompt_length=11, completion_length=6)
     assert fixed.lengths == ([11, 11], [[6, 6], [6, 6]])
-    [short], [long] = batch_of([([3, 4, 5], [6])], 1, 1, prompt_length=2).prompts, batch_of([([3, 4, 5], [6])], 1, 1, 7).prompts
+    [short], [long] = batch_of([([3, 4, 5], [6])], 1, 1,
+                               prompt_length=2).prompts, batch_of([([3, 4, 5], [6])], 1, 1, 7).prompts
     assert (short, long) == ([3, 4], [3, 4, 5, 3, 4, 5, 3])
     assert PAD not in {token for prompt in batch.prompts for token in prompt}
 
@@ -194,7 +202,8 @@ def test_every_comparison_has_its_amount_of_work():
     plan = comparisons(list(PEERS), list(SHAPES), [], [], None, quick=False)
     assert {(c.stage, c.peer, c.k) for c in plan} >= GOALS.keys()
     assert len(plan) == 3 * 9 == len(set(plan))
-    assert {(c.goal, c.shape) for c in plan if c.stage == "ppo" and c.k == 4} == {(6.0, "mini"), (None, "30m"), (4.0, "125m")}
+    assert ({(c.goal, c.shape) for c in plan if c.stage == "ppo" and c.k == 4}
+            == {(6.0, "mini"), (None, "30m"), (4.0, "125m")})
     quick = comparisons(list(PEERS), list(SHAPES), [], [], None, quick=True)
     assert {c.shape for c in quick} == {"mini"} and {(c.stage, c.k) for c in quick} == {
         ("sft", 1), ("reward", 4), ("ppo", 4), ("generation", 4)}
@@ -215,29 +224,35 @@ def test_a_sweep_changes_one_quantity():
 
 def test_the_figure_of_costs(tmp_path):
     """A stage that was not measured against a quantity leaves its panel empty."""
-    points = [Point("sft", "posts", x, 0.1 * x, 900 + x, 0.05 * x) for x in (4, 2)] + [Point("reward", "K", 2, 1.0, 900, 0.5)]
+    points = ([Point("sft", "posts", x, 0.1 * x, 900 + x, 0.05 * x) for x in (4, 2)]
+              + [Point("reward", "K", 2, 1.0, 900, 0.5)])
     plot_costs(tmp_path / "costs.png", points)
     assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_of_a_profile(capsys):
-    """Means over the turns and shares of the whole, for each side: by hand 2 s and 4 s of sampling are 3 of 4 s."""
+    """Means over the turns and shares of the whole, for each side: by hand 2 s and 4 s of sampling are 3 of 4
+    s.
+    """
     [plan] = comparisons(["generation"], ["mini"], [], [4], 2, quick=False)
-    parts = [dict.fromkeys(clock.PARTS, 0.0) | {"generation": seconds, "other": 1.0} for seconds in (2.0, 4.0)]
+    parts = [dict.fromkeys(clock.PARTS, 0.0) | {"generation": seconds, "other": 1.0}
+             for seconds in (2.0, 4.0)]
     print_profile([plan], [[turn(3, 9, parts=part) for part in parts]])
     shown = capsys.readouterr().out
     assert shown.count("3.00 (75%)") == shown.count("1.00 (25%)") == 2 and "4.00" in shown
 
 
-# --------------------------------------------------------------------------------------------------------- all of it
+# -------------------------------------------------------------------------------------------------- all of it
 
 
 def run(*words):
     script = ROOT / "scripts" / "studies" / "benchmark.py"
-    return subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True,
+                          check=False)
 
 
-@pytest.mark.parametrize("words", [["--stage", "dpo"], ["--shape", "large"], ["--peer", "DPOTrainer"], ["--k", "3"],
+@pytest.mark.parametrize("words", [["--stage", "dpo"], ["--shape", "large"], ["--peer", "DPOTrainer"],
+                                   ["--k", "3"],
                                    ["--output", "rows.txt"], ["--stage", "reward", "--k", "1"],
                                    ["--output", "rows.json", "--cost"], ["--figure", "a.png", "--profile"],
                                    ["--processes", "999"]])
@@ -247,21 +262,25 @@ def test_mistakes(words, monkeypatch, capsys):
         benchmark.start(benchmark.main, benchmark.BenchmarkConfig, None, benchmark.__doc__)
     assert left.value.code == 2
     error = capsys.readouterr().err
-    named = [word.removeprefix("--") for word in words if word in ("--stage", "--shape", "--peer", "--k", "--output", "--figure",
+    named = [word.removeprefix("--") for word in words if word in ("--stage", "--shape", "--peer", "--k",
+                                                                   "--output", "--figure",
                                                             "--processes")]
     assert error.startswith(f"error: {named[-1]}: ") and error.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_a_row_from_outside(tmp_path):
-    done = run("--stage", "reward", "--shape", "mini", "--k", 2, "--repetitions", 1, "--output", tmp_path / "rows.json",
+    done = run("--stage", "reward", "--shape", "mini", "--k", 2, "--repetitions", 1, "--output",
+               tmp_path / "rows.json",
                "--figure", tmp_path / "ratios.png")
     assert done.returncode == 0, done.stderr
     assert "RewardTrainer" in done.stdout and "torch" in done.stdout
     [row] = json.loads((tmp_path / "rows.json").read_text())
-    assert list(row) == ["stage", "shape", "k", "peer", "unit", "ours", "theirs", "ratio", "ratio_low", "ratio_high",
+    assert list(row) == ["stage", "shape", "k", "peer", "unit", "ours", "theirs", "ratio", "ratio_low",
+                         "ratio_high",
                          "memory_ratio", "utilisation"]
-    assert (row["stage"], row["shape"], row["k"], row["peer"], row["unit"]) == ("reward", "mini", 2, "RewardTrainer", "pairs")
+    assert ((row["stage"], row["shape"], row["k"], row["peer"], row["unit"])
+            == ("reward", "mini", 2, "RewardTrainer", "pairs"))
     assert row["ratio"] == row["ratio_low"] == row["ratio_high"] == pytest.approx(row["ours"] / row["theirs"])
     assert 0 < row["utilisation"] < 1.2 and row["memory_ratio"] > 0
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")

@@ -14,7 +14,9 @@ class Clock:
         self.seconds, self.inside = defaultdict(float), []
 
     def watch(self, owner, name: str, part) -> None:
-        """Charge the time in `owner.name` to a part; `part` may be a function that says which when it is called."""
+        """Charge the time in `owner.name` to a part; `part` may be a function that says which when it is
+        called.
+        """
         function = getattr(owner, name)
 
         @wraps(function)

@@ -1,4 +1,5 @@
-"""Time and memory of our side alone, against one quantity at a time: K, the prompt's length, posts, the model's size.
+"""Time and memory of our side alone, against one quantity at a time: K, the prompt's length, posts, the
+model's size.
 
 Completions have one length, so that the work grows with that quantity and with nothing else.
 """
@@ -36,7 +37,9 @@ def layer_weights(shape: str) -> int:
 
 
 def settings(stage: str, shapes: list[str]) -> list[tuple[str, float, str, dict]]:
-    """(quantity, x, shape, everything else) of each measurement. The first shape is that of all sweeps but the model's."""
+    """(quantity, x, shape, everything else) of each measurement. The first shape is that of all sweeps but
+    the model's.
+    """
     base = BASE if len(KS[stage]) > 1 else {**BASE, "K": 1}
     found = [(quantity, x, shapes[0], {**base, quantity: x}) for quantity, xs in SWEEPS.items() for x in xs
              if quantity != "K" or (len(KS[stage]) > 1 and x >= KS[stage][0])]
@@ -50,13 +53,15 @@ def costs(stages: list[str], shapes: list[str], repetitions: int, posts, folder:
         for quantity, x, shape, values in settings(stage, shapes):
             k = values["K"]
             batch = batch_of(posts, values["posts"], k, values["prompt [tokens]"], COMPLETION)
-            side = Side("ours", write_task(Comparison(stage, shape, k, "", values["posts"], repetitions), batch, folder))
+            side = Side("ours", write_task(Comparison(stage, shape, k, "", values["posts"], repetitions),
+                                           batch, folder))
             try:
                 answers = [side.repetition() for _ in range(repetitions + 1)][1:]
             finally:
                 side.close()
             rates.append(product_rate())
-            seconds, memory = statistics.median(answer["seconds"] for answer in answers), answers[-1]["memory"]
+            seconds, memory = statistics.median(answer["seconds"]
+                                                for answer in answers), answers[-1]["memory"]
             measured.append(Point(stage, quantity, x, seconds, memory, needed_flops(stage, shape, k, batch)))
             print(f"{stage}, {quantity} {x:g}: {seconds:.2f} s, {memory:.0f} MiB", flush=True)
     return [point._replace(needed=point.needed / max(rates)) for point in measured]

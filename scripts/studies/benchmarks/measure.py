@@ -13,7 +13,8 @@ from studies.benchmarks.shapes import SHAPES, save_models
 from studies.benchmarks.tasks import PPO_EPOCHS, RESPONSE_TOKENS, Task
 from utils.config import PROJECT, UserError
 
-SAME_LOSS = ("SFTTrainer", "RewardTrainer")  # PPO samples, and packed examples see each other (benchmarks/peers.py)
+# PPO samples, and packed examples see each other (benchmarks/peers.py)
+SAME_LOSS = ("SFTTrainer", "RewardTrainer")
 
 
 def needed_flops(stage: str, shape: str, k: int, batch: Batch) -> int:
@@ -34,15 +35,19 @@ def peer_python(stage: str) -> Path | str:
     if not python.exists():
         print(f"making {PEER_ENVIRONMENT} from requirements-bench.txt")
         for command in ([sys.executable, "-m", "venv", PEER_ENVIRONMENT],
-                        [python, "-m", "pip", "install", "--quiet", "-r", PROJECT / "requirements-bench.txt"]):
+                        [python, "-m", "pip", "install", "--quiet", "-r",
+                         PROJECT / "requirements-bench.txt"]):
             if subprocess.run(command, check=False).returncode:
-                raise UserError(f"{PEER_ENVIRONMENT}: cannot be made; remove it and make it as requirements-bench.txt says, or "
+                raise UserError(f"{PEER_ENVIRONMENT}: cannot be made; remove it and make it as "
+                                f"requirements-bench.txt says, or "
                                 "leave ppo out of --stage")
     return python
 
 
 def write_task(comparison: Comparison, batch: Batch, folder: Path, profile: bool = False) -> Path:
-    """What both sides are told, in a folder of its own with the models beside it. They are made once for each shape."""
+    """What both sides are told, in a folder of its own with the models beside it. They are made once for each
+    shape.
+    """
     models, work = folder / comparison.shape, Path(tempfile.mkdtemp(dir=folder))
     if not models.exists():
         save_models(comparison.shape, models)
@@ -54,8 +59,11 @@ def write_task(comparison: Comparison, batch: Batch, folder: Path, profile: bool
     return work / "task.json"
 
 
-def turns_of(comparison: Comparison, batch: Batch, folder: Path, processes: int = 1, profile: bool = False) -> list[Turn]:
-    """The turns that count, after both sides have been seen to do the same. Our side can be several processes."""
+def turns_of(comparison: Comparison, batch: Batch, folder: Path, processes: int = 1,
+             profile: bool = False) -> list[Turn]:
+    """The turns that count, after both sides have been seen to do the same. Our side can be several
+    processes.
+    """
     task = write_task(comparison, batch, folder, profile)
     warm_up, *turns = take_turns(task, peer_python(comparison.stage), comparison.repetitions, processes)
     refuse_unequal_work(warm_up, comparison.peer in SAME_LOSS)
@@ -66,5 +74,6 @@ def row_of(comparison: Comparison, batch: Batch, turns: list[Turn]) -> dict:
     """One row of the result."""
     unit = UNITS[comparison.stage]
     found = figures(turns, unit, needed_flops(comparison.stage, comparison.shape, comparison.k, batch))
-    return {"stage": comparison.stage, "shape": comparison.shape, "k": comparison.k, "peer": comparison.peer, "unit": unit,
+    return {"stage": comparison.stage, "shape": comparison.shape, "k": comparison.k, "peer": comparison.peer,
+            "unit": unit,
             **found._asdict()}

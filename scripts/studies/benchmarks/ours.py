@@ -82,7 +82,7 @@ def reward(task: Task, turns: Turns) -> None:
     model = GroupModel(load_scalar_model(Parent("model", f"{task.folder}/reward")), scores)
     run = TurnRun(config, "reward", turns)
     loop = Loop(run, model, small_tokenizer(), config.schedule(len(rows)))
-    _count(model, run, lambda groups: {"pairs": len(groups.ends) // task.k * len(pairs)})
+    _count(model, run, lambda groups: {"pairs": len(groups.end_columns) // task.k * len(pairs)})
     _run(train_reward, loop, turns, lambda: train_reward.train(loop, Dataset.from_list(rows), None))
 
 
@@ -108,21 +108,24 @@ def _count(model, run: TurnRun, count) -> None:
 def ppo(task: Task, turns: Turns) -> None:
     config = train_ppo.PPOStageConfig(
         **_stage_config(task), per_device_batch_size=PROMPTS, model=f"{task.folder}/policy",
-        reward_model=f"{task.folder}/reward", prompts_per_update=len(task.prompts), responses_per_prompt=task.k,
+        reward_model=f"{task.folder}/reward", prompts_per_update=len(task.prompts),
+        responses_per_prompt=task.k,
         ppo_epochs=PPO_EPOCHS, total_episodes=len(task.prompts) * task.k * (task.repetitions + 1),
         max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE, kl_coef=KL_COEF, eval_steps=NEVER,
     )
     set_seed(config.seed)
     models = load_models(Parent("model", config.model), Parent("reward_model", config.reward_model), config)
     run = TurnRun(config, "ppo", turns)
-    loop = Loop(run, models.trained, TOKENIZER, Schedule(config.updates, config.updates * config.ppo_epochs, "linear"))
+    loop = Loop(run, models.trained, TOKENIZER, Schedule(config.updates, config.updates * config.ppo_epochs,
+                                                         "linear"))
     loop.carried = {"kl_coef": config.kl_coef}
     models.reward_model.base_model.register_forward_hook(lambda *_: run.counts.update({"scored": 1}))
     measured = utils.episodes.Episodes.measure
 
     def measure(episodes, model):
         values = measured(episodes, model)
-        run.counts["episodes"], run.counts["tokens"] = len(episodes.responses), int(episodes.response_mask.sum())
+        run.counts["episodes"], run.counts["tokens"] = (len(episodes.responses),
+                                                        int(episodes.response_mask.sum()))
         return values
 
     utils.episodes.Episodes.measure = measure

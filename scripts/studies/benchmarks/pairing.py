@@ -1,4 +1,6 @@
-"""Two sides, each in its own process, take turns on the same work; what is compared is their ratio, turn by turn."""
+"""Two sides, each in its own process, take turns on the same work; what is compared is their ratio, turn by
+turn.
+"""
 
 import json
 import math
@@ -20,16 +22,20 @@ PRODUCTS = [(4096, 768, 3072), (2048, 2048, 2048), (8192, 192, 768)]  # rows, in
 
 
 class Side:
-    """A process, or a group of them, that does the work of one side, a repetition whenever it is asked for one."""
+    """A process, or a group of them, that does the work of one side, a repetition whenever it is asked for
+    one.
+    """
 
     def __init__(self, name: str, task_path: Path, python: str | Path = sys.executable, processes: int = 1):
         self.name, self.log = name, task_path.with_name(f"{name}.log")
         environment = {**os.environ, "PYTHONPATH": str(PROJECT / "scripts"), "HF_HUB_OFFLINE": "1",
                        "TOKENIZERS_PARALLELISM": "false"}
-        group = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"] if processes > 1 else []
+        group = (["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+                 if processes > 1 else [])
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [str(python), "-m", *group, "studies.benchmarks.side", name, str(task_path)], stdin=subprocess.PIPE,
+                [str(python), "-m", *group, "studies.benchmarks.side", name, str(task_path)],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=task_path.parent)
 
     def repetition(self) -> dict:
@@ -59,7 +65,9 @@ class Side:
 
 
 class Turn(NamedTuple):
-    """One repetition of both sides, and the machine's matrix-product rate before and after ours [FLOPs a second]."""
+    """One repetition of both sides, and the machine's matrix-product rate before and after ours [FLOPs a
+    second].
+    """
 
     ours: dict
     theirs: dict
@@ -67,7 +75,9 @@ class Turn(NamedTuple):
 
 
 def take_turns(task_path: Path, peer_python: str | Path, repetitions: int, processes: int) -> list[Turn]:
-    """Ours, theirs, ours, theirs ... The first turn is the warm-up: the caller checks it and leaves it out of the figures."""
+    """Ours, theirs, ours, theirs ... The first turn is the warm-up: the caller checks it and leaves it out of
+    the figures.
+    """
     ours, theirs = Side("ours", task_path, processes=processes), Side("peers", task_path, peer_python)
     try:
         return [_turn(ours, theirs) for _ in range(repetitions + 1)]
@@ -89,7 +99,8 @@ def refuse_unequal_work(turn: Turn, compare_losses: bool) -> None:
         compare_losses: whether both sides compute the same loss.
     """
     measured = {"seconds", "memory", "loss", "parts"}
-    ours, theirs = ({name: value for name, value in side.items() if name not in measured} for side in (turn.ours, turn.theirs))
+    ours, theirs = ({name: value for name, value in side.items() if name not in measured}
+                    for side in (turn.ours, turn.theirs))
     if ours != theirs or not ours:
         raise UserError(f"the sides did not do the same work: ours {ours}, theirs {theirs}")
     if compare_losses and not math.isclose(turn.ours["loss"], turn.theirs["loss"], rel_tol=LOSS_TOLERANCE):
@@ -97,7 +108,9 @@ def refuse_unequal_work(turn: Turn, compare_losses: bool) -> None:
 
 
 def product_rate() -> float:
-    """The machine's float32 matrix-product rate [FLOPs a second]: the best of a few sizes, each the best of three."""
+    """The machine's float32 matrix-product rate [FLOPs a second]: the best of a few sizes, each the best of
+    three.
+    """
     return max(_rate(*shape) for shape in PRODUCTS)
 
 
@@ -112,7 +125,9 @@ def _rate(rows, inner, columns):
 
 
 class Figures(NamedTuple):
-    """What a comparison says. Rates are units a second; the ratio is that of the rates, above 1 where ours is faster."""
+    """What a comparison says. Rates are units a second; the ratio is that of the rates, above 1 where ours is
+    faster.
+    """
 
     ours: float
     theirs: float

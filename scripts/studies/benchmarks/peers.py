@@ -1,9 +1,12 @@
-"""The other side of each stage: what a user would run in place of this project, with the settings that are fastest here.
+"""The other side of each stage: what a user would run in place of this project, with the settings that are
+fastest here.
 
-All of them train in float32 without gradient checkpointing (trl's defaults are bfloat16 and with it, which are slower
-here), log once a step as ours does, and neither evaluate nor save. Batches are those of our side, in the same order.
+All of them train in float32 without gradient checkpointing (trl's defaults are bfloat16 and with it, which
+are slower here), log once a step as ours does, and neither evaluate nor save. Batches are those of our side,
+in the same order.
 
-The processes of PPO run in the environment of requirements-bench.txt, so nothing is imported here that it has not.
+The processes of PPO run in the environment of requirements-bench.txt, so nothing is imported here that it has
+not.
 """
 
 import os
@@ -34,7 +37,8 @@ def reward(task: Task, turns: Turns) -> None:
     from trl import RewardConfig, RewardTrainer
 
     pairs = [{"chosen_ids": prompt + group[b], "rejected_ids": prompt + group[w]}
-             for prompt, group in zip(task.prompts, task.completions, strict=True) for b, w in all_pairs(task.k)]
+             for prompt, group in zip(task.prompts, task.completions, strict=True)
+             for b, w in all_pairs(task.k)]
     rows = whole_share(len(pairs), ROWS)
     trainer = RewardTrainer(
         model=_load(AutoModelForSequenceClassification, task, "reward"),
@@ -46,12 +50,13 @@ def reward(task: Task, turns: Turns) -> None:
 
 
 def sft(task: Task, turns: Turns) -> None:
-    """trl's SFTTrainer with the loss on completions; packed (`packing`, best-fit decreasing) where the peer is so called.
+    """trl's SFTTrainer with the loss on completions; packed (`packing`, best-fit decreasing) where the peer
+    is so called.
 
-    Packed, it is not quite the same algorithm: OPT in transformers does not hand the restarting position ids to its mask,
-    and on a CPU there is no attention kernel that would read them, so an example sees those before it in its row. (Its loss
-    is not compared with ours.) One packed row is a micro-batch, since trl lays those of a micro-batch into one row, and
-    attention over it grows with the square.
+    Packed, it is not quite the same algorithm: OPT in transformers does not hand the restarting position ids
+    to its mask, and on a CPU there is no attention kernel that would read them, so an example sees those
+    before it in its row. (Its loss is not compared with ours.) One packed row is a micro-batch, since trl
+    lays those of a micro-batch into one row, and attention over it grows with the square.
     """
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
@@ -70,7 +75,8 @@ def sft(task: Task, turns: Turns) -> None:
     )
     # without padding there is no mask
     trainer.add_callback(OneStepATurn(turns, trainer, "tokens",
-                                      lambda batch: batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()))
+                                      lambda batch: batch.get("attention_mask",
+                                                              torch.ones_like(batch["input_ids"])).sum()))
     trainer.train()
 
 
@@ -83,7 +89,8 @@ def generation(task: Task, turns: Turns) -> None:
         turns.clock.watch(policy, "generate", "generation")
     while turns.wait():
         with torch.no_grad():
-            found = policy.generate(**batch, do_sample=True, num_return_sequences=task.k, max_new_tokens=RESPONSE_TOKENS,
+            found = policy.generate(**batch, do_sample=True, num_return_sequences=task.k,
+                                    max_new_tokens=RESPONSE_TOKENS,
                                     temperature=TEMPERATURE, top_k=0, top_p=1.0, pad_token_id=PAD)
         turns.report({"tokens": found[:, batch["input_ids"].shape[1] :].numel()})
 
@@ -99,13 +106,16 @@ def ppo(task: Task, turns: Turns) -> None:
     trainer = PPOTrainer(
         args=PPOConfig(
             **_arguments(task, rows, episodes // rows), total_episodes=episodes * task.repetitions,
-            num_ppo_epochs=PPO_EPOCHS, response_length=RESPONSE_TOKENS, temperature=TEMPERATURE, kl_coef=KL_COEF,
+            num_ppo_epochs=PPO_EPOCHS, response_length=RESPONSE_TOKENS, temperature=TEMPERATURE,
+            kl_coef=KL_COEF,
             num_sample_generations=0, missing_eos_penalty=1.0,
         ),
-        processing_class=small_tokenizer(), model=policy, ref_model=_load(AutoModelForCausalLM, task, "policy"),
+        processing_class=small_tokenizer(), model=policy,
+        ref_model=_load(AutoModelForCausalLM, task, "policy"),
         reward_model=_load(AutoModelForSequenceClassification, task, "reward"),
         value_model=_load(AutoModelForSequenceClassification, task, "reward"),
-        train_dataset=Dataset.from_list([{"input_ids": prompt} for prompt in task.prompts for _ in range(task.k)]),
+        train_dataset=Dataset.from_list([{"input_ids": prompt} for prompt in task.prompts
+                                         for _ in range(task.k)]),
     )
     if turns.clock:
         turns.clock.watch(ppo_trainer, "batch_generation", "generation")
@@ -137,7 +147,8 @@ class OneUpdateATurn(TrainerCallback):
         self.turns.wait()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.turns.report({"episodes": state.episode - self.episodes, "tokens": self.tokens}, epochs=args.num_ppo_epochs,
+        self.turns.report({"episodes": state.episode - self.episodes, "tokens": self.tokens},
+                          epochs=args.num_ppo_epochs,
                           scored=bool(self.scored))
         self.tokens, self.episodes = 0, state.episode
         self.scored.clear()
@@ -151,11 +162,13 @@ def _load(kind, task: Task, name: str):
 
 def _arguments(task: Task, rows: int, accumulated: int) -> dict:
     """As `training_arguments` of our side."""
-    more = {} if task.stage == "ppo" else {"lr_scheduler_type": "cosine", "train_sampling_strategy": "sequential",
-                                           "max_steps": task.repetitions}
+    more = ({} if task.stage == "ppo" else {"lr_scheduler_type": "cosine",
+                                            "train_sampling_strategy": "sequential",
+                                            "max_steps": task.repetitions})
     return {
         "output_dir": f"{task.folder}/theirs-{task.stage}", "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulated, "learning_rate": LEARNING_RATE, "adam_epsilon": ADAM_EPS,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "gradient_checkpointing": False, "bf16": False,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "gradient_checkpointing": False,
+        "bf16": False,
         "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, **more,
     }

@@ -6,14 +6,16 @@ PEERS = {"sft": ["SFTTrainer", "SFTTrainer, packed"], "reward": ["RewardTrainer"
          "generation": ["generate"]}
 UNITS = {"sft": "tokens", "reward": "pairs", "ppo": "episodes", "generation": "tokens"}
 KS = {"sft": [1], "reward": [2, 4, 9], "ppo": [1, 4], "generation": [1, 4]}
-# posts of a repetition: so many that the peer takes seconds, at 125m minutes. PPO takes the same 8 for each K (4 at 125m, for
-# time): how much the peer pads depends on the longest of them.
+# posts of a repetition: so many that the peer takes seconds, at 125m minutes. PPO takes the same 8 for each K
+# (4 at 125m, for time): how much the peer pads depends on the longest of them.
 POSTS = {
-    "mini": {("sft", 1): 8, ("reward", 2): 16, ("reward", 4): 8, ("reward", 9): 4, ("ppo", 1): 8, ("ppo", 4): 8,
+    "mini": {("sft", 1): 8, ("reward", 2): 16, ("reward", 4): 8, ("reward", 9): 4, ("ppo", 1): 8,
+             ("ppo", 4): 8,
              ("generation", 1): 16, ("generation", 4): 8},
     "30m": {("sft", 1): 8, ("reward", 2): 8, ("reward", 4): 8, ("reward", 9): 2, ("ppo", 1): 8, ("ppo", 4): 8,
             ("generation", 1): 16, ("generation", 4): 8},
-    "125m": {("sft", 1): 8, ("reward", 2): 8, ("reward", 4): 4, ("reward", 9): 1, ("ppo", 1): 8, ("ppo", 4): 4,
+    "125m": {("sft", 1): 8, ("reward", 2): 8, ("reward", 4): 4, ("reward", 9): 1, ("ppo", 1): 8,
+             ("ppo", 4): 4,
              ("generation", 1): 8, ("generation", 4): 8},
 }
 # measured after one that is not
@@ -49,9 +51,12 @@ class Comparison(NamedTuple):
         return by_shape.get(self.shape, by_shape.get(None))
 
 
-def comparisons(stages: list[str], shapes: list[str], peers: list[str], ks: list[int], repetitions: int | None,
+def comparisons(stages: list[str], shapes: list[str], peers: list[str], ks: list[int],
+                repetitions: int | None,
                 quick: bool) -> list[Comparison]:
-    """Those asked for; an empty list of peers or of K is all of them. Quick: the mini shape, and K = 4 where there is a K."""
+    """Those asked for; an empty list of peers or of K is all of them. Quick: the mini shape, and K = 4 where
+    there is a K.
+    """
     found = []
     for shape in ["mini"] if quick else shapes:
         for stage in stages:

@@ -23,8 +23,9 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 def machine() -> str:
     """CPU, cores, threads, torch's version, and the date."""
     names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return (f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}, {datetime.date.today().isoformat()}")
+    return (f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0))} cores, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+            f"{datetime.date.today().isoformat()}")
 
 
 def print_table(rows: list[dict], goals: list[float | None]) -> None:
@@ -49,24 +50,31 @@ def print_profile(plan: list[Comparison], turns: list[list[Turn]]) -> None:
     for name in ("stage", "shape", "K", "side", *PARTS, "together"):
         table.add_column(name, justify="left" if name in ("stage", "shape", "side") else "right")
     for comparison, found in zip(plan, turns, strict=True):
-        for side, answers in (("ours", [t.ours for t in found]), (comparison.peer, [t.theirs for t in found])):
+        for side, answers in (("ours", [t.ours for t in found]),
+                              (comparison.peer, [t.theirs for t in found])):
             seconds = [statistics.fmean(answer["parts"][part] for answer in answers) for part in PARTS]
             cells = [f"{value:.2f} ({value / sum(seconds):.0%})" for value in seconds]
-            table.add_row(comparison.stage, comparison.shape, str(comparison.k), side, *cells, f"{sum(seconds):.2f}")
+            table.add_row(comparison.stage, comparison.shape, str(comparison.k), side, *cells,
+                          f"{sum(seconds):.2f}")
     Console(width=150).print(table)
 
 
 def plot_costs(path: Path, points: list[Point]) -> None:
-    """A row of panels for each stage, a column for each quantity: seconds on the left axis, peak memory on the right."""
+    """A row of panels for each stage, a column for each quantity: seconds on the left axis, peak memory on
+    the right.
+    """
     stages, quantities = (list(dict.fromkeys(column)) for column in list(zip(*points, strict=True))[:2])
-    figure, axes = plt.subplots(len(stages), len(quantities), figsize=(3.6 * len(quantities), 2.8 * len(stages)), squeeze=False)
+    figure, axes = plt.subplots(len(stages), len(quantities),
+                                figsize=(3.6 * len(quantities), 2.8 * len(stages)), squeeze=False)
     for stage, row in zip(stages, axes, strict=True):
         for quantity, axis in zip(quantities, row, strict=True):
-            part = sorted((point for point in points if (point.stage, point.quantity) == (stage, quantity)), key=lambda p: p.x)
+            part = sorted((point for point in points if (point.stage, point.quantity) == (stage, quantity)),
+                          key=lambda p: p.x)
             axis.set_visible(bool(part))
             x = [point.x for point in part]
             axis.plot(x, [point.seconds for point in part], color="C0", marker="o", label="time [s]")
-            axis.plot(x, [point.needed for point in part], color="C0", linestyle=":", label="needed at the product rate [s]")
+            axis.plot(x, [point.needed for point in part], color="C0", linestyle=":",
+                      label="needed at the product rate [s]")
             memory = axis.twinx()
             memory.plot(x, [point.memory / 1024 for point in part], color="C1", marker="s", linestyle="--")
             axis.plot([], [], color="C1", marker="s", linestyle="--", label="peak memory [GiB], right axis")
@@ -92,9 +100,11 @@ def plot_ratios(path: Path, rows: list[dict], plan: list[Comparison]) -> None:
         if comparison.goal:
             axis.plot(comparison.goal, place, color="C3", marker="|", markersize=14, markeredgewidth=2)
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.plot([], [], color="C3", marker="|", markersize=12, markeredgewidth=2, linestyle="none", label="goal")
+    axis.plot([], [], color="C3", marker="|", markersize=12, markeredgewidth=2, linestyle="none",
+              label="goal")
     axis.set_xscale("log")
-    ticks = [tick for tick in (0.5, 1, 2, 4, 8, 16, 32, 64) if tick <= 2 * max(row["ratio_high"] for row in rows)]
+    ticks = [tick for tick in (0.5, 1, 2, 4, 8, 16, 32, 64)
+             if tick <= 2 * max(row["ratio_high"] for row in rows)]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_yticks(range(len(rows)), [f"{c.stage} {c.shape}, K = {c.k}: {c.peer}" for c in plan])

@@ -1,10 +1,17 @@
-"""The models that are measured: OPT with its real vocabulary and random weights, in three sizes. Nothing is downloaded."""
+"""The models that are measured: OPT with its real vocabulary and random weights, in three sizes. Nothing is
+downloaded.
+"""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
 
 from planning.flops import Size
 
@@ -20,9 +27,11 @@ SHAPES = {
 def config_of(size: Size, heads: int) -> OPTConfig:
     """OPT without dropout, one label where it is a classifier."""
     return OPTConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, word_embed_proj_dim=size.hidden, ffn_dim=size.ffn,
+        vocab_size=size.vocabulary, hidden_size=size.hidden, word_embed_proj_dim=size.hidden,
+        ffn_dim=size.ffn,
         num_hidden_layers=size.layers, num_attention_heads=heads, max_position_embeddings=2048, dropout=0.0,
-        attention_dropout=0.0, layerdrop=0.0, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS, num_labels=1,
+        attention_dropout=0.0, layerdrop=0.0, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
+        num_labels=1,
     )
 
 
@@ -41,5 +50,6 @@ def save_models(shape: str, folder: Path) -> None:
 def small_tokenizer() -> PreTrainedTokenizerFast:
     """Special tokens alone: all data is given as token ids, and trainers ask for nothing else."""
     words = {"<s>": 0, "<pad>": PAD, "</s>": EOS}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<s>")), pad_token="<pad>",
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<s>")),
+                                   pad_token="<pad>",
                                    eos_token="</s>", padding_side="left")

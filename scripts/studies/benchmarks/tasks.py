@@ -1,4 +1,6 @@
-"""What a measured process is told, and what both sides of a comparison share: the same work, the same hyper-parameters."""
+"""What a measured process is told, and what both sides of a comparison share: the same work, the same
+hyper-parameters.
+"""
 
 import json
 from itertools import combinations

@@ -1,5 +1,5 @@
-"""How a measured process and the one that measures talk: a line "go" on stdin, a JSON line on stdout for each repetition.
-Of several ranks the first one talks.
+"""How a measured process and the one that measures talk: a line "go" on stdin, a JSON line on stdout for each
+repetition. Of several ranks the first one talks.
 
 While it waits a process sleeps in a read, so it takes nothing from the other side's repetition.
 """
@@ -16,7 +16,9 @@ from transformers import TrainerCallback
 
 
 class Turns:
-    """The measured process's end. Whatever else it prints goes to stderr. With a `clock` the answers say where the time went."""
+    """The measured process's end. Whatever else it prints goes to stderr. With a `clock` the answers say
+    where the time went.
+    """
 
     def __init__(self):
         self.clock = None
@@ -33,7 +35,8 @@ class Turns:
         return more
 
     def report(self, counts: dict[str, int], **figures) -> None:
-        """Stop the clock; `counts` and `figures` say what was done. Counts and memory add up over the ranks."""
+        """Stop the clock; `counts` and `figures` say what was done. Counts and memory add up over the ranks.
+        """
         seconds = time.perf_counter() - self.began
         sums = _added({"memory": memory_mb(), **counts})
         answer = {"seconds": seconds, **sums, **figures}
@@ -67,7 +70,8 @@ def memory_mb() -> float:
 
 
 class OneStepATurn(TrainerCallback):
-    """Makes an optimizer step of a `Trainer` a repetition: all from one step's log to the next, data and logging too.
+    """Makes an optimizer step of a `Trainer` a repetition: all from one step's log to the next, data and
+    logging too.
 
     Args:
         trainer: each forward pass of its model is counted.

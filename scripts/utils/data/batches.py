@@ -1,4 +1,6 @@
-"""Which rows are in which optimizer step: a function of the seed and the step, the same for any number of processes."""
+"""Which rows are in which optimizer step: a function of the seed and the step, the same for any number of
+processes.
+"""
 
 import math
 import random
@@ -10,10 +12,11 @@ _STEPS_SORTED = 50  # rows of so many steps are sorted by length together
 
 
 class LengthGroupedBatches:
-    """Row numbers of each optimizer step of all ranks, rows of like length together; pass after pass over the data.
+    """Row numbers of each optimizer step of all ranks, rows of like length together; pass after pass over the
+    data.
 
-    In each pass every row comes once, in another order: rows are shuffled, sorted by length within the rows of 50 steps,
-    cut into steps, and the steps are shuffled. The last step of a pass may have fewer rows.
+    In each pass every row comes once, in another order: rows are shuffled, sorted by length within the rows
+    of 50 steps, cut into steps, and the steps are shuffled. The last step of a pass may have fewer rows.
 
     Args:
         lengths: (N,) tokens of each row.
@@ -50,7 +53,9 @@ def rows_at(table, places: Sequence[int]) -> list[dict]:
 
 
 class PromptBatches:
-    """Row numbers of each PPO update of all ranks: pass after pass over the prompts, each in its own shuffled order."""
+    """Row numbers of each PPO update of all ranks: pass after pass over the prompts, each in its own shuffled
+    order.
+    """
 
     def __init__(self, rows: int, size: int, seed: int):
         self.rows, self.size, self.seed = rows, size, seed

@@ -1,7 +1,8 @@
-"""The data of a run: every set that its configuration names, read, checked and tokenised before a weight is loaded.
+"""The data of a run: every set that its configuration names, read, checked and tokenised before a weight is
+loaded.
 
-`layouts.py` says what a row means, `validation.py` reads, `tokens.py` tokenises; both keep their results on the disk.
-What the scripts hold are numbers of rows.
+`layouts.py` says what a row means, `validation.py` reads, `tokens.py` tokenises; both keep their results on
+the disk. What the scripts hold are numbers of rows.
 """
 
 import random
@@ -23,7 +24,9 @@ from utils.data.validation import read_set, refuse_findings
 
 
 class Tokenised(NamedTuple):
-    """Examples with their token ids; a completion ends with EOS. Columns of a `datasets` table stay on the disk."""
+    """Examples with their token ids; a completion ends with EOS. Columns of a `datasets` table stay on the
+    disk.
+    """
 
     examples: Sequence[Example]
     prompts: Sequence[list[int]]
@@ -31,7 +34,8 @@ class Tokenised(NamedTuple):
 
 
 class Rows(Sequence):
-    """Rows of one or several stored sets, read from the disk when they are asked for: `Example`s or `Ranking`s.
+    """Rows of one or several stored sets, read from the disk when they are asked for: `Example`s or
+    `Ranking`s.
 
     Args:
         sets: what is mixed.
@@ -40,7 +44,8 @@ class Rows(Sequence):
         indices: (N,) rows, counted through all sets; None: all.
     """
 
-    def __init__(self, sets: list[StoredSet], tokens: list[Dataset] | None, weights: list[float], indices=None):
+    def __init__(self, sets: list[StoredSet], tokens: list[Dataset] | None, weights: list[float],
+                 indices=None):
         self.sets, self.tokens, self.weights = sets, tokens, weights
         self.starts = np.cumsum([0] + [stored.table.num_rows for stored in sets])
         self.indices = np.arange(self.starts[-1]) if indices is None else np.asarray(indices, dtype=np.int64)
@@ -50,11 +55,14 @@ class Rows(Sequence):
         return Rows(self.sets, self.tokens, self.weights, self.indices[indices])
 
     def first(self, count: int) -> "Rows":
-        """The first rows, at most so many; of a mixture the first of each set, in proportion to what there is of it."""
+        """The first rows, at most so many; of a mixture the first of each set, in proportion to what there is
+        of it.
+        """
         owners = np.searchsorted(self.starts, self.indices, side="right") - 1
         ends = np.cumsum(np.bincount(owners, minlength=len(self.sets)))
         shares = np.diff(ends * min(count, len(self)) // len(self), prepend=0)
-        return self.select(np.concatenate([np.flatnonzero(owners == owner)[:share] for owner, share in enumerate(shares)]))
+        return (self.select(np.concatenate([np.flatnonzero(owners == owner)[:share]
+                                            for owner, share in enumerate(shares)])))
 
     def once(self) -> "Rows":
         """Each of these rows once, whatever the weight of its set."""
@@ -88,12 +96,15 @@ class Rows(Sequence):
         return np.array(marks, dtype=object)[self.indices]
 
     def weighed(self, seed: int) -> "Rows":
-        """The rows as often as the weights of their sets say; where a part of a set is taken, `seed` says which."""
+        """The rows as often as the weights of their sets say; where a part of a set is taken, `seed` says
+        which.
+        """
         if all(weight == 1 for weight in self.weights):
             return self
         parts = []
         for number, weight in enumerate(self.weights):
-            own = np.flatnonzero((self.indices >= self.starts[number]) & (self.indices < self.starts[number + 1])).tolist()
+            own = np.flatnonzero((self.indices >= self.starts[number])
+                                 & (self.indices < self.starts[number + 1])).tolist()
             part = random.Random(f"{seed}-{number}").sample(own, round(len(own) * (weight % 1)))
             parts += own * int(weight) + sorted(part)
         return self.select(np.array(parts, dtype=np.int64))
@@ -113,7 +124,8 @@ class Rows(Sequence):
         for stored in self.sets:
             yield from stored.rejected()
         for index in np.flatnonzero(self.token_column("cut") == TOO_LONG).tolist() if self.tokens else ():
-            yield {"place": self.place(index), "reason": cannot_fit(config.max_prompt_tokens), "row": self[index]._asdict()}
+            yield {"place": self.place(index), "reason": cannot_fit(config.max_prompt_tokens),
+                   "row": self[index]._asdict()}
 
     def token_column(self, name: str) -> np.ndarray:
         """(N,) a column of numbers of the token table: `length`, `longest` or `cut`."""
@@ -127,7 +139,8 @@ class NamedSet(NamedTuple):
     kind: str
 
 
-def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport, limits: dict | None = None) -> dict[str, Rows]:
+def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport,
+              limits: dict | None = None) -> dict[str, Rows]:
     """Every set that a configuration names, checked and tokenised.
 
     Args:
@@ -137,14 +150,17 @@ def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport,
         limits: of rankings, see `read_set`.
 
     Raises:
-        UserError: with the findings in all of them, unless `on_bad_rows` is skip; or when nothing is left of one.
+        UserError: with the findings in all of them, unless `on_bad_rows` is skip; or when nothing is left of
+            one.
     """
     loaded = {}
     for field, (value, kind) in named.items():
         if value is not None:
             sources = sources_of(value)
-            sets = [read_set(source, field, kind, **(limits or {} if kind == "rankings" else {})) for source in sources]
-            tokens = tokenizer and [token_rows(stored, tokenizer, config.max_prompt_tokens) for stored in sets]
+            sets = [read_set(source, field, kind, **(limits or {} if kind == "rankings" else {}))
+                    for source in sources]
+            tokens = (tokenizer and [token_rows(stored, tokenizer, config.max_prompt_tokens)
+                                     for stored in sets])
             loaded[field] = Rows(sets, tokens, [source.weight for source in sources])
     if config.on_bad_rows == "error":
         refuse_findings((one for rows in loaded.values() for one in rows.findings(config)),
@@ -163,7 +179,8 @@ def _usable(rows: Rows, field: str, config, report: DataReport) -> Rows:
     if not len(rows):
         what = "comparison" if rows.sets[0].meta["kind"] == "rankings" else "row"
         names = ", ".join(stored.label for stored in rows.sets)
-        why = f"; the first is {bad['place']}: {bad['reason']}" if (bad := next(whole.findings(config), None)) else ""
+        why = (f"; the first is {bad['place']}: {bad['reason']}"
+               if (bad := next(whole.findings(config), None)) else "")
         raise UserError(f"{field}: '{names}' holds no usable {what}{why}")
     return rows
 
@@ -172,20 +189,22 @@ def load_examples(value, field: str, need_completion: bool = True) -> Rows:
     """The text of every example of a data set.
 
     Args:
-        value: that of a data key: a file, a folder, a hub name, or a mixture.
-        field: the configuration key it came from, such as `actor_training_data`, for messages and the choice of a split.
-        need_completion: False for prompts only (PPO).
+        value: that of a data key: a file, a folder, a hub name, or a mixture. field: the configuration key it
+        came from, such as `actor_training_data`, for messages and the choice of a split. need_completion:
+        False for prompts only (PPO).
 
     Raises:
         UserError: naming file and line, for anything that is not an example.
     """
     kind = "examples" if need_completion else "prompts"
-    return load_data(SimpleNamespace(on_bad_rows="error"), {field: NamedSet(value, kind)}, None, DataReport())[field]
+    return load_data(SimpleNamespace(on_bad_rows="error"), {field: NamedSet(value, kind)}, None,
+                     DataReport())[field]
 
 
 def load_rankings(value, field: str, max_completions: int, log, min_score_ratio: float = 1.0,
                   max_pairs_per_prompt: int | None = None) -> Rows:
-    """The text of every ranking of a data set; pairwise rows are grouped by prompt. The limits are those of `_Rankings`.
+    """The text of every ranking of a data set; pairwise rows are grouped by prompt. The limits are those of
+    `_Rankings`.
 
     Args:
         log: called with a line about what was dropped and why (detail 6).
@@ -230,7 +249,8 @@ def split_off(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     prompts = sorted(set(marks))
     if len(prompts) < 4:
         names = ", ".join(stored.label for stored in rows.sets)
-        raise UserError(f"{names}: {len(prompts)} different prompts are too few to hold some out; name validation and test data "
+        raise UserError(f"{names}: {len(prompts)} different prompts are too few to hold some out; name "
+                        f"validation and test data "
                         "too")
     random.Random(seed).shuffle(prompts)
     held = set(prompts[: max(1, round(len(prompts) * share))])
@@ -239,7 +259,9 @@ def split_off(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def refuse_overlap(splits: dict[str, Rows], allow: bool, log) -> None:
-    """Raise UserError, or `log` it when that is allowed, when one prompt stands in two of the named splits (detail 7)."""
+    """Raise UserError, or `log` it when that is allowed, when one prompt stands in two of the named splits
+    (detail 7).
+    """
     owner, clashes = {}, {}
     for name, rows in splits.items():
         for index, mark in enumerate(rows.prompts()):
@@ -270,8 +292,10 @@ def tokenised(rows: Rows, max_completion_tokens: int | None, log) -> Tokenised:
         return Tokenised(rows, rows.dataset()["prompt"], None)
     kept = rows.select(rows.token_column("longest") <= max_completion_tokens)
     if len(kept) < len(rows):
-        log(f"dropped {len(rows) - len(kept)} of {len(rows)} examples with more than {max_completion_tokens} completion tokens")
+        log(f"dropped {len(rows) - len(kept)} of {len(rows)} examples with more than {max_completion_tokens} "
+            f"completion tokens")
     if not len(kept):
-        raise UserError(f"max_completion_tokens: no completion has {max_completion_tokens} tokens or fewer; raise it")
+        raise UserError(f"max_completion_tokens: no completion has {max_completion_tokens} tokens "
+                        f"or fewer; raise it")
     table = kept.dataset()
     return Tokenised(kept, table["prompt"], table["completion"])

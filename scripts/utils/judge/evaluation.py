@@ -50,11 +50,13 @@ def score_groups(reward_model, tokenizer, prompts, completions, batch_size, titl
     """The reward model's score of each completion of each prompt, all as token ids."""
     reward_model.eval()
     device = reward_model.device
-    return measure_groups(partial(scores, reward_model), tokenizer, prompts, completions, batch_size, device, title)
+    return measure_groups(partial(scores, reward_model), tokenizer, prompts, completions, batch_size, device,
+                          title)
 
 
 @torch.no_grad()
-def measure_groups(measure, tokenizer, prompts, completions, batch_size, device, title="") -> list[list[float]]:
+def measure_groups(measure, tokenizer, prompts, completions, batch_size, device,
+                   title="") -> list[list[float]]:
     """`measure(groups)`, (N,), of each completion of each prompt; rows are shared out over the ranks.
 
     Rows of like length are measured together, so that little padding is computed.

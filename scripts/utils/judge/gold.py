@@ -1,8 +1,9 @@
 """The gold score: how many of a synthetic post's facts a summary gets right.
 
-The posts of data/tldr_mini are made from known facts, so every summary has a true score. The labels of the reward stage
-are noisy draws from it, and PPO is not trained on it. It is the judge that a real project does not have: it shows whether
-a rising reward means better summaries. A data set brings it by `gold_rules`; without that key nothing here is used.
+The posts of data/tldr_mini are made from known facts, so every summary has a true score. The labels of the
+reward stage are noisy draws from it, and PPO is not trained on it. It is the judge that a real project does
+not have: it shows whether a rising reward means better summaries. A data set brings it by `gold_rules`;
+without that key nothing here is used.
 """
 
 import json
@@ -55,7 +56,9 @@ class GoldJudge:
 
 
 def table_rows(summary: dict):
-    """Rows of the table at the end for one stage's summary: (measure, before, after, interval); none without gold."""
+    """Rows of the table at the end for one stage's summary: (measure, before, after, interval); none without
+    gold.
+    """
     if "label_ceiling" in summary:
         yield "  of the labels' ceiling", "", f"{summary['accuracy'] / summary['label_ceiling']:.0%}", ""
     if "gold_after" not in summary:
@@ -67,10 +70,11 @@ def table_rows(summary: dict):
 
 
 def labeller_figures(rows, scores: list[list[float]]) -> tuple[dict[str, float], dict[str, list]]:
-    """What is known of rankings whose labeller is known: (figures for summary.json, reliability curves); else ({}, {}).
+    """What is known of rankings whose labeller is known: (figures for summary.json, reliability curves); else
+    ({}, {}).
 
-    `label_ceiling` is the accuracy that the labels' noise allows. The curve has the reward model's accuracy by the
-    labeller's confidence (detail 20): on the diagonal the model reaches what that noise allows.
+    `label_ceiling` is the accuracy that the labels' noise allows. The curve has the reward model's accuracy
+    by the labeller's confidence (detail 20): on the diagonal the model reaches what that noise allows.
 
     Args:
         scores: the reward model's, of each completion.
@@ -94,19 +98,23 @@ def load_rules(path: str) -> dict:
         rules = load_gold(file)
         gold_score("", dict.fromkeys(rules["slots"], ""), rules)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"gold_rules: '{file}' holds no rules of a gold score ({type(error).__name__}: {error}); make it "
+        raise UserError(f"gold_rules: '{file}' holds no rules of a gold score ({type(error).__name__}: "
+                        f"{error}); make it "
                         "again with data/tldr_mini/generate.py, or leave gold_rules out") from None
     return rules
 
 
 def refuse_missing_facts(rules: dict, examples: list) -> None:
-    """Raise UserError when a held-out example's `facts` are not what the gold score needs: a text for each slot."""
+    """Raise UserError when a held-out example's `facts` are not what the gold score needs: a text for each
+    slot.
+    """
     for example in examples:
         facts = example.facts if isinstance(example.facts, dict) else {}
         missing = [slot for slot in rules["slots"] if not isinstance(facts.get(slot), str)]
         if missing:
-            raise UserError(f"gold_rules: a held-out row has no column 'facts' with a text for '{missing[0]}' "
-                            f"({example.prompt[:60]!r}...); leave gold_rules out for this data")
+            raise UserError(f"gold_rules: a held-out row has no column 'facts' with a text "
+                            f"for '{missing[0]}' ({example.prompt[:60]!r}...); leave gold_rules "
+                            f"out for this data")
 
 
 def load_gold(path: str | Path) -> dict:

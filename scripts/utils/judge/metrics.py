@@ -12,18 +12,21 @@ import evaluate
 import numpy as np
 from rouge_score import rouge_scorer
 
-Pairs = Sequence[Sequence[tuple[int, int]]]  # per prompt group: (index of the better, index of the worse) completion
+# per prompt group: (index of the better, index of the worse) completion
+Pairs = Sequence[Sequence[tuple[int, int]]]
 
 
 class SummaryRouge(evaluate.Metric):
     """ROUGE-1/2/L with stemming, mean F1 over examples, and `rouge_avg`, their mean (N+; detail 14).
 
-    `compute(predictions=[str], references=[str])` -> {"rouge1", "rouge2", "rougeL", "rouge_avg"}, each in [0, 1].
-    Our own class because `evaluate.load("rouge")` downloads code. Raises ValueError when there are no examples.
+    `compute(predictions=[str], references=[str])` -> {"rouge1", "rouge2", "rougeL", "rouge_avg"}, each in [0,
+    1]. Our own class because `evaluate.load("rouge")` downloads code. Raises ValueError when there are no
+    examples.
     """
 
     def __init__(self):
-        # In memory no file is written, but the base class makes a folder all the same: make it where it goes away.
+        # In memory no file is written, but the base class makes a folder all the same: make it where it goes
+        # away.
         with tempfile.TemporaryDirectory() as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder)
 
@@ -42,7 +45,8 @@ class SummaryRouge(evaluate.Metric):
             raise ValueError("ROUGE of no examples")
         names = ["rouge1", "rouge2", "rougeL"]
         scorer = rouge_scorer.RougeScorer(names, use_stemmer=True)
-        examples = [scorer.score(target=r, prediction=p) for p, r in zip(predictions, references, strict=True)]
+        examples = [scorer.score(target=r, prediction=p) for p, r in zip(predictions, references,
+                                                                         strict=True)]
         result = {name: float(np.mean([example[name].fmeasure for example in examples])) for name in names}
         return {**result, "rouge_avg": float(np.mean(list(result.values())))}
 
@@ -65,12 +69,14 @@ def pair_accuracy(scores: Sequence[Sequence[float]], pairs: Pairs) -> tuple[np.n
 
 
 def bootstrap_interval(
-    numerators: Sequence[float], denominators: Sequence[float], seed: int, resamples: int = 2000, level: float = 0.95
+    numerators: Sequence[float], denominators: Sequence[float], seed: int, resamples: int = 2000,
+    level: float = 0.95
 ) -> tuple[float, float, float]:
     """Ratio sum(numerators) / sum(denominators) and its percentile bootstrap interval: (mean, low, high).
 
-    Both (G,). It is the G groups (posts) that are drawn again, since the pairs of one post are not independent.
-    Groups with denominator 0 say nothing and are left out. Raises ValueError when no group remains.
+    Both (G,). It is the G groups (posts) that are drawn again, since the pairs of one post are not
+    independent. Groups with denominator 0 say nothing and are left out. Raises ValueError when no group
+    remains.
     """
     numerators, denominators = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     kept = denominators > 0
@@ -86,10 +92,11 @@ def bootstrap_interval(
 def label_ceiling(label_scores: Sequence[Sequence[float]], pairs: Pairs) -> float:
     """Accuracy that no reward model can exceed: mean over all pairs of max(p, 1 - p).
 
-    p = sigmoid(difference of the label scores) is the chance that a noisy (Bradley-Terry) labeller prefers the
-    first; even who knows p is right with max(p, 1 - p) only. Raises ValueError when there is no pair.
+    p = sigmoid(difference of the label scores) is the chance that a noisy (Bradley-Terry) labeller prefers
+    the first; even who knows p is right with max(p, 1 - p) only. Raises ValueError when there is no pair.
     """
-    gaps = [abs(g[i] - g[j]) for g, group_pairs in zip(label_scores, pairs, strict=True) for i, j in group_pairs]
+    gaps = [abs(g[i] - g[j]) for g, group_pairs in zip(label_scores, pairs, strict=True)
+            for i, j in group_pairs]
     if not gaps:
         raise ValueError("no pairs")
     return float(np.mean(1 / (1 + np.exp(-np.array(gaps)))))  # sigmoid(|difference|) is max(p, 1 - p)
@@ -105,14 +112,17 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int) -> tuple
 
 
 def length_controlled_win_rate(
-    ours: Sequence[float], theirs: Sequence[float], our_lengths: Sequence[float], their_lengths: Sequence[float]
+    ours: Sequence[float], theirs: Sequence[float], our_lengths: Sequence[float],
+    their_lengths: Sequence[float]
 ) -> float:
-    """How often ours would beat theirs if both were equally long, in (0, 1): much of the preference is length (detail 37).
+    """How often ours would beat theirs if both were equally long, in (0, 1): much of the preference is length
+    (detail 37).
 
-    All (N,), one number per prompt; lengths in any one unit. Fits p(win) = sigmoid(a + b * log(our length / their length))
-    by logistic regression, a tie being half a win, and gives sigmoid(a). Sources: the control for length is ST's (the log of
-    the ratio); the figure is that of AlpacaEval 2.0 (Dubois et al., 2404.04475). Where our length decides without exception
-    a and b have no finite fit: a ridge of 1e-6 a prompt keeps them finite and moves other figures by less than 1e-5.
+    All (N,), one number per prompt; lengths in any one unit. Fits p(win) = sigmoid(a + b * log(our length /
+    their length)) by logistic regression, a tie being half a win, and gives sigmoid(a). Sources: the control
+    for length is ST's (the log of the ratio); the figure is that of AlpacaEval 2.0 (Dubois et al.,
+    2404.04475). Where our length decides without exception a and b have no finite fit: a ridge of 1e-6 a
+    prompt keeps them finite and moves other figures by less than 1e-5.
 
     Raises:
         ValueError: for no prompts, and for a length that is not positive, which has no logarithm.
@@ -129,7 +139,9 @@ def length_controlled_win_rate(
 
 
 def _logistic_fit(inputs, outcomes, ridge=1e-6):
-    """Weights (D,) of the logistic regression of outcomes (N,) in [0, 1] on inputs (N, D), by damped Newton steps."""
+    """Weights (D,) of the logistic regression of outcomes (N,) in [0, 1] on inputs (N, D), by damped Newton
+    steps.
+    """
     weights = np.zeros(inputs.shape[1])
     for _ in range(100):
         p = 1 / (1 + np.exp(-inputs @ weights))
@@ -139,7 +151,8 @@ def _logistic_fit(inputs, outcomes, ridge=1e-6):
         largest = np.abs(inputs @ step).max()
         if largest < 1e-12:
             break
-        # a whole step may overshoot; so damped it always descends (Bach, 0910.4627), and near the optimum it is whole
+        # a whole step may overshoot; so damped it always descends (Bach, 0910.4627), and near the optimum it
+        # is whole
         weights = weights - step * np.log1p(largest) / largest
     return weights
 
@@ -147,7 +160,8 @@ def _logistic_fit(inputs, outcomes, ridge=1e-6):
 def reliability(
     probabilities: Sequence[float], outcomes: Sequence[float], bins: int = 10
 ) -> list[tuple[float, float, int]]:
-    """A reliability curve: (mean probability, mean outcome, count) of each bin that is not empty, lowest first (detail 20).
+    """A reliability curve: (mean probability, mean outcome, count) of each bin that is not empty, lowest
+    first (detail 20).
 
     Both (N,), outcomes 0 or 1. Bins have equal width; an edge belongs to the bin above it, 1 to the last one.
     """
@@ -157,21 +171,23 @@ def reliability(
     return [(float(p.mean()), float(y.mean()), len(p)) for p, y in found]
 
 
-def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> float:
+def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float],
+                               bins: int = 10) -> float:
     """Mean over predictions of |mean probability - mean outcome| of their bin in `reliability` (detail 20).
 
-    Both (N,), outcomes 0 or 1. Source: Guo et al., 1706.04599.
-    For ordered pairs (better, worse) the outcome would always be 1: pass max(p, 1 - p) and whether p was right.
+    Both (N,), outcomes 0 or 1. Source: Guo et al., 1706.04599. For ordered pairs (better, worse) the outcome
+    would always be 1: pass max(p, 1 - p) and whether p was right.
     """
     curve = reliability(probabilities, outcomes, bins)
     return sum(count * abs(p - y) for p, y, count in curve) / len(probabilities)
 
 
 def best_of_n(scores: Sequence[float], values: Sequence[float], n: int) -> float:
-    """Expected value of the best of n samples by score, unbiased: the mean over all subsets of size n of the N samples.
+    """Expected value of the best of n samples by score, unbiased: the mean over all subsets of size n of the
+    N samples.
 
-    Sorted by score, sample i of N is the best of C(i - 1, n - 1) of the C(N, n) subsets (Nakano et al., 2112.09332,
-    appendix I). Among equal scores any is the best one as often as another.
+    Sorted by score, sample i of N is the best of C(i - 1, n - 1) of the C(N, n) subsets (Nakano et al.,
+    2112.09332, appendix I). Among equal scores any is the best one as often as another.
 
     Args:
         scores: (N,), what the best one is chosen by.
@@ -200,13 +216,15 @@ def best_of_n_kl(n: int) -> float:
 
 
 def rank_correlation(first, second) -> float:
-    """Spearman's correlation of two columns of numbers, (N,) each: that of their ranks, equal numbers sharing their mean rank.
+    """Spearman's correlation of two columns of numbers, (N,) each: that of their ranks, equal numbers sharing
+    their mean rank.
 
     Not a number when one column is constant.
     """
     ranks = []
     for values in (first, second):
-        _, places, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+        _, places, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True,
+                                      return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[places])
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(*ranks)[0, 1])

@@ -38,7 +38,8 @@ def plot_sft(run) -> None:
     rows = run.read_metrics()
     rouge = {name: series(rows, f"eval/{name}") for name in ("rouge1", "rouge2", "rougeL")}
     curves(run.folder / "plots" / "sft.png",
-           {"SFT loss per token": {"loss": series(rows, "sft/loss")}, "ROUGE, generated, validation": rouge}, "step")
+           {"SFT loss per token": {"loss": series(rows, "sft/loss")}, "ROUGE, generated, validation": rouge},
+           "step")
 
 
 def plot_reward(run, pairs: list[tuple[float, float]]) -> None:
@@ -54,7 +55,8 @@ def plot_reward(run, pairs: list[tuple[float, float]]) -> None:
     figure, axis = plt.subplots(figsize=(5, 3.4))
     better, worse = zip(*pairs, strict=True)
     low, high = min(map(min, pairs)), max(map(max, pairs))
-    axis.hist([better, worse], bins=30, range=(low, high), label=["preferred", "other"], histtype="stepfilled", alpha=0.5)
+    axis.hist([better, worse], bins=30, range=(low, high), label=["preferred", "other"],
+              histtype="stepfilled", alpha=0.5)
     axis.set_title("Scores of the test pairs")
     axis.set_xlabel("score")
     axis.legend()
@@ -86,7 +88,8 @@ def plot_lengths(path, lengths: dict[str, np.ndarray]) -> None:
     lengths = {name: sizes for name, sizes in lengths.items() if len(sizes)}
     figure, axes = plt.subplots(1, len(lengths), figsize=(4.4 * len(lengths), 3.4), squeeze=False)
     for axis, (name, sizes) in zip(axes[0], lengths.items(), strict=True):
-        step = -(-int(sizes.max() - sizes.min() + 1) // 40)  # whole, or some bars would count more lengths than others
+        # whole, or some bars would count more lengths than others
+        step = -(-int(sizes.max() - sizes.min() + 1) // 40)
         axis.hist(sizes, bins=np.arange(sizes.min(), sizes.max() + step + 1, step) - 0.5)
         axis.axvline(np.median(sizes), color="black", linestyle=":", label=f"median {np.median(sizes):g}")
         axis.set_title(f"{len(sizes)} {name}s")
@@ -101,9 +104,11 @@ def plot_ppo(run) -> None:
     """Score, KL, length and gold score against the update."""
     rows = run.read_metrics()
     curves(run.folder / "plots" / "ppo.png", {
-        "reward model's score": {"rollouts": series(rows, "objective/score"), "validation": series(rows, "eval/score")},
+        "reward model's score": {"rollouts": series(rows, "objective/score"),
+                                 "validation": series(rows, "eval/score")},
         "KL [nats a summary]": {"rollouts": series(rows, "objective/kl")},
-        "length [tokens]": {"rollouts": series(rows, "objective/length"), "validation": series(rows, "eval/tokens")},
+        "length [tokens]": {"rollouts": series(rows, "objective/length"),
+                            "validation": series(rows, "eval/tokens")},
         "gold score": {"validation": series(rows, "eval/gold")},
     }, "update")
 
@@ -127,7 +132,8 @@ def plot_seeds(path, panels: dict[str, tuple[str, list[tuple[list, list]]]]) -> 
             axis.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1)
         at = [dict(zip(x, y, strict=True)) for x, y in lines]
         common = [step for step in at[0] if all(step in values for values in at)]
-        axis.plot(common, [sum(values[step] for values in at) / len(at) for step in common], color="tab:blue", linewidth=2.2)
+        axis.plot(common, [sum(values[step] for values in at) / len(at) for step in common], color="tab:blue",
+                  linewidth=2.2)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(xlabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -138,27 +144,34 @@ def plot_seeds(path, panels: dict[str, tuple[str, list[tuple[list, list]]]]) -> 
 
 
 def plot_over_optimisation(path, runs: list[dict], best_of_n: list[dict], caption: str) -> None:
-    """Reward-model score and gold score against the KL to the SFT policy, after Gao et al., 2210.10760, figure 1.
+    """Reward-model score and gold score against the KL to the SFT policy, after Gao et al., 2210.10760,
+    figure 1.
 
-    The axis is KL on a square-root scale: Gao et al. plot against its root, in which the curves are nearly parabolas.
+    The axis is KL on a square-root scale: Gao et al. plot against its root, in which the curves are nearly
+    parabolas.
 
     Args:
-        runs: {"label": ..., "points": [{"kl", "score", "gold", "greedy_gold"}], "picked": one of the points} of each
-            PPO run.
+        runs: {"label": ..., "points": [{"kl", "score", "gold", "greedy_gold"}], "picked": one of the points}
+            of each PPO run.
         best_of_n: [{"n", "kl", "score", "gold"}].
     """
-    titles = {"score": "reward model's score", "gold": "gold score", "greedy_gold": "gold score, nearly greedy summaries"}
+    titles = {"score": "reward model's score", "gold": "gold score",
+              "greedy_gold": "gold score, nearly greedy summaries"}
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), sharex=True)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for number, run in enumerate(runs):
-            axis.plot(*_columns(run["points"], name), color=f"C{number}", marker="o", markersize=3, linewidth=1.2,
+            axis.plot(*_columns(run["points"], name), color=f"C{number}", marker="o", markersize=3,
+                      linewidth=1.2,
                       label=run["label"])
-            axis.plot(*_columns([run["picked"]], name), color=f"C{number}", marker="*", markersize=15, markeredgecolor="black",
+            axis.plot(*_columns([run["picked"]], name), color=f"C{number}", marker="*", markersize=15,
+                      markeredgecolor="black",
                       linestyle="none", zorder=3)
         sampled = [] if name == "greedy_gold" else best_of_n  # it is made of samples
-        axis.plot(*_columns(sampled, name), color="black", linestyle="--", marker="s", markersize=4, label="best of n")
+        axis.plot(*_columns(sampled, name), color="black", linestyle="--", marker="s", markersize=4,
+                  label="best of n")
         for point in sampled:
-            axis.annotate(point["n"], (max(point["kl"], 0), point[name]), xytext=(3, -11), textcoords="offset points", fontsize=7)
+            axis.annotate(point["n"], (max(point["kl"], 0), point[name]), xytext=(3, -11),
+                          textcoords="offset points", fontsize=7)
         # estimates of a KL of 0 fall on both sides of it
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axis.set_xlim(left=0)

@@ -1,4 +1,5 @@
-"""Loading models, and giving them what this project needs: our heads, attention in blocks, no dropout, adapters.
+"""Loading models, and giving them what this project needs: our heads, attention in blocks, no dropout,
+adapters.
 
 Policies are stock `AutoModelForCausalLM` checkpoints, reward and value models stock
 `AutoModelForSequenceClassification` checkpoints with one label. Any architecture of transformers that takes a
@@ -29,13 +30,15 @@ def load_policy(parent: Parent):
     """A causal language model in float32.
 
     Raises:
-        UserError: when it cannot be loaded, weights are missing, or its head is not one that is built in here.
+        UserError: when it cannot be loaded, weights are missing, or its head is not one that is built in
+            here.
     """
     for change in _BEHIND_THE_HEAD:
         if getattr(parent.config, change, None) not in (None, 1, 1.0):
-            raise UserError(f"{parent.key}: '{parent.name}' changes its logits behind the head ({change} in its "
-                            "config.json), which is not built in here; use OPT, GPT-2, GPT-NeoX, Llama, Mistral, Qwen "
-                            "or another model without it")
+            raise UserError(f"{parent.key}: '{parent.name}' changes its logits behind the head "
+                            f"({change} in its "
+                            "config.json), which is not built in here; use OPT, GPT-2, GPT-NeoX, "
+                            "Llama, Mistral, Qwen or another model without it")
     return _pretrained(AutoModelForCausalLM, parent)
 
 
@@ -43,8 +46,8 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
     """A sequence classification model with one label: a reward or a value model.
 
     Args:
-        new_head_seed: for a fresh head on a language model's trunk, weights N(0, 1/sqrt(d+1)), d being the width that
-            reaches the head (detail 15; ST, N+). None: the checkpoint must have a head.
+        new_head_seed: for a fresh head on a language model's trunk, weights N(0, 1/sqrt(d+1)), d being the
+            width that reaches the head (detail 15; ST, N+). None: the checkpoint must have a head.
         vocab_size: of the policy whose tokens it is going to read; None: not known yet.
 
     Raises:
@@ -53,11 +56,13 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
     if new_head_seed is None:
         labels = parent.config
         if vocab_size not in (None, labels.vocab_size):
-            raise UserError(f"{parent.key}: '{parent.name}' has {labels.vocab_size} tokens, the policy {vocab_size}; use "
+            raise UserError(f"{parent.key}: '{parent.name}' has {labels.vocab_size} tokens, the policy "
+                            f"{vocab_size}; use "
                             "models of one family")
         kind = (labels.architectures or ["unknown"])[0]
         if labels.num_labels != 1 or "SequenceClassification" not in kind:
-            raise UserError(f"{parent.key}: '{parent.name}' is no reward model: {kind} with {labels.num_labels} labels, "
+            raise UserError(f"{parent.key}: '{parent.name}' is no reward model: {kind} with "
+                            f"{labels.num_labels} labels, "
                             "needed is a sequence classification model with one (made by train_reward.py)")
     new = () if new_head_seed is None else ("score.weight",)
     model = _pretrained(AutoModelForSequenceClassification, parent, new, num_labels=1)
@@ -65,8 +70,10 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
         generator = torch.Generator().manual_seed(new_head_seed)
         with gathered_weights(model.score, change=True):
             std = 1 / math.sqrt(model.score.in_features + 1)
-            # drawn on the CPU, for the same head on every device: under ZeRO-3 the weight is gathered on the card
-            model.score.weight.data.copy_(torch.empty(model.score.weight.shape).normal_(std=std, generator=generator))
+            # drawn on the CPU, for the same head on every device: under ZeRO-3 the weight is gathered on the
+            # card
+            model.score.weight.data.copy_(torch.empty(model.score.weight.shape).normal_(std=std,
+                                                                                        generator=generator))
         model.config.score_shift = 0.0
     return without_dropout(model)
 
@@ -84,18 +91,19 @@ def _pretrained(kind, parent: Parent, new=(), **more):
     missing = sorted(set(loaded["missing_keys"]) - set(new))
     for what, names in (("of another shape than its config.json says", wrong), ("missing", missing)):
         if names:
-            raise UserError(f"{parent.key}: '{parent.name}' cannot be loaded: {len(names)} weights are {what} "
-                            f"({names[0]}, ...)")
+            raise UserError(f"{parent.key}: '{parent.name}' cannot be loaded: {len(names)} "
+                            f"weights are {what} ({names[0]}, ...)")
     return with_our_heads(in_blocks(model))
 
 
 def in_blocks(model):
-    """Attention in blocks, for models that let the attention function be chosen; the others (Falcon) keep SDPA.
+    """Attention in blocks, for models that let the attention function be chosen; the others (Falcon) keep
+    SDPA.
 
     transformers refuses a model without SDPA before: most of these add the mask, which is boolean here.
 
-    cuDNN's kernel is off: it builds a plan for each new shape, and here every decoding step and batch has its own. On an
-    H200 256 responses of the mini model took 3.6 s with it in bfloat16, and 0.3 s without.
+    cuDNN's kernel is off: it builds a plan for each new shape, and here every decoding step and batch has its
+    own. On an H200 256 responses of the mini model took 3.6 s with it in bfloat16, and 0.3 s without.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if model.is_backend_compatible():
@@ -112,7 +120,9 @@ def with_our_heads(model):
 
 
 def trainable(model, config):
-    """The model as it is trained: with adapters when `lora_rank` is set, recomputing activations when asked for."""
+    """The model as it is trained: with adapters when `lora_rank` is set, recomputing activations when asked
+    for.
+    """
     if config.lora_rank:
         add_adapter(model, config)
     if config.gradient_checkpointing:
@@ -122,7 +132,8 @@ def trainable(model, config):
 
 def refuse_too_long(model, tokens: int, what: str) -> None:
     """Raise UserError when a row would need more positions than the model has."""
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", tokens)
+    limit = (getattr(model.config, "max_position_embeddings", None)
+             or getattr(model.config, "n_positions", tokens))
     if tokens > limit:
         raise UserError(f"{what} makes rows of {tokens} tokens, but the model has {limit} positions; lower "
                         "max_prompt_tokens")
@@ -130,7 +141,8 @@ def refuse_too_long(model, tokens: int, what: str) -> None:
 
 def without_dropout(model):
     """Switch every dropout off, in the module and in the config that is saved (detail 8)."""
-    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "resid_pdrop", "embd_pdrop",
+    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "resid_pdrop",
+                 "embd_pdrop",
                  "attn_pdrop", "hidden_dropout", "classifier_dropout", "summary_first_dropout"):
         if getattr(model.config, name, None):
             setattr(model.config, name, 0.0)
@@ -148,7 +160,8 @@ class ScalarHead(nn.Linear):
 
     def forward(self, states):
         with torch.autocast(states.device.type, enabled=False):
-            return linear(states.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            return linear(states.float(), self.weight.float(), None if self.bias is None
+                          else self.bias.float())
 
 
 def centre_scores(reward_model, mean: float) -> None:

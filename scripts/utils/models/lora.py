@@ -1,7 +1,7 @@
 """LoRA (Hu et al., 2106.09685): small trainable matrices beside frozen weights, with peft's layers.
 
-The layers are put into the stock model, whose class and forward stay, and are merged into its weights at the end:
-every checkpoint in final/ is a stock one.
+The layers are put into the stock model, whose class and forward stay, and are merged into its weights at the
+end: every checkpoint in final/ is a stock one.
 """
 
 import copy
@@ -13,14 +13,18 @@ from utils.zero import gathered_weights
 
 
 def add_adapter(model, config):
-    """Freeze `model`, and give every linear layer but its heads a trainable adapter of rank `config.lora_rank`, in place.
+    """Freeze `model`, and give every linear layer but its heads a trainable adapter of rank
+    `config.lora_rank`, in place.
 
     The fresh adapter changes nothing: one of its two matrices is 0. A scalar head is trained whole.
     """
-    heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None)) if head is not None}
-    targets = [name for name, module in model.named_modules() if _is_linear(module) and id(module) not in heads]
+    heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None))
+             if head is not None}
+    targets = [name for name, module in model.named_modules() if _is_linear(module)
+               and id(module) not in heads]
     model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets), model)
+    inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha,
+                                       target_modules=targets), model)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
     return model
@@ -31,7 +35,8 @@ def _is_linear(module) -> bool:
 
 
 def share_weights(model):
-    """A second model on the same weights, since what is frozen needs no second copy. A scalar head is copied."""
+    """A second model on the same weights, since what is frozen needs no second copy. A scalar head is copied.
+    """
     second = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     if hasattr(model, "score"):
         with gathered_weights(model.score):
@@ -40,7 +45,9 @@ def share_weights(model):
 
 
 def merge_adapter(model):
-    """Add the adapters to the weights and take their layers out, in place: a stock model. Without adapters nothing happens."""
+    """Add the adapters to the weights and take their layers out, in place: a stock model. Without adapters
+    nothing happens.
+    """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in layers:
         with gathered_weights(module, change=True):

@@ -14,8 +14,8 @@ from utils.models.prompt_groups import PromptGroups, attention_mask, end_states,
 class GroupModel(nn.Module):
     """A model whose forward is one of the functions below.
 
-    Engines and wrappers (DDP, DeepSpeed, autocast) hook the forward of the module they are given. So the stock model
-    stays as it is, and what is saved is the stock model.
+    Engines and wrappers (DDP, DeepSpeed, autocast) hook the forward of the module they are given. So the
+    stock model stays as it is, and what is saved is the stock model.
     """
 
     def __init__(self, model, outputs):
@@ -42,12 +42,16 @@ def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch
     The temperature divides the logits, as it does in sampling (detail 25).
     """
     states = response_states(hidden_states(policy, groups), groups)
-    found = token_logprobs(policy.get_output_embeddings(), states, groups.responses[groups.response_mask], temperature)
+    found = token_logprobs(policy.get_output_embeddings(), states, groups.responses[groups.response_mask],
+                           temperature)
     return spread(found, groups.response_mask)
 
 
-def logprobs_and_entropy(policy, states, groups: PromptGroups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`response_logprobs` from the policy's `response_states`, and each token's entropy without a gradient, both (N, R)."""
+def logprobs_and_entropy(policy, states, groups: PromptGroups,
+                         temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`response_logprobs` from the policy's `response_states`, and each token's entropy without a gradient,
+    both (N, R).
+    """
     tokens = groups.responses[groups.response_mask]
     found = token_logprobs_and_entropy(policy.get_output_embeddings(), states, tokens, temperature)
     return tuple(spread(values, groups.response_mask) for values in found)

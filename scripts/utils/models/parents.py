@@ -36,7 +36,8 @@ class Parent:
         if self.folder is not None and not (self.folder / "config.json").is_file():
             raise UserError(f"{key}: '{self.folder}' is not a model folder (it has no config.json)")
         if self.folder is None and not is_hub_name(name):
-            raise UserError(f"{key}: no model folder at '{name}'; train that stage first or give another folder or hub "
+            raise UserError(f"{key}: no model folder at '{name}'; train that stage first or give "
+                            f"another folder or hub "
                             "name")
 
     @property
@@ -45,7 +46,8 @@ class Parent:
         return self.name if self.folder is None else str(self.folder)
 
     def load(self, loader):
-        """`loader(path)`; whatever a broken folder makes the libraries raise becomes a UserError of one line."""
+        """`loader(path)`; whatever a broken folder makes the libraries raise becomes a UserError of one line.
+        """
         try:
             return loader(self.path)
         except Exception as error:  # the libraries raise anything, their own kinds among them
@@ -63,7 +65,8 @@ class Parent:
         try:
             return self.config.hidden_size
         except AttributeError as error:
-            raise UserError(f"{self.key}: the config of '{self.name}' says no hidden_size ({error})") from None
+            raise UserError(
+                f"{self.key}: the config of '{self.name}' says no hidden_size ({error})") from None
 
     @cached_property
     def tokenizer(self):
@@ -71,14 +74,17 @@ class Parent:
         # without any of these files transformers makes up an empty tokenizer
         if self.folder is not None and not any((self.folder / file).is_file() for file in _TOKENIZER_FILES):
             raise UserError(f"{self.key}: '{self.name}' holds a model but no tokenizer files "
-                            f"({', '.join(_TOKENIZER_FILES)}); copy those of the model it was made from into it")
+                            f"({', '.join(_TOKENIZER_FILES)}); copy those of the model it was "
+                            f"made from into it")
         tokenizer = self.load(lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
         if tokenizer.eos_token_id is None:
-            raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no EOS token, so no summary could ever end")
+            raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no EOS token, so no "
+                            f"summary could ever end")
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-            raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no PAD token of its own (PAD must differ "
-                            "from EOS, or the EOS is masked away and generation never learns to stop); add one to the "
-                            "tokenizer and save it")
+            raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no PAD token of its own "
+                            f"(PAD must differ "
+                            "from EOS, or the EOS is masked away and generation never learns to "
+                            "stop); add one to the tokenizer and save it")
         return tokenizer
 
     @cached_property
@@ -91,7 +97,8 @@ class Parent:
         except ValueError:
             stage = None
         if not isinstance(stage, dict):
-            raise UserError(f"{self.key}: '{self.folder / 'stage.json'}' is no JSON object; train that stage again, or "
+            raise UserError(f"{self.key}: '{self.folder / 'stage.json'}' is no JSON object; train "
+                            f"that stage again, or "
                             "remove the file if the model was not made here")
         return stage
 
@@ -124,8 +131,8 @@ def task_of(tokenizer) -> dict:
 def check_task(*parents: Parent) -> None:
     """Refuse parents of the wrong stage or trained on another task, before a weight is loaded.
 
-    The first parent's tokenizer is the one that the stage uses. A parent without stage.json is not known to be of a
-    task, but its tokenizer can be compared.
+    The first parent's tokenizer is the one that the stage uses. A parent without stage.json is not known to
+    be of a task, but its tokenizer can be compared.
 
     Raises:
         UserError: naming the key, what differs, and both values.
@@ -136,12 +143,14 @@ def check_task(*parents: Parent) -> None:
         if theirs is None:
             theirs = {} if parent is parents[0] else task_of(parent.tokenizer)
         elif theirs.get("stage") not in _STAGES_OF[parent.key]:
-            raise UserError(f"{parent.key}: '{parent.name}' comes from the stage '{theirs.get('stage')}'; needed is one "
-                            f"of {' or '.join(_STAGES_OF[parent.key])}")
+            raise UserError(f"{parent.key}: '{parent.name}' comes from the stage "
+                            f"'{theirs.get('stage')}'; needed is one of "
+                            f"{' or '.join(_STAGES_OF[parent.key])}")
         for item, value in ours.items():
             if item in theirs and theirs[item] != value:
-                raise UserError(f"{parent.key}: '{parent.name}' was trained with another {item.replace('_', ' ')} "
-                                f"({theirs[item]!r:.60} there, {value!r:.60} here); use models of one family")
+                raise UserError(f"{parent.key}: '{parent.name}' was trained with another "
+                                f"{item.replace('_', ' ')} ({theirs[item]!r:.60} there, {value!r:.60} here); "
+                                f"use models of one family")
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,6 @@
-"""The models of PPO: policy and value model, which are trained together, and the frozen reference and reward model."""
+"""The models of PPO: policy and value model, which are trained together, and the frozen reference and reward
+model.
+"""
 
 from typing import NamedTuple
 
@@ -24,8 +26,8 @@ from utils.models.prompt_groups import PromptGroups, response_states, spread
 class PolicyAndValue(nn.Module):
     """What PPO trains, as one module, so that there is one engine and one optimizer.
 
-    `value_model` is a scalar model of its own (detail 22); or a linear layer (D, 1) on the policy's last hidden states,
-    which share the trunk; or None, for advantages that need no values.
+    `value_model` is a scalar model of its own (detail 22); or a linear layer (D, 1) on the policy's last
+    hidden states, which share the trunk; or None, for advantages that need no values.
     """
 
     def __init__(self, policy, value_model: nn.Module | None):
@@ -35,9 +37,11 @@ class PolicyAndValue(nn.Module):
         self.frozen = nn.ModuleList()  # under DeepSpeed the frozen models, which its engine then shards, too
 
     def forward(self, groups: PromptGroups, temperature: float, supervised: bool = False):
-        """New log-probs, entropy and values of a batch, each (N, R); the values are None without a value model.
+        """New log-probs, entropy and values of a batch, each (N, R); the values are None without a value
+        model.
 
-        Of supervised examples the log-probs alone (N, R). They go through the same forward, because engines hook it.
+        Of supervised examples the log-probs alone (N, R). They go through the same forward, because engines
+        hook it.
         """
         if supervised:
             return response_logprobs(self.policy, groups, temperature)
@@ -48,7 +52,8 @@ class PolicyAndValue(nn.Module):
     def values(self, groups: PromptGroups) -> torch.Tensor | None:
         """Value of the state before each response token, float32 (N, R); None without a value model."""
         shares = isinstance(self.value_model, nn.Linear)
-        return self._values(groups, response_states(hidden_states(self.policy, groups), groups) if shares else None)
+        return self._values(groups, response_states(hidden_states(self.policy, groups), groups) if shares
+                            else None)
 
     def _values(self, groups, states):
         if self.value_model is None:
@@ -83,12 +88,13 @@ class Models(NamedTuple):
 def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
     """Policy and value model in one module; reference and reward model frozen.
 
-    With LoRA the reference policy shares the policy's weights and the reward model those of a separate value model,
-    without their adapters.
+    With LoRA the reference policy shares the policy's weights and the reward model those of a separate value
+    model, without their adapters.
     """
     policy = without_dropout(load_policy(policy_parent))
     reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.vocab_size)
-    refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
+    refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens,
+                    "max_prompt_tokens + max_new_tokens")
     if config.ptx_coef:
         refuse_too_long(policy, config.max_prompt_tokens + config.max_completion_tokens,
                         "max_prompt_tokens + max_completion_tokens")

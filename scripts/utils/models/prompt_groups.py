@@ -27,12 +27,12 @@ class PromptGroups(NamedTuple):
     position_ids: torch.Tensor  # (B, T)
     owners: torch.Tensor  # (B, T) number of the token's group, -1 = padding
     segments: torch.Tensor  # (B, T) 0 = prompt, k = k-th completion of the group, -1 = padding
-    rows: torch.Tensor  # (N,) row of each completion
+    row_index: torch.Tensor  # (N,) row of each completion
     # (N, R) column of the token *before* each response token: the prompt's last for the first
-    states: torch.Tensor
+    state_columns: torch.Tensor
     responses: torch.Tensor  # (N, R) response tokens
     response_mask: torch.Tensor  # (N, R) True = a real response token
-    ends: torch.Tensor  # (N,) column of each completion's last token
+    end_columns: torch.Tensor  # (N,) column of each completion's last token
 
     def to(self, device) -> "PromptGroups":
         """The same batch on another device."""
@@ -62,10 +62,10 @@ def pack(
     position_ids = torch.zeros((height, width), dtype=torch.long)
     owners = torch.full((height, width), -1)
     segments = torch.full((height, width), -1)
-    states = torch.zeros((count, longest), dtype=torch.long)
+    state_columns = torch.zeros((count, longest), dtype=torch.long)
     responses = torch.full((count, longest), pad_id)
     response_mask = torch.zeros((count, longest), dtype=torch.bool)
-    rows, ends = [], []
+    row_index, end_columns = [], []
     for owner, (prompt, group, (row, first)) in enumerate(zip(prompts, completions, places, strict=True)):
         column = first + len(prompt)
         input_ids[row, first:column] = torch.tensor(prompt)
@@ -73,21 +73,21 @@ def pack(
         segments[row, first:column] = 0
         owners[row, first : first + sizes[owner]] = owner
         for k, completion in enumerate(group, start=1):
-            n, size = len(rows), len(completion)
+            n, size = len(row_index), len(completion)
             tokens = torch.tensor(completion)
             input_ids[row, column : column + size] = tokens
             position_ids[row, column : column + size] = torch.arange(len(prompt), len(prompt) + size)
             segments[row, column : column + size] = k
-            states[n, :size] = torch.arange(column - 1, column - 1 + size)
+            state_columns[n, :size] = torch.arange(column - 1, column - 1 + size)
             # the token before a completion in its row is another completion's, except for the first
-            states[n, 0] = first + len(prompt) - 1
+            state_columns[n, 0] = first + len(prompt) - 1
             responses[n, :size] = tokens
             response_mask[n, :size] = True
-            rows.append(row)
-            ends.append(column + size - 1)
+            row_index.append(row)
+            end_columns.append(column + size - 1)
             column += size
-    return PromptGroups(input_ids, position_ids, owners, segments, torch.tensor(rows), states, responses,
-                        response_mask, torch.tensor(ends))
+    return PromptGroups(input_ids, position_ids, owners, segments, torch.tensor(row_index), state_columns,
+                        responses, response_mask, torch.tensor(end_columns))
 
 
 def unpack(groups: PromptGroups) -> list[tuple[list[int], list[list[int]]]]:
@@ -168,13 +168,13 @@ def response_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
     Returns:
         (M, D), M = number of True in `response_mask`.
     """
-    rows = groups.rows[:, None].expand_as(groups.states)
-    return hidden[rows[groups.response_mask], groups.states[groups.response_mask]]
+    rows = groups.row_index[:, None].expand_as(groups.state_columns)
+    return hidden[rows[groups.response_mask], groups.state_columns[groups.response_mask]]
 
 
 def end_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
     """Hidden states at each completion's last token: (N, D) from (B, T, D)."""
-    return hidden[groups.rows, groups.ends]
+    return hidden[groups.row_index, groups.end_columns]
 
 
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Checkpoints: written aside and renamed when complete, with checksums, so that a kill at any moment leaves one to resume."""
+"""Checkpoints: written aside and renamed when complete, with checksums, so that a kill at any moment leaves
+one to resume.
+"""
 
 import hashlib
 import json
@@ -24,7 +26,9 @@ def trainable_weights(module: torch.nn.Module) -> Weights:
 
 
 def save_weights(weights: Weights, folder: Path, name: str) -> None:
-    """Write the weights to `folder/name-*.safetensors` on the main process; all ranks must call it under ZeRO-3."""
+    """Write the weights to `folder/name-*.safetensors` on the main process; all ranks must call it under
+    ZeRO-3.
+    """
     folder.mkdir(exist_ok=True)
     for number, part in enumerate(in_files(weights), start=1):
         state = gathered_copy(part)
@@ -131,7 +135,9 @@ def _checked_manifest(path: Path) -> dict | None:
 
 
 class Best:
-    """The best weights so far, in `checkpoints/best-N`, N being the step they were offered at (details 14, 33)."""
+    """The best weights so far, in `checkpoints/best-N`, N being the step they were offered at (details 14,
+    33).
+    """
 
     def __init__(self, checkpoints: CheckpointFolder):
         self.checkpoints, self.found = checkpoints, None  # found: {"step", "score", ...} or None
@@ -152,12 +158,14 @@ class Best:
         if self.found is None:
             return
         load_weights(weights, self.checkpoints.folder / f"best-{self.found['step']}", "best")
-        others = "".join(f", {name} {value:.3f}" for name, value in self.found.items() if name not in ("step", "score"))
-        self.checkpoints.run.log(f"best weights: those of {self.checkpoints.run.unit} {self.found['step']}, held-out score "
-                                 f"{self.found['score']:.3f}{others}")
+        others = "".join(f", {name} {value:.3f}" for name, value in self.found.items()
+                         if name not in ("step", "score"))
+        self.checkpoints.run.log(f"best weights: those of {self.checkpoints.run.unit} "
+                                 f"{self.found['step']}, held-out score {self.found['score']:.3f}{others}")
 
     def drop_forgotten(self, kept: list[dict | None]) -> None:
-        """Remove the best weights that neither this run nor a checkpoint (its best: `kept`) would go back to."""
+        """Remove the best weights that neither this run nor a checkpoint (its best: `kept`) would go back to.
+        """
         names = {f"best-{best['step']}" for best in [self.found, *kept] if best}
         for old in self.checkpoints.paths("best"):
             if old.name not in names:

@@ -1,4 +1,6 @@
-"""A step whose loss or gradient is not finite is left out; several in a row end the run, before it saves its weights."""
+"""A step whose loss or gradient is not finite is left out; several in a row end the run, before it saves its
+weights.
+"""
 
 import json
 import math
@@ -18,8 +20,9 @@ _IN_A_ROW = 3
 class Divergence:
     """Watches the loss and the gradient of each optimizer step. All ranks decide alike.
 
-    fp16 finds its loss scale by steps whose gradient overflows, so there only the loss counts. DeepSpeed's engine steps
-    inside the backward pass, where no step can be left out any more: there the first one ends the run.
+    fp16 finds its loss scale by steps whose gradient overflows, so there only the loss counts. DeepSpeed's
+    engine steps inside the backward pass, where no step can be left out any more: there the first one ends
+    the run.
     """
 
     def __init__(self, run: Run, tokenizer, accelerator: Accelerator):
@@ -55,7 +58,8 @@ class Divergence:
         return False
 
     def end(self) -> None:
-        """The run's last step is done. If several were left out there, a third cannot come any more: refuse."""
+        """The run's last step is done. If several were left out there, a third cannot come any more: refuse.
+        """
         if self.row > 1:
             self._refuse()
 
@@ -76,10 +80,12 @@ class Divergence:
 
     def _message(self):
         before = f", as in {self.row - 1} before it" if self.row > 1 else ""
-        return f"{self.run.unit} {self.step}: the loss or the gradient is not finite (NaN or infinite){before}"
+        return (f"{self.run.unit} {self.step}: the loss or the gradient is not finite (NaN or "
+                f"infinite){before}")
 
     def _refuse(self):
-        raise UserError(f"{self._message()}: lower learning_rate, or look for broken rows in '{self.path}'; the last "
+        raise UserError(f"{self._message()}: lower learning_rate, or look for broken rows in "
+                        f"'{self.path}'; the last "
                         "checkpoint is intact")
 
     def _rows(self, loss, groups):

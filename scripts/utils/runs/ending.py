@@ -35,20 +35,24 @@ def end_stage(run: Run, model, tokenizer, parents: list[Parent], ending: Ending)
 
 
 def stage_folders(run: Run, parents: list[Parent]) -> dict[str, Path]:
-    """Run folders by stage, in the order of the stages: those whose final/ the parents are, and this run's own."""
+    """Run folders by stage, in the order of the stages: those whose final/ the parents are, and this run's
+    own.
+    """
     folders = dict(parent.run for parent in parents if parent.run is not None) | {run.stage: run.folder}
     return {stage: folders[stage] for stage in ("sft", "reward", "ppo") if stage in folders}
 
 
 def print_stages(folders: dict[str, Path]) -> None:
-    """The table at the end: what each stage reached, with intervals where they are known; and where it all lies.
+    """The table at the end: what each stage reached, with intervals where they are known; and where it all
+    lies.
 
     Args:
         folders: run folder of each stage, each with its summary.json.
     """
     if not world().is_main_process:  # the others may be here before the summary is written
         return
-    summaries = {stage: json.loads((folder / "summary.json").read_text()) for stage, folder in folders.items()}
+    summaries = {stage: json.loads((folder / "summary.json").read_text())
+                 for stage, folder in folders.items()}
     table = Table(title="RLHF in three stages", title_justify="left")
     for column in ("stage", "measure", "before", "after", "95 % interval", "seconds"):
         table.add_column(column)
@@ -63,7 +67,8 @@ def print_stages(folders: dict[str, Path]) -> None:
 
 def _stage_rows(summaries):
     if sft := summaries.get("sft"):
-        yield ("sft", "ROUGE mean on held-out posts", _f(sft["base_rouge_avg"]), _f(sft["rouge_avg"]), "", _s(sft))
+        yield ("sft", "ROUGE mean on held-out posts", _f(sft["base_rouge_avg"]), _f(sft["rouge_avg"]), "",
+               _s(sft))
     if reward := summaries.get("reward"):
         span = f"{_f(reward['accuracy_low'])} - {_f(reward['accuracy_high'])}"
         yield ("reward", "pair accuracy (before: the longer wins)", _f(reward["longest_accuracy"]),

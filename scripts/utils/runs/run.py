@@ -1,4 +1,6 @@
-"""The run directory is the experiment: configuration, metrics, samples, log, summary, plots, checkpoints, final."""
+"""The run directory is the experiment: configuration, metrics, samples, log, summary, plots, checkpoints,
+final.
+"""
 
 import itertools
 import json
@@ -37,11 +39,14 @@ class _AboveBars(logging.StreamHandler):
             super().emit(record)
 
 
-UNITS = {"sft": "step", "reward": "step", "ppo": "update"}  # what a stage counts, and calls its checkpoints by
+# what a stage counts, and calls its checkpoints by
+UNITS = {"sft": "step", "reward": "step", "ppo": "update"}
 
 
 class Run:
-    """One stage's run directory. Made when all inputs have been checked, so that a mistake leaves nothing behind."""
+    """One stage's run directory. Made when all inputs have been checked, so that a mistake leaves nothing
+    behind.
+    """
 
     def __init__(self, config, stage: str, report: DataReport):
         self.config, self.stage, self.is_main = config, stage, world().is_main_process
@@ -62,11 +67,13 @@ class Run:
     def _open(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.folder / "config.yaml")  # the first, for without it nothing can be resumed
+            # the first, for without it nothing can be resumed
+            save_config(self.config, self.folder / "config.yaml")
             (self.folder / "plots").mkdir(exist_ok=True)
             _end_line(self.folder / "metrics.jsonl")
         except OSError as error:
-            raise UserError(f"output_dir: '{self.folder}' cannot be written to ({error.strerror}); name another") from None
+            raise UserError(f"output_dir: '{self.folder}' cannot be written to "
+                            f"({error.strerror}); name another") from None
 
     def _logger(self):
         log = logging.getLogger(f"{self.stage}.{self.folder}")
@@ -87,7 +94,9 @@ class Run:
         self._lines.info(message)
 
     def metrics(self, step: int, values: dict) -> None:
-        """One line of metrics.jsonl, and the experiment trackers. NaN and infinity, which JSON has not, become null."""
+        """One line of metrics.jsonl, and the experiment trackers. NaN and infinity, which JSON has not,
+        become null.
+        """
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.is_main:
             _append(self.folder / "metrics.jsonl", [{"step": step, **values}])
@@ -109,7 +118,9 @@ class Run:
             self._write_all("samples.jsonl", rows)
 
     def _write_all(self, name: str, rows: Iterable[dict]) -> None:
-        """A whole file of rows, none when there is no row; one of the run that this one goes on with is replaced."""
+        """A whole file of rows, none when there is no row; one of the run that this one goes on with is
+        replaced.
+        """
         (self.folder / name).unlink(missing_ok=True)
         first = next(rows := iter(rows), None)
         if first is not None:
@@ -177,9 +188,11 @@ class Run:
         """Say how to go on, and leave with the signal's exit status."""
         processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes != "1" else []
-        command = shlex.join([sys.executable, *launcher, *sys.argv, *([] if self.config.resume else ["--resume"])])
+        command = shlex.join([sys.executable, *launcher, *sys.argv,
+                              *([] if self.config.resume else ["--resume"])])
         if not resumable():
-            self.log("stopped; a run with its optimizer on NVMe cannot go on (docs/scaling.md): start a new one")
+            self.log("stopped; a run with its optimizer on NVMe cannot go on "
+                     "(docs/scaling.md): start a new one")
         elif os.environ.get("WORLD_SIZE", "1") != processes:  # where the nodes met is not known here
             self.log("stopped; go on with the same command on each node, and --resume")
         else:
@@ -191,27 +204,32 @@ def refuse_impossible(config) -> None:
     """Everything that would stop the run later and can be known before a file is read.
 
     Raises:
-        UserError: for an output folder in use, another configuration than that of the run to resume, a tracker that
-            is not installed, or half precision on a machine that has none.
+        UserError: for an output folder in use, another configuration than that of the run to resume, a
+            tracker that is not installed, or half precision on a machine that has none.
     """
     refuse_used_folder(config)
     world().wait_for_everyone()  # no rank makes the folder before all have found it unused
     trackers = {name for name in get_available_reporting_integrations() if name in LoggerType}
     for name in config.report_to:
         if name not in {*trackers, "none"}:
-            raise UserError(f"report_to: '{name}' is not installed, or no tracker; here are: {', '.join(sorted(trackers))}, none")
+            raise UserError(f"report_to: '{name}' is not installed, or no tracker; here are: "
+                            f"{', '.join(sorted(trackers))}, none")
     if config.mixed_precision == "fp16" and world().device.type == "cpu":
         raise UserError("mixed_precision: fp16 needs a GPU; take bf16 or no")
 
 
 def refuse_used_folder(config) -> None:
-    """Raise UserError for a non-empty `output_dir` without `resume`, and for `resume` without its run to go on with."""
+    """Raise UserError for a non-empty `output_dir` without `resume`, and for `resume` without its run to go
+    on with.
+    """
     try:
         folder = Path(config.output_dir).expanduser()
-        used = folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _nothing_trained(folder)))
+        used = (folder.exists()
+                and not (folder.is_dir() and (not any(folder.iterdir()) or _nothing_trained(folder))))
     except (OSError, RuntimeError) as error:  # too long, or ~somebody who is not here
         reason = getattr(error, "strerror", error)
-        raise UserError(f"output_dir: '{config.output_dir}' cannot be used ({reason}); name another") from None
+        raise UserError(
+            f"output_dir: '{config.output_dir}' cannot be used ({reason}); name another") from None
     if used and not config.resume:
         raise UserError(f"output_dir: '{folder}' is in use; go on with --resume, or name a new --output_dir")
     if config.resume and (folder / "final").exists():
@@ -223,9 +241,12 @@ def refuse_used_folder(config) -> None:
 
 
 def _nothing_trained(folder: Path) -> bool:
-    """Whether a run ended here before its first step, by a mistake say: nothing to lose, and nothing to go on with."""
+    """Whether a run ended here before its first step, by a mistake say: nothing to lose, and nothing to go on
+    with.
+    """
     config = {"config.yaml", "config.tmp"}
-    ours = {*config, "data.json", "data.tmp", "rejected_rows.jsonl", "metrics.jsonl", "train.log", "plots", "tensorboard",
+    ours = {*config, "data.json", "data.tmp", "rejected_rows.jsonl", "metrics.jsonl", "train.log", "plots",
+            "tensorboard",
             "checkpoints"}
     names = {path.name for path in folder.iterdir()}
     if not names & config or not names <= ours:
@@ -242,7 +263,8 @@ def _refuse_other_config(config, path: Path) -> None:
     saved, _ = read_yaml(path)
     for name, value in asdict(config).items():
         if name not in _FREE and saved.get(name, value) != value:
-            raise UserError(f"resume: '{name}' is {value!r} here, but the run in '{path.parent}' has {saved[name]!r}; "
+            raise UserError(f"resume: '{name}' is {value!r} here, but the run in '{path.parent}' has "
+                            f"{saved[name]!r}; "
                             "resume with the same configuration, or name a new --output_dir")
 
 
@@ -267,7 +289,8 @@ def finished_run(name: str, stage: str, field: str) -> tuple[Path, dict]:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{field}: no finished run in '{folder}' (it has no summary.json); train it to its end first") from None
+        raise UserError(f"{field}: no finished run in '{folder}' (it has no summary.json); train "
+                        f"it to its end first") from None
     except ValueError:
         summary = None
     if not isinstance(summary, dict):
@@ -276,7 +299,9 @@ def finished_run(name: str, stage: str, field: str) -> tuple[Path, dict]:
 
 
 def output_file(name: str, field: str, suffix: str) -> Path:
-    """Where a result goes. Raises UserError when its folder is not there or its name ends otherwise than in `suffix`."""
+    """Where a result goes. Raises UserError when its folder is not there or its name ends otherwise than in
+    `suffix`.
+    """
     path = Path(name)
     if path.suffix != suffix or not path.parent.is_dir():
         raise UserError(f"{field}: '{name}' must be a {suffix} file in a folder that exists")
@@ -285,7 +310,8 @@ def output_file(name: str, field: str, suffix: str) -> Path:
 
 def _commit() -> str:
     try:
-        done = subprocess.run(["git", "-C", PROJECT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", PROJECT, "rev-parse", "HEAD"], capture_output=True, text=True,
+                              check=False)
     except OSError:  # no git on this machine
         return "unknown"
     return done.stdout.strip() or "unknown"

@@ -23,7 +23,9 @@ class TokenSums:
 
     def means(self) -> dict[str, float]:
         """Sums over tokens, and maxima, of all ranks; all ranks must call it with the same names."""
-        sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self.sums.items())}
+        sums = {name: self.accelerator.reduce(value, "sum").item()
+                for name, value in sorted(self.sums.items())}
         tokens = sums.pop("tokens")
-        maxima = {name: self.accelerator.reduce(value, "max").item() for name, value in sorted(self.maxima.items())}
+        maxima = {name: self.accelerator.reduce(value, "max").item()
+                  for name, value in sorted(self.maxima.items())}
         return {name: value / tokens for name, value in sums.items()} | maxima
