@@ -75,6 +75,7 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
                                                     None),
            "scripts/prepare_data.py": ("prepare_data", "PrepareConfig", None),
            "scripts/studies/benchmark.py": ("studies.benchmark", "BenchmarkConfig", None),
+           "scripts/studies/gpu_check.py": ("studies.gpu_check", "CheckConfig", None),
            "scripts/studies/measure_memory.py": ("studies.measure_memory", "MeasureConfig", None),
            "scripts/plan_memory.py": ("plan_memory", "PlanConfig", None)}
 # takes no configuration: the words that the documents may give it
