@@ -177,43 +177,41 @@ class PPOStageConfig(StageConfig):
 
 
 def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJudge | None) -> None:
-    """PPO. Sampling and scoring call the models inside the accelerator's wrapper, so they need its autocast
-    (detail 27).
-
-    Its blocks must be short: autocast keeps the weights it has cast until its end, and they are old after a
-    step.
-    """
+    """PPO. Shapes: N episodes of this rank, R tokens in the longest response."""
     config = loop.config
-    for update, places in loop.steps(PromptBatches(len(posts.prompts), config.prompts_per_update,
-                                                   config.seed)):
+    batches = PromptBatches(len(posts.prompts), config.prompts_per_update, config.seed)
+    for update, places in loop.steps(batches):
         began = time.time()
         queries = [posts.prompts[place] for place in places][own_prompts(loop)]
+        # These call the models inside the accelerator's wrapper, so they need its autocast (detail 27). The
+        # block is short: autocast keeps the weights it has cast until its end, and a step makes them old.
         with torch.no_grad(), loop.accelerator.autocast():
             episodes = sample_episodes(loop, models.policy, queries, update)
             score = episodes.measure(partial(scores, models.reward_model))  # (N,)
-            ref_logprobs = episodes.measure(partial(response_logprobs, models.ref_policy,
-                                                    temperature=config.temperature))
-            values = episodes.measure(models.trained.values)  # (N, R) of the state before each token
+            reference = partial(response_logprobs, models.ref_policy, temperature=config.temperature)
+            ref_logprobs = episodes.measure(reference)  # (N, R)
+            values = episodes.measure(models.trained.values)  # (N, R), of the state before each token
         mask, logprobs = episodes.response_mask, episodes.logprobs
-        score = missing_eos_penalty(score, episodes.ended, config.missing_eos_score)  # detail 26
+        # a response that does not end gets a fixed score, or length would be free (detail 26)
+        score = missing_eos_penalty(score, episodes.ended, config.missing_eos_score)
         kl = kl_estimate(logprobs, ref_logprobs, config.kl_estimator)  # (N, R), detail 24
-        # detail 23
+        # the KL is paid at every token, the score at the last one (detail 23)
         rewards = token_rewards(clipped(score, config.score_clip), kl, mask, loop.carried["kl_coef"])
         if config.whiten_rewards:
             rewards = whitened(loop, rewards, mask, shift_mean=False)  # detail 30
-        advantages, returns = estimate_advantages(loop, rewards, values, mask)  # details 29 and 30
+        advantages, returns = estimate_advantages(loop, rewards, values, mask)  # (N, R), details 29 and 30
         rollout = Rollout(mask, logprobs, ref_logprobs, values, score, rewards, advantages, returns)
 
         figures = rollout_metrics(loop, rollout, episodes.ended)
-        refuse_collapse(loop, figures, update)
+        refuse_collapse(loop, figures, update)  # before the update makes it worse
         sampled = time.time()
         figures |= optimise(loop, models, episodes, rollout, posts.supervised)
         if config.kl_target is not None:
-            loop.carried["kl_coef"] = adapted_kl_coef(loop.carried["kl_coef"], figures["objective/kl"],
-                                                      config.kl_target,
-                                                      config.episodes_per_update, config.kl_horizon)
-        loop.run.metrics(update, figures | {"time/rollout": sampled - began,
-                                            "time/update": time.time() - sampled})
+            loop.carried["kl_coef"] = adapted_kl_coef(
+                loop.carried["kl_coef"], figures["objective/kl"], config.kl_target,
+                config.episodes_per_update, config.kl_horizon)
+        seconds = {"time/rollout": sampled - began, "time/update": time.time() - sampled}
+        loop.run.metrics(update, figures | seconds)
         loop.show(score=figures["objective/score"], kl=figures["objective/kl"])
         if loop.evaluates(update):
             evaluate(loop, models, posts.validation, judge, gold, update)
@@ -221,8 +219,10 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
 
 def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout,
              supervised: Tokenised | None) -> dict:
-    """Up to `ppo_epochs` passes of the clipped objective (detail 31); metrics are means over all tokens of
-    all passes.
+    """Up to `ppo_epochs` passes of the clipped objective (detail 31).
+
+    Returns:
+        Metrics: means over all tokens of all passes (detail 12).
     """
     config, all_sums = loop.config, TokenSums(loop.accelerator)
     ptx_losses = []
@@ -230,10 +230,12 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout,
         sums = TokenSums(loop.accelerator)
         for prompts in minibatches(loop, epoch):
             passes = passes_of(loop, episodes, prompts)
-            tokens = loop.total(sum(groups.response_mask.sum() for groups, _ in passes))  # of all ranks
+            # one mean over the tokens of the optimizer step, of all ranks and micro-batches (detail 12)
+            tokens = loop.total(sum(groups.response_mask.sum() for groups, _ in passes))
             if supervised is not None:
                 ptx_losses.append(add_supervised_gradients(loop, supervised, len(prompts)))  # detail 34
             for groups, members in loop.parts(passes, spare=lambda: episodes.passes[0]):
+                # what the behaviour policy said of the same tokens, and what they turned out to be worth
                 old = rollout_of(rollout, members, width=groups.response_mask.shape[1])
                 new_logprobs, entropy, new_values = loop.model(groups, config.temperature)  # (n, R)
                 losses, clips = policy_loss(new_logprobs, old.logprobs, old.advantages, config.cliprange)
@@ -244,7 +246,7 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout,
                     objective = losses + config.vf_coef * value_losses
                     figures |= {"loss/value": value_losses, "value/clipfrac": value_clips.float()}
                 loop.backward(objective[old.response_mask].sum() / tokens, groups)
-                if loop.part_counts:
+                if loop.part_counts:  # not a spare pass, which only keeps ranks in step
                     sums.add({name: value.detach()[old.response_mask].sum()
                               for name, value in figures.items()})
                     sums.add(*statistics_of(new_logprobs, old, entropy, clips))

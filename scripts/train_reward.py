@@ -101,6 +101,7 @@ def train(loop: Loop, rankings, validation) -> None:
     config, run = loop.config, loop.run
     batches = LengthGroupedBatches(list(rankings["length"]), config.rows_per_step, config.seed)
     for step, places in loop.steps(batches):
+        # a post with all its completions is one row; a step has the same rows for any number of processes
         rows = rows_at(rankings, loop.share(places))
         passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size,
                                config.micro_batch_tokens)
@@ -109,6 +110,7 @@ def train(loop: Loop, rankings, validation) -> None:
         for groups, order in loop.parts(parts,
                                         spare=lambda first=places[:1]: collate(rows_at(rankings, first),
                                                                                loop)):
+            # all completions of a post are scored in one pass over the post
             score = loop.model(groups)  # (N,)
             better, worse = score[order].unbind(1)  # (P,)
             losses = pairwise_loss(better, worse, config.margin, config.centring_coef)
@@ -261,6 +263,7 @@ def main(config: RewardStageConfig) -> None:
     began = time.time()
     train(loop, rankings, validation)
     seconds = time.time() - began
+    # only differences are trained, so the level of the scores is free: 0 is what people wrote
     if references is not None:
         centre(loop, references)
     if ratings is not None:

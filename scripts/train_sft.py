@@ -68,11 +68,14 @@ def train(loop: Loop, examples, validation) -> None:
     config, run = loop.config, loop.run
     batches = LengthGroupedBatches(list(examples["length"]), config.rows_per_step, config.seed)
     for step, places in loop.steps(batches):
+        # a step has the same rows for any number of processes; this rank takes its share
         rows = rows_at(examples, loop.share(places))
+        # rows of like length share a forward pass, so that little padding is computed
         passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size,
                                config.micro_batch_tokens)
         parts = [collate([rows[i] for i in part], loop) for part in passes]
         tokens = loop.total(sum(groups.response_mask.sum() for groups in parts))  # of all ranks
+        # one mean over the tokens of the step (detail 12), not a mean of the passes' means
         for groups in loop.parts(parts, spare=lambda first=places[:1]: collate(rows_at(examples, first),
                                                                                loop)):
             logprobs = loop.model(groups)  # (N, R), 0 at padding
@@ -84,6 +87,7 @@ def train(loop: Loop, examples, validation) -> None:
             loop.show(loss=loss)
             run.metrics(step, {"sft/loss": loss, "sft/grad_norm": loop.grad_norm,
                                "sft/learning_rate": loop.learning_rate})
+        # the loss on references says little about what the model writes, so ROUGE chooses (detail 14)
         if loop.evaluates(step):
             figures = evaluate(loop, validation, step)
             loop.best.offer(step, figures["rouge_avg"], loop.weights["trained"])
@@ -162,6 +166,7 @@ def main(config: SFTStageConfig) -> None:
     loop = Loop(run, model, base.tokenizer, config.schedule(len(examples)), deepspeed)
     before = rouge_of(loop, test, "base model")
     run.log(f"base model: test ROUGE mean {before[0]['rouge_avg']:.3f} on {len(test.prompts)} posts")
+    # after the base model's figures: a resumed run has trained weights
     loop.resume()
     if loop.step == 0:
         evaluate(loop, validation, 0)
