@@ -208,7 +208,7 @@ MUTATIONS = [
         ("broken weights are evaluated", None, "Loop.evaluates",
          "and not self.divergence.row", "", "loop:between_left_out_steps"),
         ("two processes: both take the same rows", 12, "Loop.share",
-         "[self.accelerator.process_index :: self.accelerator.num_processes]", "",
+         "self.accelerator.process_index", "0",
          "invariances:two_processes_make[reward-split0-]"),
         ("a part that only fills up the ranks counts", 12, "Loop.backward",
          "loss * self.part_counts", "loss", "loop:a_spare_part_counts"),
