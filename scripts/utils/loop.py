@@ -232,9 +232,8 @@ class Loop:
         """Clip, step, next learning rate; False when the step was left out, its loss or gradient not being
         finite.
         """
-        # 0 is no clipping
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm
-                                                or math.inf)
+        limit = self.config.max_grad_norm or math.inf  # 0 is no clipping
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         self.grad_norm = math.nan if norm is None else float(norm)
         left_out = self.divergence.leaves_out(norm)
         if left_out:
