@@ -47,7 +47,8 @@ from utils.judge.rankings import (
 )
 from utils.launch import start
 from utils.loop import EpochStageConfig, Loop
-from utils.models.loading import centre_scores, load_scalar_model, refuse_too_long, trainable
+from utils.models.centring import centre_scores
+from utils.models.loading import load_scalar_model, refuse_too_long, trainable
 from utils.models.outputs import GroupModel, scores
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack

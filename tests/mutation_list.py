@@ -426,6 +426,14 @@ MUTATIONS = [
         ("the baseline of length takes the shorter one", 20, "longest_accuracy",
          "len(completion)", "-len(completion)"),
     ]),
+    *_of("utils/models/centring.py", "models:centring_twice", [
+        ("a second centring forgets the first", 19, "centre_scores",
+         'getattr(reward_model.config, "score_shift", 0.0) + mean', "mean"),
+        ("centring moves the scores the wrong way", 19, "_folded", "mean * direction", "-mean * direction",
+         "models:plain_transformers"),
+        ("the projection behind the last norm is forgotten", 19, "_folded", "projection is not None", "False",
+         "models:plain_transformers"),
+    ]),
     *_of("utils/models/attention.py", "attention", [
         ("attention blocks: a block's keys end at its begin", None, "causal_blocks",
          "key[:, :, :end], value[:, :, :end]", "key[:, :, : max(1, first)], value[:, :, : max(1, first)]"),
@@ -508,9 +516,6 @@ MUTATIONS = [
         ("a score is in the arithmetic of the head's weights", 17, "ScalarHead.forward",
          "float(), self.weight.float(), None if self.bias is None else self.bias.float()",
          "to(self.weight.dtype), self.weight, self.bias", "models:a_head_in_16"),
-        ("a second centring forgets the first", 19, "centre_scores",
-         'getattr(reward_model.config, "score_shift", 0.0) + mean', "mean"),
-        ("centring moves the scores the wrong way", 19, "centre_scores", "bias -= mean", "bias += mean"),
     ]),
     *_of("utils/models/lora.py", "lora", [
         ("the adapter's scale is 1", None, "add_adapter", "config.lora_alpha", "config.lora_rank"),

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from families import CONFIGS, FAMILIES, PAD, VOCAB, policy, random_groups, scalar_model
 from oracle import TEMPERATURE, each_row, stock_logprobs, stock_scores
 from utils.config import UserError
-from utils.models.loading import ScalarHead, centre_scores, load_policy, load_scalar_model, without_dropout
+from utils.models.centring import centre_scores
+from utils.models.loading import ScalarHead, load_policy, load_scalar_model, without_dropout
 from utils.models.outputs import (
     GroupModel,
     hidden_states,
@@ -177,7 +178,7 @@ def test_centred_scores_have_mean_zero_and_survive_saving(family, tmp_path):
     close(scores(load_scalar_model(Parent("reward_model", str(tmp_path))), groups), after)
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt-neox"])
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "gpt2", "gpt-neox"])
 @torch.no_grad()
 def test_plain_transformers_sees_the_centred_scores(family, tmp_path):
     model = scalar_model(family)

@@ -12,7 +12,7 @@ import signal
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import train_ppo
 import train_reward
@@ -320,6 +320,24 @@ def test_plain_transformers_scores_like_the_reward_stage(finished):
         mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in texts], batch_first=True)
         found = model(input_ids=batch, attention_mask=mask).logits[:, 0]
         assert found.tolist() == pytest.approx(row["scores"], abs=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [0.0, 1.25])
+def test_the_reward_models_card_says_how_its_scores_are_read(shift, finished, tmp_path):
+    """Its code runs as it stands, and a stock pipeline agrees with it."""
+    folder = shutil.copytree(finished / "reward" / "final", tmp_path / "final")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"score_shift": shift}))
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    pipe = pipeline("text-classification", model=str(folder), tokenizer=str(folder))
+    row = json.loads((finished / "reward" / "samples.jsonl").read_text().splitlines()[0])
+    for completion, score in zip(row["completions"], row["scores"], strict=True):
+        names = {"folder": folder, "prompt": row["prompt"], "completion": completion}
+        exec(code, names)  # noqa: S102  the card's own code
+        assert names["score"] == pytest.approx(score - shift, abs=2e-3)
+        [found] = pipe(names["text"])
+        assert found["score"] - shift == pytest.approx(names["score"], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------- mistakes, from outside

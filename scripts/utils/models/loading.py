@@ -6,12 +6,13 @@ Policies are stock `AutoModelForCausalLM` checkpoints, reward and value models s
 four-dimensional attention mask and position ids will do.
 """
 
+import copy
 import math
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from utils.config import UserError
 from utils.models.attention import CAUSAL_BLOCKS
@@ -20,8 +21,10 @@ from utils.models.lora import add_adapter
 from utils.models.parents import Parent
 from utils.zero import gathered_weights
 
-# Weights are float32 (mixed precision is autocast's work), safetensors only, and no code from outside is run.
-_LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
+# Weights are float32 (mixed precision is autocast's work), and no code from outside is run. A .bin file is
+# read by torch's loader that makes tensors only; transformers prefers safetensors where both are there.
+_LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False,
+         "weights_only": True}
 # what changes a model's logits behind its head
 _BEHIND_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
@@ -75,18 +78,29 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
             model.score.weight.data.copy_(torch.empty(model.score.weight.shape).normal_(std=std,
                                                                                         generator=generator))
         model.config.score_shift = 0.0
+        # a stock pipeline then shows the score as it is, and no sigmoid of it
+        model.config.problem_type = "regression"
     return without_dropout(model)
 
 
-def _pretrained(kind, parent: Parent, new=(), **more):
+def _pretrained(kind, parent: Parent, new=(), **changes):
     """`kind.from_pretrained`, which without asking fills in random numbers for weights that it does not find.
 
     Args:
         new: names of weights that the checkpoint need not have.
+        changes: keys of the config.
     """
-    model, loaded = parent.load(lambda path: kind.from_pretrained(
-        path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **_LOAD, **more
+    config = copy.deepcopy(parent.config)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    path = parent.weights_path
+    # a converted model's revision has weights only, and transformers stumbles over what is missing there
+    generation = None if path == parent.path else GenerationConfig.from_model_config(config)
+    model, loaded = parent.load(lambda _: kind.from_pretrained(
+        path, config=config, generation_config=generation, output_loading_info=True,
+        ignore_mismatched_sizes=True, **_LOAD,
     ))
+    parent.say_if_pickled()
     wrong = sorted({key for key, *_ in loaded["mismatched_keys"]})
     missing = sorted(set(loaded["missing_keys"]) - set(new))
     for what, names in (("of another shape than its config.json says", wrong), ("missing", missing)):
@@ -162,21 +176,3 @@ class ScalarHead(nn.Linear):
         with torch.autocast(states.device.type, enabled=False):
             return linear(states.float(), self.weight.float(), None if self.bias is None
                           else self.bias.float())
-
-
-def centre_scores(reward_model, mean: float) -> None:
-    """Shift the model so that what scored `mean` scores 0 (detail 19; ST, N+, IG).
-
-    Stock classification heads have no bias. Where the trunk ends in a norm with a bias the shift is folded
-    into it, and whoever loads the checkpoint gets centred scores; elsewhere (OPT-350m, Llama) it is kept in
-    the config as `score_shift`, which `scores` subtracts.
-    """
-    trunk = getattr(reward_model.base_model, "decoder", reward_model.base_model)
-    norms = [getattr(trunk, name, None) for name in ("final_layer_norm", "ln_f", "norm")]
-    bias = next((norm.bias for norm in norms if getattr(norm, "bias", None) is not None), None)
-    if bias is None:
-        reward_model.config.score_shift = getattr(reward_model.config, "score_shift", 0.0) + mean
-        return
-    with torch.no_grad(), gathered_weights(reward_model, change=True):
-        weight = reward_model.score.weight[0]
-        bias -= mean * weight / weight.square().sum()

@@ -5,16 +5,27 @@ A folder that a stage wrote has a stage.json, which says what trained it and on 
 
 import hashlib
 import json
+import os
+import pickle
+import sys
 from functools import cached_property
 from pathlib import Path
 
+from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
+from huggingface_hub.errors import CacheNotFound
 from transformers import AutoConfig, AutoTokenizer
 
 from utils.config import UserError
 from utils.data.layouts import TLDR_TEMPLATE
+from utils.distributed import world
 from utils.paths import find_local, is_hub_name
 
+# transformers would ask a web service to convert a model without safetensors, and send it the user's token
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # which stages may have made the model under a key
 _STAGES_OF = {"model": ("sft", "ppo"), "reward_model": ("reward",)}
 
@@ -31,7 +42,7 @@ class Parent:
     """
 
     def __init__(self, key: str, name: str):
-        self.key, self.name = key, name
+        self.key, self.name, self._told = key, name, False
         self.folder = find_local(name)  # None: on the hub
         if self.folder is not None and not (self.folder / "config.json").is_file():
             raise UserError(f"{key}: '{self.folder}' is not a model folder (it has no config.json)")
@@ -50,9 +61,47 @@ class Parent:
         """
         try:
             return loader(self.path)
+        except pickle.UnpicklingError:  # its text tells how to run what is in the file
+            raise UserError(f"{self.key}: '{self.name}' cannot be loaded: its .bin file holds something else "
+                            "than weights, which could run code; take a model with .safetensors files"
+                            ) from None
         except Exception as error:  # the libraries raise anything, their own kinds among them
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.key}: '{self.name}' cannot be loaded: {reason}") from None
+
+    @cached_property
+    def weights_path(self) -> str:
+        """Where `from_pretrained` finds the weights: `path`, or offline a conversion in the hub's cache.
+
+        OPT's smaller models have .bin files only. Their weights as safetensors stand in a pull request, and
+        may be the only ones that were downloaded.
+        """
+        online = self.folder is None and not constants.is_offline_mode()
+        if self.folder is not None or online or self._cached(*_SAFETENSORS, *_PICKLED):
+            return self.path
+        try:
+            repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+        except CacheNotFound:
+            return self.path
+        revisions = [revision for repo in repos if repo.repo_id == self.name for revision in repo.revisions]
+        converted = [str(revision.snapshot_path) for revision in revisions
+                     if {file.file_name for file in revision.files} & set(_SAFETENSORS)]
+        return converted[0] if converted else self.path
+
+    def _cached(self, *files: str) -> bool:
+        """Whether one of the files is in the folder, or in the cache of the hub."""
+        if self.folder is not None:
+            return any((self.folder / file).is_file() for file in files)
+        return any(isinstance(try_to_load_from_cache(self.name, file), str) for file in files)
+
+    def say_if_pickled(self) -> None:
+        """Once weights are loaded: a line, the first time, when they came from .bin files."""
+        if self._told or not world().is_main_process:
+            return
+        self._told = True
+        if self._cached(*_PICKLED) and not self._cached(*_SAFETENSORS):
+            print(f"{self.key}: '{self.name}' has no .safetensors file; its .bin file was read by torch's "
+                  "loader for weights only", file=sys.stderr)
 
     @cached_property
     def config(self):
@@ -104,10 +153,10 @@ class Parent:
 
     @cached_property
     def identity(self) -> dict:
-        """Which weights these are: the name, and for a folder the checksum of each safetensors file."""
+        """Which weights these are: the name, and for a folder the checksum of each file of weights."""
         if self.folder is None:
             return {"name": self.name}
-        files = sorted(self.folder.glob("*.safetensors"))
+        files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
         return {"name": self.name, "sha256": {path.name: _sha256(path) for path in files}}
 
     @property

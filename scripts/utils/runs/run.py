@@ -169,6 +169,8 @@ class Run:
         stage = {"stage": self.stage, "parents": {parent.key: parent.identity for parent in parents},
                  **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}
         _write_json(temporary / "stage.json", stage)
+        if self.stage == "reward":
+            shutil.copyfile(Path(__file__).with_name("reward_card.md"), temporary / "README.md")
         temporary.rename(self.folder / "final")
 
     def catch_signals(self) -> None:
