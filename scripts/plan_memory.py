@@ -21,14 +21,8 @@ import json
 import os
 from dataclasses import dataclass
 
-from planning.architectures import model_of
-from planning.duration import duration
-from planning.fit import STAGES, Setup, batches_of, cheapest, choices_of, plan, remedies
-from planning.memory import CHOICES, GIB
-from planning.report import plot_sizes, print_plans, print_verdict, row_of
-from utils.config import UserError, key
-from utils.launch import start
-from utils.runs.run import output_file
+from utils.config import SECTIONS, UserError, key
+from utils.launch import read_config, start
 
 
 @dataclass
@@ -45,7 +39,7 @@ class PlanConfig:
                                    "without.",
                                    unit="GiB", low=0.1)
     processes: int = key(1, "With --gpus 0: processes on this machine.", unit="processes", low=1)
-    stage: str = key("all", "Stage to plan.", choices=[*STAGES, "all"])
+    stage: str = key("all", "Stage to plan.", choices=[*SECTIONS, "all"])
     zero: list[str] = key([], "ZeRO configurations by name: none, or a file of configs/deepspeed/ such as "
                           "zero2; left out: all.")
     prompt_length: int = key(512, "Length of a prompt: max_prompt_tokens.", unit="tokens", low=1)
@@ -69,6 +63,17 @@ class PlanConfig:
     total: int = key(100_000, "Examples (sft), prompts (reward) or episodes (ppo) of the whole stage.", low=1)
     output: str | None = key(None, "Write every plan with its terms to this .json file.")
     figure: str | None = key(None, "Plot memory against the size of the OPT models into this .png file.")
+
+
+if __name__ == "__main__":  # before the libraries, which take seconds to import
+    CONFIG = read_config(PlanConfig, None, __doc__)
+
+from planning.architectures import model_of
+from planning.duration import duration
+from planning.fit import STAGES, Setup, batches_of, cheapest, choices_of, plan, remedies
+from planning.memory import CHOICES, GIB
+from planning.report import plot_sizes, print_plans, print_verdict, row_of
+from utils.runs.run import output_file
 
 
 def refuse_impossible(config: PlanConfig) -> None:
@@ -145,4 +150,4 @@ def main(config: PlanConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, PlanConfig, None, __doc__)
+    start(main, CONFIG)

@@ -23,26 +23,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from utils.config import UserError, key
-from utils.data.files import BadRow
-from utils.data.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
-from utils.data.report import DataReport, token_lengths
-from utils.data.rows import NamedSet, Rows, load_data
 from utils.data.sources import Source, data_key, open_source, sources_of
-from utils.data.validation import SHOWN
-from utils.judge.plots import plot_lengths
-from utils.launch import start
-from utils.models.parents import Parent
-
-# kind of a set -> data key that it is for
-ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data",
-         "prompts": "rlhf_training_data", "ratings": "rating_data"}
-ENDS = 60  # of a long text, the tokens that are shown at its start and at its end
-BARS = " ▁▂▃▄▅▆▇█"
+from utils.launch import read_config, start
 
 
 @dataclass
@@ -61,6 +44,28 @@ class PrepareConfig:
                                            "SHP's authors advise 5.",
                                            unit="pairs", source="SHP", low=1)
     on_bad_rows = "skip"  # not a key: this script shows the bad rows
+
+
+if __name__ == "__main__":  # before the libraries, which take seconds to import
+    CONFIG = read_config(PrepareConfig, None, __doc__)
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from utils.data.files import BadRow
+from utils.data.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
+from utils.data.report import DataReport, token_lengths
+from utils.data.rows import NamedSet, Rows, load_data
+from utils.data.validation import SHOWN
+from utils.judge.plots import plot_lengths
+from utils.models.parents import Parent
+
+# kind of a set -> data key that it is for
+ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data",
+         "prompts": "rlhf_training_data", "ratings": "rating_data"}
+ENDS = 60  # of a long text, the tokens that are shown at its start and at its end
+BARS = " ▁▂▃▄▅▆▇█"
 
 
 def kind_of(source: Source) -> str:
@@ -312,4 +317,4 @@ def refuse_used(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    start(main, PrepareConfig, None, __doc__)
+    start(main, CONFIG)

@@ -27,48 +27,10 @@ from functools import partial
 from statistics import fmean
 from typing import ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-from transformers import set_seed
-
 from utils.config import PROJECT, StageConfig, UserError, key
-from utils.data.batches import PromptBatches
-from utils.data.report import DataReport
-from utils.data.rows import NamedSet, Rows, Tokenised, load_data, split_rows, tokenised
 from utils.data.sources import data_key
-from utils.distributed import world
-from utils.episodes import Episodes, minibatches, own_prompts, passes_of, rollout_of, sample_episodes
-from utils.judge.gold import GoldJudge
-from utils.judge.judging import Judge
-from utils.judge.plots import plot_ppo
-from utils.launch import start
-from utils.loop import Loop, Schedule
-from utils.models.outputs import response_logprobs, scores
-from utils.models.parents import Parent, check_task
-from utils.models.policy_value import Models, averaged, load_models
-from utils.models.prompt_groups import PromptGroups, micro_batches, pack
-from utils.ppo import (
-    Rollout,
-    adapted_kl_coef,
-    explained_variance,
-    gae,
-    grpo_advantages,
-    kl_estimate,
-    masked_moments,
-    mean_var,
-    missing_eos_penalty,
-    policy_loss,
-    policy_statistics,
-    rloo_advantages,
-    token_rewards,
-    value_loss,
-    whiten,
-)
-from utils.runs.checkpoints import trainable_weights
-from utils.runs.ending import Ending, end_stage
-from utils.runs.run import Run, refuse_impossible
-from utils.runs.token_sums import TokenSums
-from utils.zero import load_settings
+from utils.launch import read_config, start
+from utils.stage_keys import Schedule
 
 
 @dataclass
@@ -172,6 +134,49 @@ class PPOStageConfig(StageConfig):
             idle["max_completion_tokens"] = "it is for ptx_coef, which is 0"
         return idle
 
+
+if __name__ == "__main__":  # before the libraries, which take seconds to import
+    CONFIG = read_config(PPOStageConfig, PROJECT / "configs" / "tldr_mini" / "ppo.yaml", __doc__)
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from utils.data.batches import PromptBatches
+from utils.data.report import DataReport
+from utils.data.rows import NamedSet, Rows, Tokenised, load_data, split_rows, tokenised
+from utils.distributed import world
+from utils.episodes import Episodes, minibatches, own_prompts, passes_of, rollout_of, sample_episodes
+from utils.judge.gold import GoldJudge
+from utils.judge.judging import Judge
+from utils.judge.plots import plot_ppo
+from utils.loop import Loop
+from utils.models.outputs import response_logprobs, scores
+from utils.models.parents import Parent, check_task
+from utils.models.policy_value import Models, averaged, load_models
+from utils.models.prompt_groups import PromptGroups, micro_batches, pack
+from utils.ppo import (
+    Rollout,
+    adapted_kl_coef,
+    explained_variance,
+    gae,
+    grpo_advantages,
+    kl_estimate,
+    masked_moments,
+    mean_var,
+    missing_eos_penalty,
+    policy_loss,
+    policy_statistics,
+    rloo_advantages,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from utils.runs.checkpoints import trainable_weights
+from utils.runs.ending import Ending, end_stage
+from utils.runs.run import Run, refuse_impossible
+from utils.runs.token_sums import TokenSums
+from utils.zero import load_settings
 
 # ---------------------------------------------------------------------------------------------- the algorithm
 
@@ -536,4 +541,4 @@ def main(config: PPOStageConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, PPOStageConfig, PROJECT / "configs" / "tldr_mini" / "ppo.yaml", __doc__)
+    start(main, CONFIG)

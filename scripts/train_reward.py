@@ -19,42 +19,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import ClassVar
 
-import numpy as np
-import torch
-from torch.nn.functional import logsigmoid
-from transformers import set_seed
-
 from utils.config import PROJECT, UserError, key
-from utils.data.batches import LengthGroupedBatches, rows_at
-from utils.data.report import DataReport
-from utils.data.rows import NamedSet, load_data, refuse_overlap, split_rows, tokenised
 from utils.data.sources import data_key
-from utils.judge.evaluation import score_groups
-from utils.judge.gold import labeller_figures
-from utils.judge.metrics import (
-    bootstrap_interval,
-    expected_calibration_error,
-    pair_accuracy,
-    rank_correlation,
-)
-from utils.judge.plots import plot_calibration, plot_reward
-from utils.judge.rankings import (
-    accuracy_by_note,
-    confidence,
-    gaps_of,
-    longest_accuracy,
-    reliability_by_confidence,
-)
-from utils.launch import start
-from utils.loop import EpochStageConfig, Loop
-from utils.models.centring import centre_scores
-from utils.models.loading import load_scalar_model, refuse_too_long, trainable
-from utils.models.outputs import GroupModel, scores
-from utils.models.parents import Parent, check_task
-from utils.models.prompt_groups import PromptGroups, micro_batches, pack
-from utils.runs.ending import Ending, end_stage
-from utils.runs.run import Run, refuse_impossible
-from utils.zero import load_settings
+from utils.launch import read_config, start
+from utils.stage_keys import EpochStageConfig
 
 
 @dataclass
@@ -93,6 +61,43 @@ class RewardStageConfig(EpochStageConfig):
     test_rows: int = key(1000, "Posts in the final figures.", unit="posts", low=1)
     eval_batch_size: int = key(32, "Rows scored at once.", unit="rows", low=1)
 
+
+if __name__ == "__main__":  # before the libraries, which take seconds to import
+    CONFIG = read_config(RewardStageConfig, PROJECT / "configs" / "tldr_mini" / "reward.yaml", __doc__)
+
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import set_seed
+
+from utils.data.batches import LengthGroupedBatches, rows_at
+from utils.data.report import DataReport
+from utils.data.rows import NamedSet, load_data, refuse_overlap, split_rows, tokenised
+from utils.judge.evaluation import score_groups
+from utils.judge.gold import labeller_figures
+from utils.judge.metrics import (
+    bootstrap_interval,
+    expected_calibration_error,
+    pair_accuracy,
+    rank_correlation,
+)
+from utils.judge.plots import plot_calibration, plot_reward
+from utils.judge.rankings import (
+    accuracy_by_note,
+    confidence,
+    gaps_of,
+    longest_accuracy,
+    reliability_by_confidence,
+)
+from utils.loop import Loop
+from utils.models.centring import centre_scores
+from utils.models.loading import load_scalar_model, refuse_too_long, trainable
+from utils.models.outputs import GroupModel, scores
+from utils.models.parents import Parent, check_task
+from utils.models.prompt_groups import PromptGroups, micro_batches, pack
+from utils.runs.ending import Ending, end_stage
+from utils.runs.run import Run, refuse_impossible
+from utils.zero import load_settings
 
 # ---------------------------------------------------------------------------------------------- the algorithm
 
@@ -307,4 +312,4 @@ def ending(loop: Loop, test, figures: dict, found: list[list[float]], speed: flo
 
 
 if __name__ == "__main__":
-    start(main, RewardStageConfig, PROJECT / "configs" / "tldr_mini" / "reward.yaml", __doc__)
+    start(main, CONFIG)

@@ -17,25 +17,10 @@ from functools import partial
 from statistics import fmean
 from typing import ClassVar
 
-from transformers import set_seed
-
 from utils.config import PROJECT, key
-from utils.data.batches import LengthGroupedBatches, rows_at
-from utils.data.report import DataReport
-from utils.data.rows import NamedSet, Tokenised, load_data, split_rows, tokenised
 from utils.data.sources import data_key
-from utils.judge.evaluation import Summaries, summarise
-from utils.judge.metrics import SummaryRouge
-from utils.judge.plots import plot_sft
-from utils.launch import start
-from utils.loop import EpochStageConfig, Loop
-from utils.models.loading import load_policy, refuse_too_long, trainable
-from utils.models.outputs import GroupModel, response_logprobs
-from utils.models.parents import Parent, check_task
-from utils.models.prompt_groups import PromptGroups, micro_batches, pack
-from utils.runs.ending import Ending, end_stage
-from utils.runs.run import Run, refuse_impossible
-from utils.zero import load_settings
+from utils.launch import read_config, start
+from utils.stage_keys import EpochStageConfig
 
 
 @dataclass
@@ -59,6 +44,26 @@ class SFTStageConfig(EpochStageConfig):
     test_rows: int = key(400, "Posts in the final figures.", unit="posts", low=1)
     eval_batch_size: int = key(64, "Posts that are summarised at once.", unit="posts", low=1)
 
+
+if __name__ == "__main__":  # before the libraries, which take seconds to import
+    CONFIG = read_config(SFTStageConfig, PROJECT / "configs" / "tldr_mini" / "sft.yaml", __doc__)
+
+from transformers import set_seed
+
+from utils.data.batches import LengthGroupedBatches, rows_at
+from utils.data.report import DataReport
+from utils.data.rows import NamedSet, Tokenised, load_data, split_rows, tokenised
+from utils.judge.evaluation import Summaries, summarise
+from utils.judge.metrics import SummaryRouge
+from utils.judge.plots import plot_sft
+from utils.loop import Loop
+from utils.models.loading import load_policy, refuse_too_long, trainable
+from utils.models.outputs import GroupModel, response_logprobs
+from utils.models.parents import Parent, check_task
+from utils.models.prompt_groups import PromptGroups, micro_batches, pack
+from utils.runs.ending import Ending, end_stage
+from utils.runs.run import Run, refuse_impossible
+from utils.zero import load_settings
 
 # ---------------------------------------------------------------------------------------------- the algorithm
 
@@ -196,4 +201,4 @@ def ending(test: Tokenised, before, after, speed: float, config: SFTStageConfig)
 
 
 if __name__ == "__main__":
-    start(main, SFTStageConfig, PROJECT / "configs" / "tldr_mini" / "sft.yaml", __doc__)
+    start(main, CONFIG)

@@ -197,12 +197,14 @@ MUTATIONS = [
         ("holes that tensors leave stay with the process", None, "give_back_freed_memory",
          "_mallopt(-3, 2**17)", "pass", "launch:tensors_leave_holes"),
     ]),
-    *_of("utils/loop.py", "loop:optimizer_steps_by_their", [
+    *_of("utils/stage_keys.py", "loop:the_length_of_a_run", [
         ("the reward model is trained for two epochs", 10, "EpochStageConfig",
          "num_train_epochs: float = key(1.0", "num_train_epochs: float = key(2.0",
          "config:the_defaults_are_the_published"),
         ("SFT and reward have a linear schedule", 9, "EpochStageConfig.schedule",
-         '"cosine"', '"linear"', "loop:the_length_of_a_run"),
+         '"cosine"', '"linear"'),
+    ]),
+    *_of("utils/loop.py", "loop:optimizer_steps_by_their", [
         ("broken weights are saved", None, "Loop._end_of_step",
          "and not self.divergence.row", "", "loop:between_left_out_steps"),
         ("broken weights are evaluated", None, "Loop.evaluates",

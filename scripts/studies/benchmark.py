@@ -38,7 +38,7 @@ from studies.benchmarks.posts import all_posts, batch_of
 from studies.benchmarks.report import plot_costs, plot_ratios, print_profile, print_table
 from studies.benchmarks.shapes import SHAPES
 from utils.config import UserError, key
-from utils.launch import start
+from utils.launch import read_config, start
 from utils.runs.run import output_file
 
 
@@ -135,4 +135,4 @@ def main(config: BenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, BenchmarkConfig, None, __doc__)
+    start(main, read_config(BenchmarkConfig, None, __doc__))

@@ -27,7 +27,7 @@ from utils.data.sources import Source
 from utils.data.store import StoredSet
 from utils.data.tokens import token_rows
 from utils.data.validation import read_set
-from utils.launch import start
+from utils.launch import read_config, start
 from utils.models.parents import Parent
 from utils.runs.run import peak_memory_mb
 
@@ -121,4 +121,4 @@ def main(config: BenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, BenchmarkConfig, None, __doc__)
+    start(main, read_config(BenchmarkConfig, None, __doc__))

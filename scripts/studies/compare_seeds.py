@@ -28,7 +28,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
 from utils.config import UserError, key, read_yaml
 from utils.judge.plots import plot_seeds, series
-from utils.launch import start
+from utils.launch import read_config, start
 from utils.runs.run import finished_run, output_file, read_whole_rows
 
 
@@ -216,4 +216,4 @@ def main(config: CompareConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, CompareConfig, None, __doc__)
+    start(main, read_config(CompareConfig, None, __doc__))

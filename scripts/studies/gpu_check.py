@@ -34,7 +34,7 @@ from studies.gpu_checks.job import PARTS
 from studies.gpu_checks.report import markdown
 from studies.gpu_checks.results import read_results
 from utils.config import UserError, key
-from utils.launch import start
+from utils.launch import read_config, start
 from utils.paths import PROJECT
 
 SHAPES = ["125m", "1.3b", "350m"]  # in the order of their value
@@ -254,4 +254,4 @@ def main(config: CheckConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, CheckConfig, None, __doc__)
+    start(main, read_config(CheckConfig, None, __doc__))

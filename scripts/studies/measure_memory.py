@@ -29,7 +29,7 @@ from planning.architectures import OPT, opt_config
 from planning.fit import STAGES, Setup, choices_of, plan
 from planning.memory import CHOICES, GIB
 from utils.config import PROJECT, UserError, key
-from utils.launch import start
+from utils.launch import read_config, start
 
 PROMPT, COMPLETION = 100, 30  # tokens; about the lengths of the embedded posts and summaries
 RESPONSE, K = 8, 2  # tokens of a response, and responses for each prompt, in PPO
@@ -140,4 +140,4 @@ def main(config: MeasureConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, MeasureConfig, None, __doc__)
+    start(main, read_config(MeasureConfig, None, __doc__))

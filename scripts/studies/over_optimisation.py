@@ -41,7 +41,7 @@ from utils.judge.evaluation import score_groups
 from utils.judge.gold import gold_score, load_rules, refuse_missing_facts
 from utils.judge.metrics import best_of_n, best_of_n_kl
 from utils.judge.plots import plot_over_optimisation
-from utils.launch import start
+from utils.launch import read_config, start
 from utils.models.generation import sample
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.parents import Parent
@@ -264,4 +264,4 @@ def main(config: OverOptimisationConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, OverOptimisationConfig, None, __doc__)
+    start(main, read_config(OverOptimisationConfig, None, __doc__))

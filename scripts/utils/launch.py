@@ -1,6 +1,14 @@
 """How a script starts and ends: configuration, quiet libraries, memory, and errors in one line.
 
-torch and transformers are imported where they are needed: `--help` and a mistyped key do not need them.
+A script reads its command line before it imports the libraries, so that `--help` and a mistyped key answer at
+once:
+
+    if __name__ == "__main__":
+        CONFIG = read_config(...)
+    import torch
+    ...
+    if __name__ == "__main__":
+        start(main, CONFIG)
 """
 
 import ctypes
@@ -8,6 +16,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import warnings
@@ -16,15 +25,37 @@ from pathlib import Path
 from utils.config import UserError, parse_config
 
 
-def start(main, config_class, default_file: Path | None, description: str) -> None:
-    """Parse the command line and run `main(config)`; a user's mistake becomes one line and exit status 2.
+def read_config(config_class, default_file: Path | None, description: str):
+    """The configuration that the command line asks for; a mistake in it becomes one line and exit status 2.
+
+    From here to `start`, while the libraries are imported, Ctrl-C ends the process at once.
 
     Args:
-        main: function of the configuration.
         config_class, default_file, description: see `parse_config`.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, _stop_at_once)
+    if sys.platform == "win32":
+        _leave("Windows is not supported; use the Windows Subsystem for Linux (WSL 2)")
     try:
         config = parse_config(config_class, default_file, sys.argv[1:], description)
+    except UserError as error:
+        _leave(error)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: loading PyTorch and other libraries (about 10 s)", flush=True)
+    return config
+
+
+def _stop_at_once(number, frame) -> None:
+    os.write(2, b"stopped\n")  # print may have been interrupted, and is not reentrant
+    os._exit(130)  # an exception could be caught by what is being imported
+
+
+def start(main, config) -> None:
+    """Run `main(config)`; a user's mistake becomes one line and exit status 2."""
+    if signal.getsignal(signal.SIGINT) is _stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
         _quiet_libraries()
         if getattr(config, "deepspeed", None):
             give_back_freed_memory()
@@ -32,6 +63,7 @@ def start(main, config_class, default_file: Path | None, description: str) -> No
             keep_freed_memory()
         main(config)
     except KeyboardInterrupt:  # while models load, or the second Ctrl-C: the run handles the first
+        signal.signal(signal.SIGINT, _stop_at_once)  # a further one, while the process ends
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except UserError as error:

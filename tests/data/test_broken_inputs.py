@@ -20,7 +20,7 @@ import train_ppo
 import train_reward
 import train_sft
 from utils.config import PROJECT
-from utils.launch import start
+from utils.launch import read_config, start
 
 STAGES = {"actor": (train_sft, "SFTStageConfig"), "reward": (train_reward, "RewardStageConfig"),
           "rlhf": (train_ppo, "PPOStageConfig")}
@@ -82,7 +82,7 @@ def refused(tmp_path, monkeypatch, capsys):
         models = ["--model", str(MINI), *(["--reward_model", str(MINI)] if role == "rlhf" else [])]
         monkeypatch.setattr(sys, "argv", ["train.py", *models, "--output_dir", "run", *words])
         with pytest.raises(SystemExit) as left:
-            start(script.main, getattr(script, kind), None, "")
+            start(script.main, read_config(getattr(script, kind), None, ""))
         assert left.value.code == 2, capsys.readouterr().err
         assert tree(tmp_path) == before, "nothing is left behind"
         message = capsys.readouterr().err

@@ -1,16 +1,17 @@
 """How a script starts and ends: light imports, errors in one line, and what happens to freed memory."""
 
 import errno
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from utils.config import PROJECT, StageConfig
-from utils.launch import start
+from utils.launch import read_config, start
 
 
 @dataclass
@@ -18,10 +19,19 @@ class Toy(StageConfig):
     """A stage without keys of its own."""
 
 
-@pytest.mark.parametrize("module", ["utils.config", "utils.launch", "utils.paths"])
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Leave Ctrl-C as it was."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("module", ["utils.config", "utils.launch", "utils.paths", "utils.stage_keys",
+                                    "utils.data.sources"])
 def test_importing_the_ground_loads_no_heavy_library(module):
     """`--help` and a mistyped key would wait for them."""
-    heavy = ("torch", "transformers", "datasets", "accelerate", "pyarrow", "numpy")
+    heavy = ("torch", "transformers", "datasets", "accelerate", "matplotlib")
     code = f"import sys, {module}; print(*sorted(set(sys.modules) & set({heavy})))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=PROJECT / "scripts", capture_output=True, text=True, check=True)
@@ -34,8 +44,9 @@ def started(error, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+    config = read_config(Toy, None, "")
     with pytest.raises(SystemExit) as left:
-        start(main, Toy, Path("/dev/null"), "")
+        start(main, config)
     return left.value.code, capsys.readouterr().err
 
 
@@ -64,6 +75,91 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
 ENGINE = ["--deepspeed", "configs/deepspeed/zero2.json"]
 
 
+# ------------------------------------------------------------------------------- before the libraries
+
+SCRIPTS = ["train_sft.py", "train_reward.py", "train_ppo.py", "prepare_data.py", "plan_memory.py"]
+# stands in for what is slow to import: whoever imports it before the command line is read would wait here
+SLOW = """
+import os, sys, time
+print("importing", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def slow_libraries(tmp_path):
+    """An environment in which torch and transformers take a minute to import."""
+    for name in ("torch", "transformers", "datasets", "accelerate", "rich", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text(SLOW)
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+MISTAKES = {
+    "--sed 1": "error: command line: unknown key '--sed'",
+    "--config broken.yaml": "error: broken.yaml:2: is not valid YAML",
+    "--config no.yaml": "error: --config: 'no.yaml' does not exist",
+}
+
+
+@pytest.mark.parametrize(("script", "words"), [
+    *((script, words) for script in SCRIPTS for words in ("--help", "--sed 1")),
+    ("train_sft.py", "--config broken.yaml"), ("train_sft.py", "--config no.yaml"),
+])
+def test_help_and_mistakes_do_not_wait_for_the_libraries(script, words, slow_libraries, tmp_path):
+    (tmp_path / "broken.yaml").write_text("seed: [\n")
+    command = [sys.executable, PROJECT / "scripts" / script, *words.split()]
+    done = subprocess.run(command, env=slow_libraries, timeout=30, cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    mistake = MISTAKES.get(words)
+    assert done.returncode == (2 if mistake else 0), done.stderr
+    assert done.stderr.startswith(mistake) if mistake else done.stdout.startswith("usage:")
+    assert "importing" not in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(script, slow_libraries):
+    """Also where an import would catch the exception that Ctrl-C raises."""
+    running = subprocess.Popen([sys.executable, PROJECT / "scripts" / script], env=slow_libraries, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = running.stdout.readline()
+    assert first == f"{script}: loading PyTorch and other libraries (about 10 s)\n"
+    assert running.stdout.readline() == "importing\n"
+    running.send_signal(signal.SIGINT)
+    assert running.communicate(timeout=30) == ("", "stopped\n")
+    assert running.returncode == 130
+
+
+def test_ctrl_c_is_an_exception_again_once_the_script_runs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+    config = read_config(Toy, None, "")
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    start(lambda config: None, config)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_in_the_background_goes_on_at_ctrl_c(monkeypatch):
+    """A shell starts it with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+        start(lambda config: None, read_config(Toy, None, ""))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_windows_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as left:
+        read_config(Toy, None, "")
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said == ("error: Windows is not supported; use the Windows Subsystem for "
+                                             "Linux (WSL 2)\n")
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
 @pytest.mark.parametrize(("words", "expected"), [
     ([], ["keep"]), (["--gradient_checkpointing", "true"], []), (ENGINE, ["give back"]),
     ([*ENGINE, "--gradient_checkpointing", "true"], ["give back"]),
@@ -73,7 +169,7 @@ def test_freed_memory_is_kept_or_given_back_as_the_run_needs_it(words, expected,
     monkeypatch.setattr("utils.launch.keep_freed_memory", lambda: done.append("keep"))
     monkeypatch.setattr("utils.launch.give_back_freed_memory", lambda: done.append("give back"))
     monkeypatch.setattr(sys, "argv", ["train_toy.py", *words])
-    start(lambda config: done.append("main"), Toy, Path("/dev/null"), "")
+    start(lambda config: done.append("main"), read_config(Toy, None, ""))
     assert done == [*expected, "main"]
 
 

@@ -35,7 +35,7 @@ import train_sft  # noqa: F401
 from run_folders import checkpoints
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, key
-from utils.launch import start
+from utils.launch import read_config, start
 from utils.runs.checkpoints import checksums
 from utils.runs.run import output_file, read_whole_rows
 
@@ -192,4 +192,4 @@ def main(config: KillConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, KillConfig, None, __doc__)
+    start(main, read_config(KillConfig, None, __doc__))
