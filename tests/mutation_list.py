@@ -406,8 +406,11 @@ MUTATIONS = [
          "self.config.temperature", "1.0", "judging:kl_is_the_difference"),
     ]),
     *_of("utils/judge/metrics.py", "metrics", [
-        ("ROUGE without stemming", 14, "SummaryRouge._compute",
-         "use_stemmer=True", "use_stemmer=False", "metrics:rouge_by_hand"),
+        ("ROUGE without stemming", 14, "AnyScript.tokenize",
+         "self._stemmer.stem(word) if word.isascii() and len(word) > 3 else word", "word",
+         "metrics:rouge_by_hand"),
+        ("ROUGE knows Latin letters alone", 14, "SummaryRouge._compute",
+         "tokenizer=AnyScript()", "use_stemmer=True", "metrics:rouge_of_any_script"),
         ("ROUGE is recall", 14, "SummaryRouge._compute", "fmeasure", "recall", "metrics:rouge_by_hand"),
         ("ties count as right", 20, "_wins",
          "(ours > theirs) + 0.5 * (ours == theirs)", "(ours >= theirs) * 1.0"),

@@ -1,6 +1,8 @@
 """Metrics against hand-worked examples, definitions written out in plain Python, and simulations."""
 
+import gzip
 import itertools
+import json
 import math
 import os
 import random
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rouge_score import rouge_scorer
+from rouge_score import rouge_scorer, tokenizers
 
+from utils.config import PROJECT
 from utils.judge import metrics
 
 SCRIPTS = Path(metrics.__file__).resolve().parents[2]
@@ -54,6 +57,56 @@ def test_rouge_is_the_mean_over_examples(rouge):
             totals[name] += score.fmeasure / 20
     result = rouge.compute(predictions=predictions, references=references)
     assert result == pytest.approx({**totals, "rouge_avg": sum(totals.values()) / 3})
+
+
+def english(rng) -> str:
+    """English as people type it: words of posts, numbers, and everything that may stand between words."""
+    words = ("The", "running", "RUNS", "ponies", "caresses", "cats'", "don't", "don’t", "1,000.50", "3rd", "x2",
+             "foo_bar", "e.g.", "“quoted”", "AT&T", "agreed", "generalizations", "r/tea", "a", "sky", "50%",
+             "well-known", "oscillators", "😀", "…", "£5", "m²", "Foo™", "1½")
+    between = (" ", "  ", "\n", "\t", " - ", "—", ", ", "\u00a0", "\u200b")
+    return "".join(rng.choice(words) + rng.choice(between) for _ in range(rng.randrange(12)))
+
+
+def test_words_of_english_are_those_of_rouge_score():
+    rng, theirs, ours = random.Random(3), tokenizers.DefaultTokenizer(use_stemmer=True), metrics.AnyScript()
+    texts = [english(rng) for _ in range(500)]
+    texts += ["".join(map(chr, rng.choices(range(1, 128), k=40))) for _ in range(500)]  # any ASCII
+    with gzip.open(PROJECT / "data" / "tldr_mini" / "actor_validation.jsonl.gz", "rt") as file:
+        texts += [text for row in map(json.loads, file) for text in (row["prompt"], row["completion"])]
+    assert all(ours.tokenize(text) == theirs.tokenize(text) for text in texts)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("我的邻居借了abc水壶。", ["我", "的", "邻", "居", "借", "了", "abc", "水", "壶"]),
+    ("こんにちは、カナ", ["こ", "ん", "に", "ち", "は", "カ", "ナ"]),
+    ("\U00020000\U00030000 〇", ["\U00020000", "\U00030000", "〇"]),  # Han beyond 16 bits
+    ("हिन्दी में लिखा है।", ["हिन्दी", "में", "लिखा", "है"]),
+    ("น้ำ คุณ", ["น้", "ำ", "คุ", "ณ"]),
+    ("كِتَابٌ جديد، می\u200cخواهم", ["كِتَابٌ", "جديد", "می\u200cخواهم"]),
+    ("한국어 문장", ["한국어", "문장"]),
+    ("Ёлка ΟΔΟΣ été", ["ёлка", "οδος", "été"]),
+    ("e\u0301te\u0301", ["été"]),  # one spelling of an accent is as good as the other
+    ("१२३ ٣", ["१२३", "٣"]),
+    ("😀 🎉 \N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}!? …", []),
+    ("", []),
+])
+def test_words_of_other_scripts(text, words):
+    assert metrics.AnyScript().tokenize(text) == words
+
+
+# as many words in both texts: ROUGE-1 is the share of them that both have
+@pytest.mark.parametrize(("prediction", "reference", "expected"), [
+    ("我的水壶坏了", "他的水壶坏了", 5 / 6),
+    ("Мой сосед сломал чайник", "Сосед сломал мой забор", 3 / 4),
+    ("मेरा पड़ोसी", "मेरा भाई", 1 / 2),
+    ("جاري كسر", "جاري باع", 1 / 2),
+    ("친구가 왔다", "친구가 갔다", 1 / 2),
+    ("น้ำ", "น้ำ", 1.0),
+    ("😀", "😀", 0.0),
+])
+def test_rouge_of_any_script(rouge, prediction, reference, expected):
+    assert rouge.compute(predictions=[prediction], references=[reference])["rouge1"] == pytest.approx(expected)
 
 
 def test_rouge_can_be_fed_in_batches_and_used_again(rouge):

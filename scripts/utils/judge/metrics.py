@@ -5,15 +5,41 @@ Everything runs on the gathered texts or scores, on one process. Nothing here ne
 
 import math
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 
 import datasets
 import evaluate
 import numpy as np
-from rouge_score import rouge_scorer
+import regex
+from nltk.stem.porter import PorterStemmer
+from rouge_score import rouge_scorer, tokenizers
 
 # per prompt group: (index of the better, index of the worse) completion
 Pairs = Sequence[Sequence[tuple[int, int]]]
+
+
+# Scripts that put no space between words: each of their letters counts as a word, with the marks that it bears.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_LETTERS = r"\p{L}\p{Nd}\p{Nl}"
+# The marks of Devanagari or Arabic are part of the word; so are the joiners (U+200C, U+200D) inside of it.
+_WORDS = regex.compile(rf"[[{_LETTERS}]&&[{_UNSPACED}]]\p{{M}}*"
+                       rf"|(?:[[{_LETTERS}]--[{_UNSPACED}]][\p{{M}}\u200c\u200d]*)+", regex.VERSION1)
+
+
+class AnyScript(tokenizers.Tokenizer):
+    """Words of any script for ROUGE. (rouge-score's own tokenizer drops all letters but a to z.)
+
+    Words of ASCII letters and digits are stemmed as rouge-score stems them, so that English text gives the
+    same words as with its tokenizer.
+    """
+
+    def __init__(self):
+        self._stemmer = PorterStemmer()
+
+    def tokenize(self, text: str) -> list[str]:
+        words = _WORDS.findall(unicodedata.normalize("NFC", text.lower()))
+        return [self._stemmer.stem(word) if word.isascii() and len(word) > 3 else word for word in words]
 
 
 class SummaryRouge(evaluate.Metric):
@@ -44,7 +70,7 @@ class SummaryRouge(evaluate.Metric):
         if len(predictions) == 0:
             raise ValueError("ROUGE of no examples")
         names = ["rouge1", "rouge2", "rougeL"]
-        scorer = rouge_scorer.RougeScorer(names, use_stemmer=True)
+        scorer = rouge_scorer.RougeScorer(names, tokenizer=AnyScript())
         examples = [scorer.score(target=r, prediction=p) for p, r in zip(predictions, references,
                                                                          strict=True)]
         result = {name: float(np.mean([example[name].fmeasure for example in examples])) for name in names}
