@@ -53,7 +53,7 @@ from transformers import set_seed
 from utils.data.batches import LengthGroupedBatches, rows_at
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, Tokenised, load_data, split_rows, tokenised
-from utils.judge.evaluation import Summaries, summarise
+from utils.judge.evaluation import Summaries, measure_groups, summarise
 from utils.judge.metrics import SummaryRouge
 from utils.judge.plots import plot_sft
 from utils.loop import Loop
@@ -92,10 +92,11 @@ def train(loop: Loop, examples, validation) -> None:
             loop.show(loss=loss)
             run.metrics(step, {"sft/loss": loss, "sft/grad_norm": loop.grad_norm,
                                "sft/learning_rate": loop.learning_rate})
-        # the loss on references says little about what the model writes, so ROUGE chooses (detail 14)
+        # the loss on references says little about what the model writes, so ROUGE chooses (detail 14), and
+        # the loss only where ROUGE is the same
         if loop.evaluates(step):
             figures = evaluate(loop, validation, step)
-            loop.best.offer(step, figures["rouge_avg"], loop.weights["trained"])
+            loop.best.offer(step, figures["rouge_avg"], loop.weights["trained"], loss=figures["loss"])
 
 
 def collate(rows: list[dict], loop: Loop) -> PromptGroups:
@@ -127,9 +128,22 @@ def rouge_of(loop: Loop, posts: Tokenised, title: str) -> tuple[dict[str, float]
     return {**figures, "ended": fmean(written.ended), "tokens": fmean(map(len, written.tokens))}, written
 
 
+def loss_of(loop: Loop, posts: Tokenised, title: str) -> float:
+    """-log p of the references' tokens with their EOS: one mean over all tokens of all posts (detail 12)."""
+    def summed(groups):
+        return response_logprobs(loop.module.model, groups, temperature=1.0).sum(1)  # (N,), padding is 0
+
+    completions = [[completion] for completion in posts.completions]
+    with loop.accelerator.autocast():
+        logprobs = measure_groups(summed, loop.tokenizer, posts.prompts, completions,
+                                  loop.config.eval_batch_size, loop.device, title)
+    return -sum(map(sum, logprobs)) / sum(map(len, posts.completions))
+
+
 def evaluate(loop: Loop, validation: Tokenised, step: int) -> dict[str, float]:
     """Log what the model reaches on the validation posts."""
     figures, _ = rouge_of(loop, validation, "validation")
+    figures["loss"] = loss_of(loop, validation, "validation, loss")
     loop.run.metrics(step, {f"eval/{name}": value for name, value in figures.items()})
     shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
     loop.run.log(f"step {step}, validation: {shown}")

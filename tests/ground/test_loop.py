@@ -25,6 +25,7 @@ from utils.models.prompt_groups import pack, unpack
 PROMPTS, COMPLETIONS = random_groups([5, 1, 8, 3], [[2], [7], [4], [1]])
 ROWS = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])}
         for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+EQUAL = {"rouge_avg": 1.0, "loss": 1.0}  # what every evaluation finds
 
 
 def sft_loop(folder, model=None, **keys) -> Loop:
@@ -37,7 +38,7 @@ def sft_loop(folder, model=None, **keys) -> Loop:
 @pytest.fixture(autouse=True)
 def no_summaries(monkeypatch):
     """Evaluations of SFT, which would take most of the time."""
-    monkeypatch.setattr(train_sft, "evaluate", lambda *_: {"rouge_avg": 0.0})
+    monkeypatch.setattr(train_sft, "evaluate", lambda *_: EQUAL)
 
 
 def logged(loop, name):
@@ -199,7 +200,7 @@ def stage_loops(folder, **keys):
 def test_a_stage_looks_and_saves_when_it_is_due_and_after_its_last_step(tmp_path, monkeypatch):
     looked = []
     for script in (train_sft, train_reward, train_ppo):  # the step is the last argument
-        monkeypatch.setattr(script, "evaluate", lambda *args: looked.append(args[-1]) or {"rouge_avg": 1.0})
+        monkeypatch.setattr(script, "evaluate", lambda *args: looked.append(args[-1]) or EQUAL)
     keys = {"eval_steps": 3, "save_steps": 2, "logging_steps": 5, "save_total_limit": 2}
     for stage, loop, train in stage_loops(tmp_path, **keys):
         saved, save = [], loop.save
@@ -216,7 +217,7 @@ def test_a_stage_looks_and_saves_when_it_is_due_and_after_its_last_step(tmp_path
 def test_between_left_out_steps_a_stage_neither_looks_nor_saves(tmp_path, monkeypatch):
     """There the weights may be broken: the last two of four steps are left out, and two stop no run yet."""
     looked = []
-    monkeypatch.setattr(train_sft, "evaluate", lambda *args: looked.append(args[2]) or {"rouge_avg": 1.0})
+    monkeypatch.setattr(train_sft, "evaluate", lambda *args: looked.append(args[2]) or EQUAL)
     loop = sft_loop(tmp_path, per_device_batch_size=4, max_steps=4, eval_steps=1, save_steps=1)
     backward = loop.backward
     loop.backward = lambda loss, groups: backward(loss * (math.nan if loop.step >= 2 else 1.0), groups)

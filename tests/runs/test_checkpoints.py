@@ -76,10 +76,29 @@ def test_the_best_score_within_the_budget_is_restored(tmp_path):
     loop = loop_of(tmp_path)
     for update, score, kl in [(0, 1.0, 0.0), (1, 3.0, 5.0), (2, 9.0, 5.1), (3, 2.0, 1.0), (4, 3.0, 0.0)]:
         offer(loop, update, score, kl)
-    assert loop.best.found == {"step": 1, "score": 3.0, "kl": 5.0}
-    assert restored(loop) == 1
+    assert loop.best.found == {"step": 4, "score": 3.0, "kl": 0.0}, "of equal scores the later one"
+    assert restored(loop) == 4
     assert (loop.run.folder / "train.log").read_text().endswith(
-        " best weights: those of update 1, held-out score 3.000, kl 5.000\n")
+        " best weights: those of update 4, held-out score 3.000, kl 0.000\n")
+
+
+@pytest.mark.parametrize(("offers", "best"), [
+    ([(1, 0.0, 2.5), (2, 0.0, 2.0), (3, 0.0, 2.25)], 2),  # ROUGE says nothing
+    ([(1, 0.0, 2.5), (2, 0.0, 2.5)], 2),  # nor does the loss
+    ([(1, 0.5, 2.0), (2, 0.25, 1.0), (3, 0.5, 2.5)], 1),  # the loss decides between equal ones alone
+    ([(1, 0.0, 2.0), (2, 0.0, math.nan)], 1),
+    ([(1, 0.0, math.nan), (2, 0.0, 2.0)], 2),
+])
+def test_the_loss_decides_between_equal_scores_and_says_so(offers, best, tmp_path):
+    loop = loop_of(tmp_path)
+    for step, score, loss in offers:
+        become(loop, step)
+        loop.best.offer(step, score, loop.weights["trained"], loss=loss)
+    assert restored(loop) == best
+    said = (loop.run.folder / "train.log").read_text()
+    for place, (step, score, _) in enumerate(offers):
+        equal = any(earlier == score for _, earlier, _ in offers[:place])
+        assert (f"update {step} scores {score:.3f} as" in said) == equal
 
 
 @pytest.mark.parametrize(("score", "kl"), [(math.nan, 0.0), (9.0, math.nan)])

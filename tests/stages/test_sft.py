@@ -7,6 +7,7 @@ from datasets import Dataset
 import train_sft
 from families import FAMILIES, PAD, policy, random_groups
 from loops import TOKENIZER, epoch_loop, gradients_of_steps
+from utils.data.rows import Tokenised
 from utils.models.loading import without_dropout
 
 PROMPTS, COMPLETIONS = random_groups([5, 1, 8, 3], [[2], [7], [4], [1]])
@@ -25,10 +26,26 @@ def trl_loss(model, loss_on, folder):
     return trainer.compute_loss(trainer.model, batch)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_validation_loss_is_the_mean_over_all_tokens_of_the_references(family, tmp_path):
+    """Against a plain forward pass of each row; batches of two, so that rows are padded."""
+    config = train_sft.SFTStageConfig(output_dir=str(tmp_path), eval_batch_size=2)
+    model = without_dropout(policy(family))
+    loop = epoch_loop(config, model, 4)
+    completions = [completion for [completion] in COMPLETIONS]
+    found = train_sft.loss_of(loop, Tokenised([], PROMPTS, completions), "")
+    nlls = []
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        nlls += torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none").tolist()
+    assert found == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
 @pytest.mark.parametrize("loss_on", ["completion", "sequence"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_step_is_that_of_trl(family, loss_on, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sft, "evaluate", lambda *_: {"rouge_avg": 0.0})
+    monkeypatch.setattr(train_sft, "evaluate", lambda *_: {"rouge_avg": 0.0, "loss": 1.0})
     rows = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])}
             for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     config = train_sft.SFTStageConfig(output_dir=str(tmp_path), loss_on=loss_on, per_device_batch_size=2,

@@ -209,6 +209,23 @@ def test_sft_ends_with_its_best_checkpoint(folder, monkeypatch):
     assert furthest(weights(run / "final"), second) == 0 and furthest(weights(run / "final"), last) > 0
 
 
+def test_where_rouge_says_nothing_sft_ends_with_the_lowest_loss(folder, monkeypatch):
+    """As for references of emoji, or a base model that cannot summarise yet."""
+    rouge, losses = train_sft.rouge_of, iter([9.0, 3.0, 2.0, 2.5])  # at steps 0, 1, 2 and 3
+
+    def of(loop, posts, title):
+        figures, summaries = rouge(loop, posts, title)
+        return figures | {"rouge_avg": 0.0}, summaries
+
+    monkeypatch.setattr(train_sft, "rouge_of", of)
+    monkeypatch.setattr(train_sft, "loss_of", lambda *_: next(losses))
+    train_sft.main(config_of(train_sft, folder, "equal", "--max_steps 3 --eval_steps 1 --save_steps 1"))
+    run = folder / "equal" / "sft"
+    said = (run / "train.log").read_text()
+    assert "step 2 scores 0.000 as step 1 did, so the loss decides: 2.0000 against 3.0000" in said
+    assert "best weights: those of step 2" in said
+
+
 @pytest.fixture
 def second_is_best(monkeypatch):
     """Of PPO's policies the one after update 2 is the best."""

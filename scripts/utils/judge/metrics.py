@@ -19,7 +19,7 @@ from rouge_score import rouge_scorer, tokenizers
 Pairs = Sequence[Sequence[tuple[int, int]]]
 
 
-# Scripts that put no space between words: each of their letters counts as a word, with the marks that it bears.
+# Scripts that put no space between words: each letter counts as a word, with the marks that it bears.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _LETTERS = r"\p{L}\p{Nd}\p{Nl}"
 # The marks of Devanagari or Arabic are part of the word; so are the joiners (U+200C, U+200D) inside of it.

@@ -4,6 +4,7 @@ one to resume.
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -143,15 +144,25 @@ class Best:
         self.checkpoints, self.found = checkpoints, None  # found: {"step", "score", ...} or None
 
     def offer(self, step: int, score: float, weights: Weights, **figures: float) -> None:
-        """Keep the weights when they score higher than the best so far.
+        """Keep the weights unless the best so far score higher: of equal scores the later one is kept.
 
         Args:
-            figures: what else is known of them, for the log.
+            figures: what else is known of them, for the log. A `loss` among them decides between equal
+                scores.
         """
-        if not score > (-float("inf") if self.found is None else self.found["score"]):  # also rejects NaN
-            return
+        if not (score > -math.inf and (self.found is None or self._as_good(step, score, figures))):
+            return  # also for NaN
         self.found = {"step": step, "score": score, **figures}
         self.checkpoints.write(f"best-{step}", lambda folder: save_weights(weights, folder, "best"))
+
+    def _as_good(self, step: int, score: float, figures: dict) -> bool:
+        """Whether what is offered is at least as good as the best so far."""
+        if score != self.found["score"] or "loss" not in figures:
+            return score >= self.found["score"]
+        run = self.checkpoints.run
+        run.log(f"{run.unit} {step} scores {score:.3f} as {run.unit} {self.found['step']} did, so the loss "
+                f"decides: {figures['loss']:.4f} against {self.found['loss']:.4f}")
+        return figures["loss"] <= self.found["loss"] or math.isnan(self.found["loss"])
 
     def restore(self, weights: Weights) -> None:
         """Put the best weights back; without one offered the weights stay."""
