@@ -62,7 +62,8 @@ def test_rouge_is_the_mean_over_examples(rouge):
 def english(rng) -> str:
     """English as people type it: words of posts, numbers, and everything that may stand between words."""
     words = ("The", "running", "RUNS", "ponies", "caresses", "cats'", "don't", "don’t", "1,000.50", "3rd",
-             "x2", "foo_bar", "e.g.", "“quoted”", "AT&T", "agreed", "generalizations", "r/tea", "a", "sky", "50%",
+             "x2", "foo_bar", "e.g.", "“quoted”", "AT&T", "agreed", "generalizations",
+             "r/tea", "a", "sky", "50%",
              "well-known", "oscillators", "😀", "…", "£5", "m²", "Foo™", "1½")
     between = (" ", "  ", "\n", "\t", " - ", "—", ", ", "\u00a0", "\u200b")
     return "".join(rng.choice(words) + rng.choice(between) for _ in range(rng.randrange(12)))
