@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
-from utils.config import UserError, key, read_yaml
+from utils.config import UserError, key
 from utils.judge.plots import plot_seeds, series
 from utils.launch import read_config, start
 from utils.runs.run import finished_run, output_file, read_whole_rows
+from utils.yaml_files import read_yaml
 
 
 @dataclass

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
-from utils.config import UserError, key, read_yaml
+from utils.config import UserError, key
 from utils.data.rows import load_examples
 from utils.data.tokens import prompt_tokens
 from utils.judge.evaluation import score_groups
@@ -46,6 +46,7 @@ from utils.models.generation import sample
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.parents import Parent
 from utils.runs.run import finished_run, output_file, read_whole_rows
+from utils.yaml_files import read_yaml
 
 SAMPLED_AT_ONCE = 256  # responses. With 4 times as many a response takes 1.5 times as long: the caches grow.
 SCORED_IN_A_ROW = 16  # responses of one prompt in a row. With all 64 attention takes twice as long.

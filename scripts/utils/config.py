@@ -18,10 +18,11 @@ import sys
 import typing
 from pathlib import Path
 
-import yaml
 from trl import TrlParser
 
+from utils.errors import UserError
 from utils.paths import PROJECT, find_local
+from utils.yaml_files import dump_yaml, kind_of, read_yaml
 
 SECTIONS = ("sft", "reward", "ppo")  # of a YAML file: keys for one stage
 LINE = "command line"  # the place of what was typed
@@ -36,10 +37,6 @@ sources of the defaults:
   LMHP      Ziegler et al., Fine-Tuning Language Models from Human Preferences, arXiv 1909.08593
   DSC       Yao et al., DeepSpeed-Chat, arXiv 2308.01320
 """
-
-
-class UserError(Exception):
-    """A mistake in what the user gave us: `launch.start` prints it in one line, and exits with status 2."""
 
 
 class _Help(str):
@@ -233,7 +230,7 @@ def _file_settings(parser, config_class, path: Path) -> dict[str, Setting]:
         if name not in _defaults(config_class):
             known = [*_defaults(config_class), *(SECTIONS if section else ())]
             raise UserError(f"{place}: unknown key '{name}'{_suggestion(name, known)}")
-        if isinstance(value, str):  # `3e-6` is text to PyYAML: read it as the command line would
+        if isinstance(value, str):  # `yes`, or a number in quotes: read it as the command line would
             given, _ = _parsed(parser, [f"--{name}={value}"], place)
             settings[name] = Setting(vars(given)[name], place)
     return _checked_all(config_class, settings)
@@ -247,57 +244,15 @@ def read_settings(path: Path, section: str) -> dict[str, Setting]:
     Args:
         section: of the stage; "": the script is no stage, and has no sections.
     """
-    values, node = _load(path)
-    lines = _lines(path, values, node)
-    settings = {name: Setting(value, f"{path}:{lines[name]}") for name, value in values.items()}
-    nodes = {name.value: inner for name, inner in node.value} if section and node else {}
-    for other in filter(nodes.__contains__, SECTIONS):
+    values, lines = read_yaml(path)
+    settings = {name: Setting(value, f"{path}:{lines[name,]}") for name, value in values.items()}
+    for other in filter(values.__contains__, SECTIONS if section else ()):
         keys, place = settings.pop(other)
         if not isinstance(keys, dict):
-            raise UserError(f"{place}: '{other}' must hold 'key: value' lines, found {_kind(keys)}")
-        lines = _lines(path, keys, nodes[other])
+            raise UserError(f"{place}: '{other}' must hold 'key: value' lines, found {kind_of(keys)}")
         if other == section:
-            settings |= {name: Setting(value, f"{path}:{lines[name]}") for name, value in keys.items()}
+            settings |= {name: Setting(value, f"{path}:{lines[other, name]}") for name, value in keys.items()}
     return settings
-
-
-def read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
-    """The mapping in a YAML file, and the line of each key."""
-    values, node = _load(path)
-    return values, _lines(path, values, node)
-
-
-def _load(path: Path) -> tuple[dict, yaml.MappingNode | None]:
-    """The mapping in a YAML file, and its node, which knows the lines; None when there are only comments."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = {} if node is None else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text; a configuration is a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        problem = getattr(error, "problem", None) or getattr(error, "reason", error)
-        raise UserError(f"{path}:{line}: is not valid YAML ({problem})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}:1: must be a YAML mapping of 'key: value' lines, found {_kind(values)}")
-    return values, node
-
-
-def _lines(path, values: dict, node) -> dict[str, int]:
-    """The line of each key of a mapping; refuses a key that stands twice or is no text."""
-    lines = {}
-    for name, _ in node.value if node else []:
-        line = name.start_mark.line + 1
-        if not isinstance(name.value, str) or name.value not in values:  # 1, true, null, ...
-            raise UserError(f"{path}:{line}: key '{name.value}' is not text")
-        if name.value in lines:
-            raise UserError(f"{path}:{line}: key '{name.value}' stands twice (line {lines[name.value]})")
-        lines[name.value] = line
-    return lines
 
 
 # ----------------------------------------------------------------------------------------------------- checks
@@ -349,11 +304,6 @@ def _checked(field, declared, value, place):
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
           dict: "a mapping"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
-
-
-def _kind(value) -> str:
-    """What a YAML value is, for messages."""
-    return "nothing" if value is None else _NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def find_input(path: str, name: str) -> Path:
@@ -420,5 +370,5 @@ def save_config(config, path: Path) -> None:
     """Write the resolved configuration as a YAML file that `--config` reads again to the same."""
     saved = {**dataclasses.asdict(config), "resume": False}  # a run from this file is a new one
     unfinished = path.with_suffix(".tmp")  # renamed when complete: a run killed here can still be resumed
-    unfinished.write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+    unfinished.write_text(dump_yaml(saved), encoding="utf-8")
     os.replace(unfinished, path)

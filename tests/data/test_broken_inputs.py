@@ -534,7 +534,7 @@ CONFIGS = {  # text of the YAML file, line, what is said
                      "key 'actor_training_data' stands twice (line 1)"),
     "not YAML": ("actor_training_data: [a\n", 2, "is not valid YAML"),
     "not UTF-8": (b"actor_training_data: caf\xe9\n", None,
-                  "is not UTF-8 text; a configuration is a YAML file"),
+                  "is not UTF-8; save the file as UTF-8 text"),
 }
 
 

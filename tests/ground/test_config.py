@@ -87,6 +87,13 @@ def test_whole_numbers_are_floats_where_a_float_is_asked_for(tmp_path):
     assert parse(tmp_path, "", "--bias=-1e-3").bias == -1e-3
 
 
+def test_no_is_a_word_where_a_word_is_asked_for_and_false_where_a_truth_is(tmp_path):
+    """YAML 1.1 reads `no` as false, so our own default could not be written down."""
+    for word, truth in (("no", False), ("yes", True), ("true", True), ("False", False)):
+        assert parse(tmp_path, f"resume: {word}\nmixed_precision: no\n") == Toy(resume=truth)
+    assert parse(tmp_path, "note: 1:30\n").note == "1:30" and parse(tmp_path, "note: off\n").note == "off"
+
+
 def test_null_is_nothing_and_comments_alone_are_an_empty_file(tmp_path):
     assert parse(tmp_path, "# nothing\n") == parse(tmp_path, "note: null\n") == Toy()
 
@@ -144,10 +151,18 @@ IN_FILE = {  # text of the file, line, part of the message
     "help is no key": ("help: 1\n", 1, "unknown key 'help'"),
     "config is no key": ("config: other.yaml\n", 1, "unknown key 'config'"),
     "text for a number": ("seed: 1\nlearning_rate: fast\n", 2, "invalid float value: 'fast'"),
-    "text for a whole number": ("seed: 1e3\n", 1, "--seed: invalid int value: '1e3'"),
+    "text for a whole number": ("seed: '1e3'\n", 1, "--seed: invalid int value: '1e3'"),
+    "a power of ten for a whole number": ("seed: 1e3\n", 1, "'seed' must be a whole number, found 1000.0"),
     "fraction for a whole number": ("\nseed: 1.5\n", 2, "'seed' must be a whole number, found 1.5"),
     "bool for a number": ("seed: true\n", 1, "'seed' must be a whole number, found True"),
-    "bool for a float": ("share: yes\n", 1, "'share' must be a number, found True"),
+    "bool for a float": ("share: true\n", 1, "'share' must be a number, found True"),
+    "a word for a float": ("share: yes\n", 1, "--share: invalid float value: 'yes'"),
+    "an hour for a whole number": ("seed: 1:30\n", 1, "--seed: invalid int value: '1:30'"),
+    "base 16 for a whole number": ("seed: 0x10\n", 1, "--seed: invalid int value: '0x10'"),
+    "base 8 for a whole number": ("seed: 010\n", 1, "'010' is 8-based to some programs"),
+    "no day of a calendar": ("seed: 2024-02-30\n", 1, "--seed: invalid int value: '2024-02-30'"),
+    "digits without an end": (f"seed: {'1' * 5000}\n", 1, "has a number of 5000 characters"),
+    "a duplicate in a section": ("sft:\n  seed: 1\n  seed: 2\n", 3, "key 'seed' stands twice (line 2)"),
     "number for a bool": ("resume: 1\n", 1, "'resume' must be true or false, found 1"),
     "text for a bool": ("resume: maybe\n", 1, "--resume:"),
     "number for text": ("note: 3\n", 1, "'note' must be text, found 3"),
@@ -164,7 +179,7 @@ IN_FILE = {  # text of the file, line, part of the message
     "infinite": ("learning_rate: .inf\n", 1, "'learning_rate' must be a finite number, found inf"),
     "not a choice": ("mixed_precision: bf8\n", 1,
                      "'mixed_precision' must be one of no, bf16, fp16, found 'bf8'"),
-    "choice read as a bool": ("mixed_precision: no\n", 1, "must be text, found False"),
+    "a bool for a choice": ("mixed_precision: false\n", 1, "must be text, found False"),
     "duplicate": ("seed: 1\nshare: 0.1\nseed: 2\n", 3, "key 'seed' stands twice (line 1)"),
     "list": ("- seed\n- 1\n", 1, "must be a YAML mapping of 'key: value' lines, found a list"),
     "empty list": ("[]\n", 1, "must be a YAML mapping of 'key: value' lines, found a list"),
@@ -330,7 +345,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert said == f"{missing}: cannot be read (No such file or directory)"
     said = one_line(lambda: parse(tmp_path, "", "--config", "no.yaml"))
     assert "--config: 'no.yaml' does not exist" in said
-    assert "cannot be read" in one_line(lambda: parse(tmp_path, "", "--config", str(tmp_path)))
+    said = one_line(lambda: parse(tmp_path, "", "--config", str(tmp_path)))
+    assert said == f"{tmp_path}: is a folder; a regular file is needed"
     assert "toy.yaml: is not UTF-8" in one_line(lambda: parse(tmp_path, b"note: caf\xe9\n"))
 
 

@@ -17,13 +17,14 @@ from accelerate.state import AcceleratorState
 
 from families import policy, scalar_model
 from tiny_models import mini_tokenizer, save_opt
-from utils.config import StageConfig, UserError, read_yaml, save_config
+from utils.config import StageConfig, UserError, save_config
 from utils.data.report import DataReport
 from utils.distributed import build_accelerator
 from utils.models.loading import load_policy
 from utils.models.parents import Parent, check_task
 from utils.runs.ending import print_stages, stage_folders
 from utils.runs.run import Run, refuse_impossible, refuse_used_folder
+from utils.yaml_files import read_yaml
 
 
 @dataclass

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow
-import yaml
 
 from utils.config import UserError, find_input, key
 from utils.data.files import FILE_ENDINGS, BadRow, read_file
 from utils.paths import find_local, is_hub_name
+from utils.yaml_files import YamlError, parse_yaml
 
 _HELD_OUT = ["validation", "valid", "valid1"]
 _TEST = ["test", "valid2"]
@@ -56,9 +56,9 @@ def parse_sources(value):
     """
     if isinstance(value, str) and value.startswith(("[", "{")):  # JSON from the command line
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"is not JSON ({getattr(error, 'problem', None) or error})") from None
+            value = parse_yaml(value)
+        except YamlError as error:
+            raise ValueError(f"is not JSON: {error}") from None
     entries = value if isinstance(value, list) else [value]
     if not entries:
         raise ValueError("is an empty list; name a data set")

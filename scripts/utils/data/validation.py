@@ -74,7 +74,7 @@ def refuse_findings(findings: Iterator[dict], count: int) -> None:
     if count > len(lines):
         lines.append(f"and {count - len(lines)} more")
     raise UserError(f"{count} rows cannot be used; mend them, or leave them out with on_bad_rows: "
-                    "skip\n" + "\n".join(lines))
+                    "skip", *lines)
 
 
 def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:

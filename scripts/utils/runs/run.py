@@ -23,11 +23,12 @@ from accelerate.utils import LoggerType
 from tqdm.auto import tqdm
 from transformers.integrations import get_available_reporting_integrations
 
-from utils.config import PROJECT, UserError, find_input, read_yaml, save_config
+from utils.config import PROJECT, UserError, find_input, save_config
 from utils.data.report import DataReport
 from utils.distributed import world
 from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
+from utils.yaml_files import read_yaml
 from utils.zero import resumable, save_pretrained
 
 
