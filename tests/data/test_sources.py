@@ -95,7 +95,6 @@ REFUSED = {
     "{name: a, weight: .inf}": "has a weight of inf;",
     "{name: 3}": "has 3 for 'name'; text is needed",
     "{name: a, split: [train]}": "has ['train'] for 'split'; text is needed",
-    "{1: 2}": "has an unknown key '1'",
     "[]": "is an empty list; name a data set",
     "[[a]]": "must be a name, a mapping with 'name', or a list of these, found ['a']",
     "3": "must be a name, a mapping with 'name', or a list of these, found 3",
