@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTJConfig, GraniteConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTJConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from families import FAMILIES, PAD, VOCAB, policy, random_groups
@@ -81,9 +81,6 @@ def test_a_model_whose_attention_cannot_be_chosen_keeps_sdpa(tmp_path):
     (BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=4), "cannot be loaded: .*attention"),
     (GPTJConfig(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, rotary_dim=4),
      "cannot be loaded: .*attention"),
-    (GraniteConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                   num_attention_heads=4,
-                   logits_scaling=8.0), "changes its logits behind the head .logits_scaling"),
 ])
 def test_models_that_would_be_computed_wrongly_are_refused(config, reason, tmp_path):
     """Bloom and GPT-J add the mask; ours is True where it sees."""

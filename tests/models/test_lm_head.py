@@ -27,21 +27,30 @@ def work(bias: bool):
     return head, states, tokens, torch.randn(TOKENS, generator=generator)
 
 
-def plain(head, states, tokens, temperature):
-    logprobs = (head(states) / temperature).log_softmax(-1)
+def plain(head, states, tokens, temperature, softcap=None, scale=1.0, words=WORDS):
+    logits = head(states)[:, :words] * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(-1, tokens[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
+BEHIND = [{}, {"softcap": 3.0}, {"scale": 0.25}, {"words": 90}, {"softcap": 5.0, "scale": 2.0, "words": 90}]
+
+
+@pytest.mark.parametrize("behind", BEHIND, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients(bias, temperature, chunk):
+def test_values_and_gradients(bias, temperature, behind, chunk):
     head, states, tokens, weights = work(bias)
+    tokens = tokens % 90
+    for name, value in behind.items():
+        setattr(head, name, value)
     logprobs, entropy = token_logprobs_and_entropy(head, states, tokens, temperature)
     (logprobs * weights).sum().backward()
     exact = nn.Linear(WIDTH, WORDS, bias=bias).double()
     exact.load_state_dict(head.state_dict())
     inputs = states.detach().double().requires_grad_()
-    expected, expected_entropy = plain(exact, inputs, tokens, temperature)
+    expected, expected_entropy = plain(exact, inputs, tokens, temperature, **behind)
     (expected * weights).sum().backward()
     assert (torch.equal(logprobs, token_logprobs(head, states, tokens, temperature))
             and not entropy.requires_grad)
@@ -49,6 +58,18 @@ def test_values_and_gradients(bias, temperature, chunk):
                          *((w.grad, v.grad) for w, v in zip(head.parameters(), exact.parameters(),
                                                             strict=True))):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("behind", BEHIND, ids=str)
+def test_logits_of_the_sampler_are_those_of_the_update(behind):
+    head, states, tokens, _ = work(bias=True)
+    tokens = tokens % 90
+    for name, value in behind.items():
+        setattr(head, name, value)
+    logits = head.logits(head(states))
+    assert logits.shape == (TOKENS, behind.get("words", WORDS))
+    found = (logits / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(found, token_logprobs(head, states, tokens, 0.7), rtol=1e-4, atol=1e-4)
 
 
 def kept_shapes(run) -> list[tuple]:

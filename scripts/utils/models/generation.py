@@ -219,7 +219,8 @@ class _Batch:
         ).last_hidden_state
         if mask.shape[2] == self.width and self.cache.get_seq_length() == self.width:
             hidden = hidden[:, -1:]
-        return self.policy.get_output_embeddings()(hidden).float()
+        head = self.policy.get_output_embeddings()
+        return head.logits(head(hidden))
 
 
 def _draw(logits, uniform, top_k, top_p):

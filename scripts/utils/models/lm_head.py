@@ -24,15 +24,37 @@ class LMHead(nn.Linear):
     """A head that can also be called for log-probabilities.
 
     `with_our_heads` sets the class of a loaded model's `nn.Linear` to this one. Weights and checkpoints stay
-    the same.
+    the same. Some families change their logits behind the head, z being its output:
+
+    Attributes:
+        scale: the logits are scale * z (Cohere; Granite divides).
+        softcap: the logits are softcap * tanh(z / softcap) (Gemma); None: they are z.
+        words: the rows of the weight that stand for words; those after them are never sampled.
     """
 
+    scale: float = 1.0
+    softcap: float | None = None
+    words: int | None = None
+
     def forward(self, states, tokens=None, temperature=1.0, with_entropy=False):
-        """Logits (..., V) of states (..., D). With `tokens` (M,): see `token_logprobs_and_entropy`."""
+        """The head's output (..., V) for states (..., D). With `tokens` (M,): see
+        `token_logprobs_and_entropy`.
+        """
         if tokens is None:
             return super().forward(states)
-        bias = None if self.bias is None else self.bias / temperature
-        return _TokenLogprobs.apply(states / temperature, self.weight, bias, tokens, with_entropy)
+        weight, bias, factor = self.weight, self.bias, self.scale
+        if self.words not in (None, len(weight)):
+            weight, bias = weight[: self.words], None if bias is None else bias[: self.words]
+        if self.softcap is None:  # the temperature can be divided by before the product, which is smaller
+            factor, temperature = factor / temperature, 1.0
+        bias = None if bias is None else bias * factor
+        return _TokenLogprobs.apply(states * factor, weight, bias, tokens, self.softcap, temperature,
+                                    with_entropy)
+
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """The model's logits of its words, float32 (..., words), from the head's output (..., V)."""
+        output = output[..., : self.words].float() * self.scale
+        return output if self.softcap is None else self.softcap * torch.tanh(output / self.softcap)
 
 
 def token_logprobs(
@@ -60,26 +82,35 @@ def token_logprobs_and_entropy(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, bias, tokens, with_entropy):
+    def forward(ctx, states, weight, bias, tokens, softcap, temperature, with_entropy):
         trains_states = ctx.needs_input_grad[0]
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         kept = torch.empty(len(states), len(weight), device=states.device) if trains_head else None  # (M, V)
-        logprobs, entropy, expected = [], [], []  # of each chunk; expected: sum_v p_v w_v
+        logprobs, entropy, expected, slopes = [], [], [], []  # of each chunk; expected: sum_v p_v w_v
         rows = max(1, _CHUNK // len(weight))
         for first in range(0, len(states), rows):
             here = slice(first, first + rows)
             logits = linear(states[here], weight, bias).float()  # (rows, V)
+            if softcap is not None:
+                logits.div_(softcap).tanh_()
+                slope = (1 - logits.square()).div_(temperature)  # of the logits by the head's output
+                logits.mul_(softcap / temperature)
             top, picked = logits.amax(-1), logits.gather(-1, tokens[here, None])[:, 0]
             probs = torch.softmax(logits, -1, out=kept[here] if trains_head else None)
             normaliser = top - probs.amax(-1).log()  # log-sum-exp, without computing the exponentials again
             logprobs.append(picked - normaliser)
             if with_entropy:
                 entropy.append(normaliser - logits.mul_(probs).sum(-1))
+            if softcap is not None:  # from here on p_v stands with the slope at v
+                probs.mul_(slope)
+                slopes.append(slope.gather(-1, tokens[here, None])[:, 0])
             if trains_states:
                 expected.append(torch.mm(probs.to(weight.dtype), weight))
+        slopes = torch.cat(slopes) if slopes else None  # (M,) at each token
         if trains_states:
             # the last one is d log p / d state, (M, D)
-            ctx.save_for_backward(states, tokens, kept, weight[tokens] - torch.cat(expected))
+            own = weight[tokens] if slopes is None else weight[tokens] * slopes[:, None]
+            ctx.save_for_backward(states, tokens, kept, slopes, own - torch.cat(expected))
         device = states.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         logprobs, entropy = torch.cat(logprobs), torch.cat(entropy) if with_entropy else None
@@ -89,13 +120,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        states, tokens, probs, direction = ctx.saved_tensors
+        states, tokens, probs, slopes, direction = ctx.saved_tensors
         weighted = grad[:, None] * states  # (M, D)
+        own = grad if slopes is None else grad * slopes  # (M,)
         grad_weight = grad_bias = None
         if probs is not None:
             dtype = ctx.dtype or states.dtype
             grad_weight = torch.mm(probs.to(dtype).t(), -weighted.to(dtype)).float()  # (V, D)
-            grad_weight.index_add_(0, tokens, weighted.float())
+            grad_weight.index_add_(0, tokens, (own[:, None] * states).float())
         if ctx.needs_input_grad[2]:
-            grad_bias = torch.mv(probs.t(), -grad).index_add_(0, tokens, grad)
-        return (grad[:, None] * direction).to(states.dtype), grad_weight, grad_bias, None, None
+            grad_bias = torch.mv(probs.t(), -grad).index_add_(0, tokens, own)
+        return (grad[:, None] * direction).to(states.dtype), grad_weight, grad_bias, *[None] * 4

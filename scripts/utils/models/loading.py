@@ -25,23 +25,14 @@ from utils.zero import gathered_weights
 # read by torch's loader that makes tensors only; transformers prefers safetensors where both are there.
 _LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False,
          "weights_only": True}
-# what changes a model's logits behind its head
-_BEHIND_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
 
 def load_policy(parent: Parent):
     """A causal language model in float32.
 
     Raises:
-        UserError: when it cannot be loaded, weights are missing, or its head is not one that is built in
-            here.
+        UserError: when it cannot be loaded, or weights are missing.
     """
-    for change in _BEHIND_THE_HEAD:
-        if getattr(parent.config, change, None) not in (None, 1, 1.0):
-            raise UserError(f"{parent.key}: '{parent.name}' changes its logits behind the head "
-                            f"({change} in its "
-                            "config.json), which is not built in here; use OPT, GPT-2, GPT-NeoX, "
-                            "Llama, Mistral, Qwen or another model without it")
     return _pretrained(AutoModelForCausalLM, parent)
 
 
@@ -130,6 +121,10 @@ def with_our_heads(model):
     for head, kind in ((model.get_output_embeddings(), LMHead), (getattr(model, "score", None), ScalarHead)):
         if head is not None:
             head.__class__ = kind
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if head is not None:
+        head.softcap = getattr(config, "final_logit_softcapping", None)
+        head.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     return model
 
 
