@@ -1,4 +1,4 @@
-"""Families that change their logits behind the head (soft cap, scale): stock forward passes and generation."""
+"""Families that change their logits behind the head (soft cap, scale): stock forward passes, generation."""
 
 import pytest
 import torch
