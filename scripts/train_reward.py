@@ -7,8 +7,9 @@
         --output_dir outputs/mine/reward
 
 K ranked summaries of a post are one row: the post is computed once and all K(K-1)/2 pairs are trained on. The
-loss is -log sigmoid(r_better - r_worse), one mean over all pairs of an optimizer step. At the end the scores
-are shifted so that reference summaries score 0, and the model is saved as a stock one-label classifier.
+loss is -log sigmoid(r_better - r_worse), one mean over all pairs of an optimizer step, or over its posts
+(`pair_weighting`). At the end the scores are shifted so that reference summaries score 0, and the model is
+saved as a stock one-label classifier.
 
 It does not train on absolute ratings.
 """
@@ -53,6 +54,9 @@ class RewardStageConfig(EpochStageConfig):
                                            unit="pairs", source="SHP", low=1)
     max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens",
                                      source="N+", low=2)
+    pair_weighting: str = key("pair", "What weighs the same in a step's loss: each pair; or each post, "
+                                      "whatever the number of its pairs.",
+                              source="ST; post: IG eq. 1", choices=["pair", "post"])
     margin: float = key(0.0, "The better score must be above the worse by this.", unit="score",
                         source="Llama 2, 2307.09288", low=0.0)
     centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of "
@@ -112,15 +116,14 @@ def train(loop: Loop, rankings, validation) -> None:
         passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size,
                                config.micro_batch_tokens)
         parts = [collate([rows[i] for i in part], loop) for part in passes]
-        pairs = loop.total(sum(len(order) for _, order in parts))  # of all ranks
-        for groups, order in loop.parts(parts,
-                                        spare=lambda first=places[:1]: collate(rows_at(rankings, first),
-                                                                               loop)):
+        total = loop.total(sum(weights.sum() for *_, weights in parts))  # pairs or posts, of all ranks
+        for groups, order, weights in loop.parts(parts, spare=lambda first=places[:1]: collate(
+                rows_at(rankings, first), loop)):
             # all completions of a post are scored in one pass over the post
             score = loop.model(groups)  # (N,)
             better, worse = score[order].unbind(1)  # (P,)
             losses = pairwise_loss(better, worse, config.margin, config.centring_coef)
-            loop.backward(losses.sum() / pairs, groups)
+            loop.backward((losses * weights).sum() / total, groups)
         loop.optimizer_step()
 
         if loop.logs(step):
@@ -143,14 +146,20 @@ def pairwise_loss(better: torch.Tensor, worse: torch.Tensor, margin: float,
     return -logsigmoid(better - worse - margin) + centring_coef * (better + worse).square()
 
 
-def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor]:
-    """Prompt groups, and (better, worse) indices into the batch's N completions: (P, 2) (detail 18)."""
+def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor, torch.Tensor]:
+    """Prompt groups; (better, worse) indices into the batch's N completions, (P, 2); a pair's weight, (P,).
+
+    The pairs of a post stand in one batch (detail 18) and weigh 1 each, or 1 together.
+    """
     groups = pack([row["prompt"] for row in rows], [row["completions"] for row in rows],
                   loop.tokenizer.pad_token_id)
     starts = np.cumsum([0] + [len(row["completions"]) for row in rows])
     order = [(first + b, first + w) for first, row in zip(starts, rows, strict=False)
              for b, w in row["pairs"]]
-    return groups.to(loop.device), torch.tensor(order, device=loop.device)
+    by_post = loop.config.pair_weighting == "post"
+    weights = [1 / len(row["pairs"]) if by_post else 1.0 for row in rows for _ in row["pairs"]]
+    return (groups.to(loop.device), torch.tensor(order, device=loop.device),
+            torch.tensor(weights, device=loop.device))
 
 
 # -------------------------------------------------------------------------------------------- what it reaches
@@ -167,7 +176,9 @@ def accuracy_of(loop: Loop, rows, title: str) -> tuple[dict[str, float], list[li
         raise UserError(f"{title}: a score is not finite (NaN or infinite): lower learning_rate; the "
                         f"last checkpoint is "
                         "intact")
-    accuracy, low, high = bootstrap_interval(*pair_accuracy(found, rows["pairs"]), loop.config.seed)
+    # a post whose answers are spread over several groups is one post
+    posts = list(map(tuple, rows["prompt"]))
+    accuracy, low, high = bootstrap_interval(*pair_accuracy(found, rows["pairs"]), posts, loop.config.seed)
     gaps, right = gaps_of(found, rows["pairs"])
     return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "pairs": len(gaps),
             "ece": expected_calibration_error(confidence(gaps), right)}, found

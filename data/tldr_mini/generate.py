@@ -3,6 +3,7 @@
     python data/tldr_mini/generate.py                  # the committed files
     python data/tldr_mini/generate.py --pretraining    # and the corpus of the mini base model
     python data/tldr_mini/generate.py --tokenizer      # and train the tokenizer anew
+    python data/tldr_mini/generate.py --output_dir outputs/uneven --answers 2 9    # unequal rankings
 
 Everything follows from the seed: each file has its own random generator, drawn from the seed and
 the file's name, and gzip's time stamp is zero. The same seed gives the same bytes.
@@ -55,14 +56,16 @@ def distinct_posts(rng: random.Random, count: int) -> Iterator[Post]:
             yield post
 
 
-def make_rows(rng: random.Random, name: str, count: int, gold: dict) -> Iterator[dict]:
+def make_rows(rng: random.Random, name: str, count: int, gold: dict,
+              answers_of_a_post: range = range(4, 5)) -> Iterator[dict]:
     """The rows of one file: documents, posts with a ranking, or posts with their author's summary."""
     if name.startswith("pretraining"):
         yield from (list_rows if name.startswith("pretraining_lists") else corpus)(rng, count)
         return
     for index, post in enumerate(distinct_posts(rng, count)):
         if name.startswith("reward"):
-            answers = ranking(rng, post, gold)
+            sizes = answers_of_a_post
+            answers = ranking(rng, post, gold, sizes[0] if len(sizes) == 1 else rng.choice(sizes))
         else:
             answers = {"completion": reference(rng, post).text}
         yield {"id": f"{name}_{index}", "prompt": post.prompt, **answers, "facts": post.facts}
@@ -90,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=HERE)
+    parser.add_argument("--answers", type=int, nargs=2, default=[4, 4], metavar=("FEWEST", "MOST"),
+                        help="of a post with a ranking, drawn for each post")
     parser.add_argument("--pretraining", action="store_true", help="also write the pretraining corpus")
     parser.add_argument("--tokenizer", action="store_true", help="also train the tokenizer on the corpus")
     parser.add_argument("--tokenizer_dir", type=Path, default=ROOT / "assets/opt-mini")
@@ -98,12 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_gold(args.output_dir / "gold.json")
     gold = load_gold(args.output_dir / "gold.json")
+    answers = range(args.answers[0], args.answers[1] + 1)
     for role, splits in SIZES.items():
         if role.startswith("pretraining") and not args.pretraining:
             continue
         for split, count in splits.items():
             name = f"{role}_{split}"
-            rows = make_rows(file_rng(args.seed, name), name, count, gold)
+            rows = make_rows(file_rng(args.seed, name), name, count, gold, answers)
             write_rows(args.output_dir / f"{name}.jsonl.gz", rows)
     if args.tokenizer:
         from tokenizer import train_tokenizer  # imported here, because the data set alone needs no package

@@ -213,26 +213,26 @@ MAKERS = {"complete": complete, "partial": partial, "wrong": wrong, "rambling": 
           "model_like": model_like}
 
 
-def draw_completions(rng: random.Random, post: Post) -> list[Draft]:
-    """A reference and three other summaries, all different, none too short or too long."""
+def draw_completions(rng: random.Random, post: Post, count: int) -> list[Draft]:
+    """A reference and `count` - 1 other summaries, all different, none too short or too long."""
     while True:
-        kinds = rng.choices(list(OTHER_KINDS), list(OTHER_KINDS.values()), k=3)
+        kinds = rng.choices(list(OTHER_KINDS), list(OTHER_KINDS.values()), k=count - 1)
         drafts = [reference(rng, post), *(MAKERS[kind](rng, post) for kind in kinds)]
         if "wrong" in kinds and rng.random() < MINIMAL_PAIR_CHANCE:
             bases = [draft for draft in drafts if draft.kind in ("reference", "complete", "partial")]
             drafts[kinds.index("wrong") + 1] = wrong(rng, post, rng.choice(bases))
         texts = [draft.text for draft in drafts]
-        if len(set(texts)) == 4 and all(MIN_PIECES <= pieces(text) <= MAX_PIECES for text in texts):
+        if len(set(texts)) == count and all(MIN_PIECES <= pieces(text) <= MAX_PIECES for text in texts):
             return drafts
 
 
-def ranking(rng: random.Random, post: Post, gold: dict) -> dict:
-    """Four completions, sorted best first by a labeller with Gumbel noise.
+def ranking(rng: random.Random, post: Post, gold: dict, count: int = 4) -> dict:
+    """`count` completions, sorted best first by a labeller with Gumbel noise.
 
     Sorting by score + Gumbel noise draws from the Plackett-Luce model. In it any two completions follow
     Bradley-Terry: P(i before j) = sigmoid(score_i - score_j), which is what the reward model's loss assumes.
     """
-    drafts = draw_completions(rng, post)
+    drafts = draw_completions(rng, post, count)
     scored = []
     for draft in drafts:
         score = gold_score(draft.text, post.facts, gold)

@@ -18,7 +18,7 @@ RULES = {"slots": {"who": {"weight": 1.0, "values": ["my sister", "my brother"]}
          "penalties": {"extra_word": 0.1, "repeated_trigram": 0.1, "repeated_trigram_cap": 0.2,
                        "no_proper_end": 0.2}}
 RIGHT, WRONG, NOTHING = "My sister.", "My brother.", "Nobody."  # 1, -1 and 0 where the fact is my sister
-POSTS = [SimpleNamespace(prompt="p", facts={"who": "my sister"}) for _ in range(3)]
+POSTS = [SimpleNamespace(prompt=prompt, facts={"who": "my sister"}) for prompt in "pqr"]
 
 
 @pytest.fixture
@@ -55,6 +55,20 @@ def test_figures_of_two_policies_by_hand(rules):
         "gold_win_rate_length_controlled": controlled})
     assert 0.5 <= low < 2 / 3 < high <= 1  # of ties and wins alone
     assert controlled != pytest.approx(2 / 3, abs=0.01), "the test wants lengths that matter"
+
+
+def test_rows_of_one_post_do_not_narrow_the_win_rate(rules):
+    """Each post stands in five rows, as where it has five references."""
+    def interval(times):
+        posts = POSTS * times
+        before, after = written([RIGHT, NOTHING, NOTHING] * times), written([RIGHT, RIGHT, NOTHING] * times)
+        before, after = (w._replace(tokens=[[5]] * 3 * times, ended=[True] * 3 * times) for w in (before,
+                                                                                                 after))
+        figures = GoldJudge(rules, posts).compare(posts, {
+            (name, kind): which for name, which in (("before", before), ("after", after))
+            for kind in ("sampled", "greedy")}, seed=0)
+        return [figures[f"gold_win_rate{end}"] for end in ("", "_low", "_high")]
+    assert interval(5) == pytest.approx(interval(1))
 
 
 def test_the_table_has_rows_for_what_is_known_of_a_stage():

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -173,63 +174,107 @@ def test_groups_must_match():
 
 
 def test_bootstrap_is_a_ratio_and_deterministic():
-    numerators, denominators = [1.0, 9.0, 0.0, 2.0], [1.0, 10.0, 2.0, 3.0]
-    mean, low, high = metrics.bootstrap_interval(numerators, denominators, seed=1)
+    rows = [1.0, 9.0, 0.0, 2.0], [1.0, 10.0, 2.0, 3.0], "abcd"
+    mean, low, high = metrics.bootstrap_interval(*rows, seed=1)
     assert mean == 12 / 16  # not the mean of the four ratios, .64
     assert 0 <= low < mean < high <= 1
-    assert metrics.bootstrap_interval(numerators, denominators, seed=1) == (mean, low, high)
+    assert metrics.bootstrap_interval(*rows, seed=1) == (mean, low, high)
     outcomes = np.random.default_rng(0).random(40)
-    one, two = (metrics.bootstrap_interval(outcomes, np.ones(40), seed) for seed in (1, 2))
+    one, two = (metrics.bootstrap_interval(outcomes, np.ones(40), range(40), seed) for seed in (1, 2))
     assert one[0] == two[0] and one[1:] != two[1:]
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
     outcomes = (np.arange(1000) < 700).astype(float)
-    mean, low, high = metrics.bootstrap_interval(outcomes, np.ones(1000), seed=0)
+    mean, low, high = metrics.bootstrap_interval(outcomes, np.ones(1000), range(1000), seed=0)
     error = math.sqrt(0.7 * 0.3 / 1000)
     assert mean == 0.7
     assert low == pytest.approx(0.7 - 1.96 * error, abs=0.004)
     assert high == pytest.approx(0.7 + 1.96 * error, abs=0.004)
-    _, low, high = metrics.bootstrap_interval(outcomes, np.ones(1000), seed=0, level=0.5)
+    _, low, high = metrics.bootstrap_interval(outcomes, np.ones(1000), range(1000), seed=0, level=0.5)
     assert high - low == pytest.approx(2 * 0.6745 * error, abs=0.004)
 
 
-def test_pairs_that_repeat_each_other_do_not_narrow_the_interval():
+# quantiles of Student's t, from a printed table: (posts, level) -> t
+STUDENT = {(10, 0.95): 2.262, (20, 0.95): 2.093, (31, 0.99): 2.750, (121, 0.95): 1.980}
+
+
+@pytest.mark.parametrize(("posts", "level"), STUDENT)
+def test_an_interval_over_few_posts_is_as_wide_as_students(posts, level):
+    """The mean of numbers that are nearly normal: mean +- t * s / sqrt(n), s with n - 1."""
+    values = np.array([NormalDist().inv_cdf((i + 0.5) / posts) for i in range(posts)])
+    _, low, high = metrics.bootstrap_interval(values, np.ones(posts), range(posts), 0, 100_000, level)
+    half = STUDENT[posts, level] * values.std(ddof=1) / math.sqrt(posts)
+    assert (-low, high) == (pytest.approx(half, rel=0.04), pytest.approx(half, rel=0.04))
+
+
+def test_rows_that_repeat_each_other_do_not_narrow_the_interval():
+    """Ten times the same pair: in one row, or in ten rows of one post."""
     outcomes = np.random.default_rng(0).integers(0, 2, size=50).astype(float)
-    one_pair = metrics.bootstrap_interval(outcomes, np.ones(50), seed=0)
-    ten_equal_pairs = metrics.bootstrap_interval(10 * outcomes, np.full(50, 10.0), seed=0)
-    assert one_pair == pytest.approx(ten_equal_pairs)
+    once = metrics.bootstrap_interval(outcomes, np.ones(50), range(50), seed=0)
+    in_one_row = metrics.bootstrap_interval(10 * outcomes, np.full(50, 10.0), range(50), seed=0)
+    rows = np.repeat(outcomes, 10), np.ones(500), np.repeat(np.arange(50), 10)
+    assert in_one_row == pytest.approx(once)
+    assert metrics.bootstrap_interval(*rows, seed=0) == pytest.approx(once)
+    apart = metrics.bootstrap_interval(*rows[:2], range(500), seed=0)
+    assert apart[2] - apart[1] < 0.4 * (once[2] - once[1]), "500 posts would tell more"
 
 
-def test_bootstrap_interval_covers_the_truth():
-    rng = np.random.default_rng(0)
-    covered, truth = 0, (4.5 * 0.4 + 2.5 * 0.9) / (4.5 + 2.5)
-    for trial in range(400):
-        # pairs of one post share its difficulty, and hard posts have more of them
-        hard = rng.random(80) < 0.5
-        counts = np.where(hard, rng.integers(1, 9, size=80), rng.integers(1, 5, size=80))
-        correct = rng.binomial(counts, np.where(hard, 0.4, 0.9))
-        _, low, high = metrics.bootstrap_interval(correct, counts, seed=trial, resamples=400)
-        covered += low <= truth <= high
-    assert 0.92 <= covered / 400 <= 0.98  # resampling pairs would cover about .86
+def test_the_order_of_rows_and_the_names_of_posts_do_not_matter():
+    draw = np.random.default_rng(3)
+    posts, right = draw.integers(0, 12, 60), draw.integers(0, 2, 60).astype(float)
+    named = [("post", int(post)) for post in posts]
+    by_post = sorted(range(60), key=lambda row: list(dict.fromkeys(named)).index(named[row]))
+    first = metrics.bootstrap_interval(right, np.ones(60), posts, seed=0)
+    assert first == metrics.bootstrap_interval(right, np.ones(60), named, seed=0)
+    assert first == metrics.bootstrap_interval(right[by_post], np.ones(60), posts[by_post], seed=0)
+
+
+def answers_of_posts(rng, posts):
+    """(right, rows' posts) of posts with 1 to 9 answers each; the answers of a post share its difficulty."""
+    sizes = rng.integers(1, 10, size=posts)
+    chances = np.where(rng.random(posts) < 0.5, 0.4, 0.9)
+    return (rng.random(sizes.sum()) < np.repeat(chances, sizes)).astype(float), np.repeat(range(posts), sizes)
+
+
+@pytest.mark.parametrize(("figure", "posts"), [("accuracy", 15), ("accuracy", 30), ("accuracy", 100),
+                                               ("win rate", 30)])
+def test_95_percent_intervals_cover_the_truth_where_posts_have_1_to_9_answers(figure, posts):
+    """Truth: .5 * .4 + .5 * .9. Drawn over rows, as if each were a post, they cover about three quarters."""
+    rng, covered, over_rows, trials = np.random.default_rng(posts), 0, 0, 400
+    for trial in range(trials):
+        right, owners = answers_of_posts(rng, posts)
+        if figure == "accuracy":
+            intervals = (metrics.bootstrap_interval(right, np.ones(len(right)), of, trial, 300)
+                         for of in (owners, range(len(right))))
+        else:
+            intervals = (metrics.win_rate(right, 1 - right, of, trial) for of in (owners, range(len(right))))
+        inside = [low <= 0.65 <= high for _, low, high in intervals]
+        covered, over_rows = covered + inside[0], over_rows + inside[1]
+    assert 0.92 <= covered / trials <= 0.98
+    assert over_rows / trials < 0.85
 
 
 def test_bootstrap_equals_plain_loops_over_the_same_draws():
-    numerators, denominators = [1.0, 9.0, 0.0, 2.0, 4.0], [1.0, 10.0, 2.0, 3.0, 4.0]
+    """Five posts in seven rows; t of 4 degrees of freedom at 90 % is 2.132."""
+    numerators, denominators = [1.0, 5.0, 0.0, 2.0, 4.0, 4.0, 0.0], [1.0, 6.0, 2.0, 2.0, 4.0, 4.0, 1.0]
+    sums = [(1.0, 1.0), (9.0, 10.0), (0.0, 2.0), (2.0, 3.0), (4.0, 4.0)]
     drawn = np.random.default_rng(5).integers(5, size=(41, 5)).tolist()
-    ratios = sorted(sum(numerators[g] for g in groups) / sum(denominators[g] for g in groups)
-                    for groups in drawn)
-    # 41 ratios: the 5 % and 95 % points are the third from either end, with nothing to interpolate
-    expected = (16 / 20, ratios[2], ratios[-3])
-    assert metrics.bootstrap_interval(numerators, denominators, seed=5, resamples=41,
-                                      level=0.9) == pytest.approx(expected)
+    ratios = sorted(sum(sums[g][0] for g in groups) / sum(sums[g][1] for g in groups) for groups in drawn)
+    place = 40 * NormalDist().cdf(-2.132 * math.sqrt(5 / 4))  # between the first ratios
+    expected = (16 / 20, ratios[0] + place * (ratios[1] - ratios[0]),
+                ratios[-1] - place * (ratios[-1] - ratios[-2]))
+    assert 0 < place < 1
+    assert metrics.bootstrap_interval(numerators, denominators, "abcdebd", seed=5, resamples=41,
+                                      level=0.9) == pytest.approx(expected, abs=2e-3)
 
 
-def test_bootstrap_leaves_out_empty_groups():
-    full = metrics.bootstrap_interval([1.0, 0.0, 2.0], [1.0, 1.0, 2.0], seed=3)
-    assert metrics.bootstrap_interval([1.0, 0.0, 0.0, 2.0], [1.0, 0.0, 1.0, 2.0], seed=3) == full
+def test_bootstrap_leaves_out_empty_posts():
+    full = metrics.bootstrap_interval([1.0, 0.0, 2.0], [1.0, 1.0, 2.0], "abc", seed=3)
+    assert metrics.bootstrap_interval([1.0, 0.0, 0.0, 2.0], [1.0, 0.0, 1.0, 2.0], "axbc", seed=3) == full
+    assert metrics.bootstrap_interval([3.0], [4.0], "a", seed=0) == (0.75, 0.75, 0.75)
     with pytest.raises(ValueError, match="nothing"):
-        metrics.bootstrap_interval([0.0, 0.0], [0.0, 0.0], seed=0)
+        metrics.bootstrap_interval([0.0, 0.0], [0.0, 0.0], "ab", seed=0)
 
 
 # --------------------------------------------------------------------------------------- ceiling and win rate
@@ -260,12 +305,12 @@ def test_label_ceiling_is_what_the_labellers_own_scores_reach():
 
 def test_win_rate_counts_ties_as_one_half():
     ours, theirs = [3.0, 1.0, 2.0, 5.0, 0.0], [1.0, 1.0, 2.0, 4.0, 1.0]
-    rate, low, high = metrics.win_rate(ours, theirs, seed=0)
+    rate, low, high = metrics.win_rate(ours, theirs, range(5), seed=0)
     assert rate == 3 / 5  # two wins, two ties, one loss
     assert low <= rate <= high
-    back, back_low, back_high = metrics.win_rate(theirs, ours, seed=0)
+    back, back_low, back_high = metrics.win_rate(theirs, ours, range(5), seed=0)
     assert (back, back_low, back_high) == pytest.approx((1 - rate, 1 - high, 1 - low))
-    assert metrics.win_rate([1.0] * 9, [1.0] * 9, seed=0) == (0.5, 0.5, 0.5)
+    assert metrics.win_rate([1.0] * 9, [1.0] * 9, range(9), seed=0) == (0.5, 0.5, 0.5)
 
 
 # --------------------------------------------------------------------------------- length-controlled win rate
@@ -298,10 +343,10 @@ def test_length_control_when_length_alone_decides():
     # separable
     rate = metrics.length_controlled_win_rate(our_lengths, their_lengths, our_lengths, their_lengths)
     assert rate == pytest.approx(0.5, abs=0.1)
-    assert metrics.win_rate(our_lengths, their_lengths, seed=0)[0] > 0.8
+    assert metrics.win_rate(our_lengths, their_lengths, range(500), seed=0)[0] > 0.8
     noisy = duels(0.0, 2.0, 5000, seed=7, shift=1.0)
     assert metrics.length_controlled_win_rate(*noisy) == pytest.approx(0.5, abs=0.05)
-    assert metrics.win_rate(*noisy[:2], seed=0)[0] > 0.75
+    assert metrics.win_rate(*noisy[:2], range(5000), seed=0)[0] > 0.75
 
 
 def test_length_control_is_the_plain_rate_where_lengths_do_not_differ():

@@ -135,7 +135,7 @@ def losses(models, groups, pairs, numbers) -> dict:
     return {
         "sft": loss_of(train_sft, train_sft.SFTStageConfig(), completions, groups),
         "reward": loss_of(train_reward, train_reward.RewardStageConfig(), GroupModel(scalar, scores),
-                          (groups, torch.tensor(pairs))),
+                          (groups, torch.tensor(pairs), torch.ones(len(pairs)))),
         "ppo": ppo.loss,
     }
 
@@ -476,6 +476,8 @@ OPTIONS = ("--whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0
     ("ppo", ("--per_device_batch_size", 2), OPTIONS),
     # as many parts as the rows of each rank need
     ("sft", ("--per_device_batch_size", 4, "--micro_batch_tokens", 40), ""),
+    # ranks whose posts have other numbers of pairs
+    ("reward", ("--per_device_batch_size", 2, "--gradient_accumulation_steps", 2), "--pair_weighting post"),
 ])
 def test_two_processes_make_the_run_of_one(stage, split, options, alone, folder):
     run, one = folder / f"two{bool(options)}{len(split)}" / stage, alone(stage)

@@ -56,20 +56,25 @@ def test_the_loss_by_its_definition(margin, centring_coef):
 @pytest.mark.parametrize(("batch_size", "accumulation", "max_tokens"),
                          [(4, 1, None), (1, 4, None), (2, 2, 25)])
 @pytest.mark.parametrize(("margin", "centring_coef"), OPTIONS)
+@pytest.mark.parametrize("weighting", ["pair", "post"])
 def test_a_step_follows_the_mean_over_all_its_pairs(
-        batch_size, accumulation, max_tokens, margin, centring_coef, tmp_path, monkeypatch):
-    """Detail 12: posts of 3, 1, 1 and 1 pairs. The oracle scores plain rows with the stock model."""
+        weighting, batch_size, accumulation, max_tokens, margin, centring_coef, tmp_path, monkeypatch):
+    """Detail 12: posts of 3, 1, 1 and 1 pairs, or the mean of their means. The oracle scores plain rows with
+    the stock model.
+    """
     monkeypatch.setattr(train_reward, "evaluate", lambda *_: None)
     loop = reward_loop(tmp_path, per_device_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-                       micro_batch_tokens=max_tokens, margin=margin, centring_coef=centring_coef)
+                       micro_batch_tokens=max_tokens, margin=margin, centring_coef=centring_coef,
+                       pair_weighting=weighting)
     step_by_sgd(loop, 0.1)
     train_reward.train(loop, Dataset.from_list(ROWS), None)
     oracle = scalar_model("opt")
-    pairs = [[stock_score(oracle, row["prompt"], row["completions"][i]) for i in pair]
-             for row in ROWS for pair in row["pairs"]]
-    loss = sum(softplus(w + margin - b) + centring_coef * (b + w) ** 2 for b, w in pairs) / len(pairs)
+    posts = [[[stock_score(oracle, row["prompt"], row["completions"][i]) for i in pair]
+              for pair in row["pairs"]] for row in ROWS]
+    losses = [[softplus(w + margin - b) + centring_coef * (b + w) ** 2 for b, w in pairs] for pairs in posts]
+    loss = sum(map(sum, losses)) / 6 if weighting == "pair" else sum(sum(p) / len(p) for p in losses) / 4
     loss.backward()
-    assert loop.step == 1 and len(pairs) == 6
+    assert loop.step == 1
     for ours, theirs in zip(loop.module.model.parameters(), oracle.parameters(), strict=True):
         expected = theirs if theirs.grad is None else theirs - 0.1 * theirs.grad
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
@@ -89,6 +94,11 @@ def test_figures_of_the_reward_model_by_hand(tmp_path, monkeypatch):
     assert (figures["accuracy"], figures["pairs"]) == (2.5 / 4, 4)
     # the two posts are drawn again: the first twice, say, or the second
     assert (figures["accuracy_low"], figures["accuracy_high"]) == pytest.approx((0.5, 2 / 3))
+    # groups of one post are one post: more answers than a group holds, or two rows in the file
+    again = {name: values * 3 for name, values in rows.items()}
+    monkeypatch.setattr(train_reward, "score_groups", lambda *_: [[3.0, 1.0, 2.0], [0.5, 0.5]] * 3)
+    same, _ = train_reward.accuracy_of(reward_loop(tmp_path), again, "")
+    assert same == pytest.approx({**figures, "pairs": 12})
     # .88 and .73; the second is right once of two, the tie half of .5
     sure = {gap: sigmoid(gap) for gap in (2, 1)}
     assert figures["ece"] == pytest.approx(((1 - sure[2]) + 2 * (sure[1] - 0.5) + 0.0) / 4)

@@ -41,7 +41,8 @@ class GoldJudge:
             written: summaries by (before or after, sampled or greedy).
         """
         gold = {key: self.scores(examples, summaries) for key, summaries in written.items()}
-        rate, low, high = win_rate(gold["after", "sampled"], gold["before", "sampled"], seed)
+        posts = [example.prompt for example in examples]
+        rate, low, high = win_rate(gold["after", "sampled"], gold["before", "sampled"], posts, seed)
         lengths = [list(map(len, written[name, "sampled"].tokens)) for name in ("after", "before")]
         return {
             "gold_before": fmean(gold["before", "sampled"]),
@@ -49,7 +50,8 @@ class GoldJudge:
             "gold_win_rate": rate,
             "gold_win_rate_low": low,
             "gold_win_rate_high": high,
-            "gold_win_rate_greedy": win_rate(gold["after", "greedy"], gold["before", "greedy"], seed)[0],
+            "gold_win_rate_greedy": win_rate(gold["after", "greedy"], gold["before", "greedy"], posts,
+                                             seed)[0],
             "gold_win_rate_length_controlled": length_controlled_win_rate(
                 gold["after", "sampled"], gold["before", "sampled"], *lengths),
         }

@@ -6,7 +6,8 @@ Everything runs on the gathered texts or scores, on one process. Nothing here ne
 import math
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from statistics import NormalDist
 
 import datasets
 import evaluate
@@ -85,7 +86,7 @@ def _wins(ours, theirs):
 def pair_accuracy(scores: Sequence[Sequence[float]], pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """Correct counts (G,) and pair counts (G,), float, of G prompt groups; a tie counts one half (detail 20).
 
-    `scores[g][i]` scores completion i of group g. The two arrays are what `bootstrap_interval` takes.
+    `scores[g][i]` scores completion i of group g. `bootstrap_interval` takes the two arrays.
     """
     correct = [
         sum(_wins(group[better], group[worse]) for better, worse in group_pairs)
@@ -95,24 +96,47 @@ def pair_accuracy(scores: Sequence[Sequence[float]], pairs: Pairs) -> tuple[np.n
 
 
 def bootstrap_interval(
-    numerators: Sequence[float], denominators: Sequence[float], seed: int, resamples: int = 2000,
-    level: float = 0.95
+    numerators: Sequence[float], denominators: Sequence[float], posts: Sequence[Hashable], seed: int,
+    resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Ratio sum(numerators) / sum(denominators) and its percentile bootstrap interval: (mean, low, high).
+    """Ratio sum(numerators) / sum(denominators) and its bootstrap interval over posts: (mean, low, high).
 
-    Both (G,). It is the G groups (posts) that are drawn again, since the pairs of one post are not
-    independent. Groups with denominator 0 say nothing and are left out. Raises ValueError when no group
-    remains.
+    Posts are drawn again, each with all its rows: what is said of one post is not independent, and rows that
+    repeat each other must not narrow the interval. Posts with denominator 0 say nothing and are left out.
+
+    Args:
+        numerators, denominators, posts: (N,), one entry for each row. Rows of one post have equal `posts`.
+
+    Raises:
+        ValueError: when no post remains.
     """
-    numerators, denominators = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
-    kept = denominators > 0
-    if not kept.any():
+    numbers = {post: number for number, post in enumerate(dict.fromkeys(posts))}
+    places = [numbers[post] for post in posts]
+    sums, counts = (np.bincount(places, weights=np.asarray(values, dtype=float))
+                    for values in (numerators, denominators))  # (number of posts,) each
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if not len(sums):
         raise ValueError("nothing to average: every denominator is 0")
-    numerators, denominators = numerators[kept], denominators[kept]
-    drawn = np.random.default_rng(seed).integers(len(numerators), size=(resamples, len(numerators)))
-    ratios = numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)  # (resamples,)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return float(numerators.sum() / denominators.sum()), float(low), float(high)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    ratios = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)  # (resamples,)
+    tail = _each_tail(level, len(sums))
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+def _each_tail(level: float, posts: int) -> float:
+    """Share of the resamples beyond each end of an interval.
+
+    Plain percentiles are too narrow for few posts: at 20 they cover 91 % in place of 95 %. The expanded
+    percentile interval (Hesterberg, 1411.5279) widens them as Student's t does for a mean, by sqrt(n/(n - 1))
+    and the quantile of t; that is expanded here around the normal one (Cornish and Fisher).
+    """
+    if posts == 1:
+        return 0.0
+    z, freedom = NormalDist().inv_cdf((1 + level) / 2), posts - 1
+    t = (z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3))
+    return NormalDist().cdf(-t * math.sqrt(posts / freedom))
 
 
 def label_ceiling(label_scores: Sequence[Sequence[float]], pairs: Pairs) -> float:
@@ -128,13 +152,14 @@ def label_ceiling(label_scores: Sequence[Sequence[float]], pairs: Pairs) -> floa
     return float(np.mean(1 / (1 + np.exp(-np.array(gaps)))))  # sigmoid(|difference|) is max(p, 1 - p)
 
 
-def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int) -> tuple[float, float, float]:
+def win_rate(ours: Sequence[float], theirs: Sequence[float], posts: Sequence[Hashable],
+             seed: int) -> tuple[float, float, float]:
     """How often ours beats theirs on the same prompt: (rate, low, high), ties one half (detail 37).
 
-    Both (N,), one score per prompt; the 95 % bootstrap interval resamples prompts.
+    All (N,), one entry for each row; the 95 % interval is over posts, see `bootstrap_interval`.
     """
     wins = _wins(np.asarray(ours), np.asarray(theirs))
-    return bootstrap_interval(wins, np.ones(len(wins)), seed)
+    return bootstrap_interval(wins, np.ones(len(wins)), posts, seed)
 
 
 def length_controlled_win_rate(
