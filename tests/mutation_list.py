@@ -555,10 +555,6 @@ MUTATIONS = [
         ("a score shift in the config is not applied to values", 19, "response_values",
          '- getattr(value_model.config, "score_shift", 0.0)', ""),
     ]),
-    *_of("utils/models/parents.py", "parents:tokenizer_must_have_a_pad", [
-        ("a PAD token that is the EOS is accepted", 4, "Parent.tokenizer",
-         "in (None, tokenizer.eos_token_id)", "is None"),
-    ]),
     *_of("utils/models/policy_value.py", "ppo_options:the_average_is_taken", [
         ("a value head reads states that are cut off from the trunk", 22, "PolicyAndValue._values",
          "self.value_model(states)", "self.value_model(states.detach())", "ppo_options:a_shared_trunk"),
@@ -596,6 +592,13 @@ MUTATIONS = [
         ("completions of a prompt see each other", 5, "attention_mask",
          "[:, None, :] == 0", "[:, None, :] >= 0"),
         ("groups in one row see each other", 5, "attention_mask", "same_group &", ""),
+    ]),
+    *_of("utils/models/vocabulary.py", "vocabulary", [
+        ("a PAD token that is the EOS is accepted", 4, "give_pad", "(None, tokenizer.eos_token_id)",
+         "(None,)"),
+        ("an added PAD can be sampled", None, "words_of",
+         "last if tokenizer.pad_token_id == last else last + 1", "last + 1"),
+        ("new rows are 0", None, "fit_rows", "weight[:rows].mean(0)", "0.0"),
     ]),
     *_of("utils/runs/checkpoints.py", "checkpoints:one_that_is_killed", [
         ("what a killed run left aside gets into the checkpoint", None, "CheckpointFolder.write",

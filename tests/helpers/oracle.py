@@ -22,8 +22,8 @@ def stock_logprobs(model, prompt, completion):
     return logits.log_softmax(-1)[torch.arange(len(completion)), completion], entropy
 
 
-def stock_scores(model, rows):
+def stock_scores(model, rows, pad=PAD):
     """(N,) scores by the stock forward on right-padded rows; it finds the last token by `pad_token_id`."""
-    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
+    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     return model(input_ids=padded, attention_mask=mask).logits[:, 0]

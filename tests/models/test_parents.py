@@ -91,15 +91,6 @@ def saved_tokenizer(folder, **special):
     return Parent("model", str(folder))
 
 
-@pytest.mark.parametrize("pad", [None, "</s>"])
-def test_tokenizer_must_have_a_pad_of_its_own(pad, tmp_path):
-    """Detail 4."""
-    tokenizer = Parent("model", "assets/opt-mini").tokenizer
-    assert tokenizer.pad_token_id == PAD and tokenizer.eos_token_id == EOS
-    with pytest.raises(UserError, match="^model: .*no PAD token of its own"):
-        saved_tokenizer(tmp_path, pad_token=pad).tokenizer  # noqa: B018
-
-
 def test_tokenizer_must_have_an_eos(tmp_path):
     with pytest.raises(UserError, match="^model: .*no EOS token, so no summary could ever end"):
         saved_tokenizer(tmp_path, eos_token=None).tokenizer  # noqa: B018

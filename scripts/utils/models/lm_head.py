@@ -42,14 +42,12 @@ class LMHead(nn.Linear):
         """
         if tokens is None:
             return super().forward(states)
-        weight, bias, factor = self.weight, self.bias, self.scale
-        if self.words not in (None, len(weight)):
-            weight, bias = weight[: self.words], None if bias is None else bias[: self.words]
+        factor = self.scale
         if self.softcap is None:  # the temperature can be divided by before the product, which is smaller
             factor, temperature = factor / temperature, 1.0
-        bias = None if bias is None else bias * factor
-        return _TokenLogprobs.apply(states * factor, weight, bias, tokens, self.softcap, temperature,
-                                    with_entropy)
+        bias = None if self.bias is None else self.bias * factor
+        return _TokenLogprobs.apply(states * factor, self.weight, bias, tokens, self.words, self.softcap,
+                                    temperature, with_entropy)
 
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """The model's logits of its words, float32 (..., words), from the head's output (..., V)."""
@@ -82,7 +80,8 @@ def token_logprobs_and_entropy(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, bias, tokens, softcap, temperature, with_entropy):
+    def forward(ctx, states, weight, bias, tokens, words, softcap, temperature, with_entropy):
+        ctx.rows, weight, bias = len(weight), weight[:words], None if bias is None else bias[:words]
         trains_states = ctx.needs_input_grad[0]
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         kept = torch.empty(len(states), len(weight), device=states.device) if trains_head else None  # (M, V)
@@ -125,9 +124,17 @@ class _TokenLogprobs(torch.autograd.Function):
         own = grad if slopes is None else grad * slopes  # (M,)
         grad_weight = grad_bias = None
         if probs is not None:
-            dtype = ctx.dtype or states.dtype
-            grad_weight = torch.mm(probs.to(dtype).t(), -weighted.to(dtype)).float()  # (V, D)
+            dtype, words = ctx.dtype or states.dtype, probs.shape[1]
+            grad_weight = weighted.new_empty(ctx.rows, states.shape[1], dtype=torch.float32)  # (V, D)
+            product = probs.to(dtype).t(), -weighted.to(dtype)
+            if dtype == torch.float32:  # a table of this size is written once
+                torch.mm(*product, out=grad_weight[:words])
+            else:
+                grad_weight[:words] = torch.mm(*product)
+            grad_weight[words:] = 0
             grad_weight.index_add_(0, tokens, (own[:, None] * states).float())
         if ctx.needs_input_grad[2]:
-            grad_bias = torch.mv(probs.t(), -grad).index_add_(0, tokens, own)
-        return (grad[:, None] * direction).to(states.dtype), grad_weight, grad_bias, *[None] * 4
+            grad_bias = grad.new_zeros(ctx.rows)
+            grad_bias[:words] = torch.mv(probs.t(), -grad)
+            grad_bias.index_add_(0, tokens, own)
+        return (grad[:, None] * direction).to(states.dtype), grad_weight, grad_bias, *[None] * 5

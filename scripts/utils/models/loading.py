@@ -19,6 +19,7 @@ from utils.models.attention import CAUSAL_BLOCKS
 from utils.models.lm_head import LMHead
 from utils.models.lora import add_adapter
 from utils.models.parents import Parent
+from utils.models.vocabulary import fit_rows, words_of
 from utils.zero import gathered_weights
 
 # Weights are float32 (mixed precision is autocast's work), and no code from outside is run. A .bin file is
@@ -98,7 +99,13 @@ def _pretrained(kind, parent: Parent, new=(), **changes):
         if names:
             raise UserError(f"{parent.key}: '{parent.name}' cannot be loaded: {len(names)} "
                             f"weights are {what} ({names[0]}, ...)")
-    return with_our_heads(in_blocks(model))
+    if not parent.has_tokenizer:
+        return with_our_heads(in_blocks(model))
+    fit_rows(model, parent.tokenizer)
+    model = with_our_heads(in_blocks(model))
+    if (head := model.get_output_embeddings()) is not None:
+        head.words = words_of(parent.tokenizer)
+    return model
 
 
 def in_blocks(model):

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from utils.config import UserError
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.distributed import world
+from utils.models.vocabulary import give_pad
 from utils.paths import find_local, is_hub_name
 
 # transformers would ask a web service to convert a model without safetensors, and send it the user's token
@@ -117,11 +118,14 @@ class Parent:
             raise UserError(
                 f"{self.key}: the config of '{self.name}' says no hidden_size ({error})") from None
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.folder is None or any((self.folder / file).is_file() for file in _TOKENIZER_FILES)
+
     @cached_property
     def tokenizer(self):
-        """The tokenizer; it must have an EOS token, and a PAD token that is not the EOS (detail 4)."""
-        # without any of these files transformers makes up an empty tokenizer
-        if self.folder is not None and not any((self.folder / file).is_file() for file in _TOKENIZER_FILES):
+        """The tokenizer; it must have an EOS token. Without a PAD of its own it gets one (`give_pad`)."""
+        if not self.has_tokenizer:  # transformers would make up an empty tokenizer
             raise UserError(f"{self.key}: '{self.name}' holds a model but no tokenizer files "
                             f"({', '.join(_TOKENIZER_FILES)}); copy those of the model it was "
                             f"made from into it")
@@ -129,11 +133,9 @@ class Parent:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no EOS token, so no "
                             f"summary could ever end")
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-            raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no PAD token of its own "
-                            f"(PAD must differ "
-                            "from EOS, or the EOS is masked away and generation never learns to "
-                            "stop); add one to the tokenizer and save it")
+        done = give_pad(tokenizer)
+        if done and world().is_main_process:
+            print(f"{self.key}: '{self.name}' has no PAD token of its own: {done}", file=sys.stderr)
         return tokenizer
 
     @cached_property
