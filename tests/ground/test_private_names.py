@@ -143,8 +143,10 @@ class _File:
         if expression.id not in self.imported:
             return getattr(builtins, expression.id)
         module, name = self.imported[expression.id]
-        module = importlib.import_module(module)
-        return module if name is None else getattr(module, name)
+        loaded = importlib.import_module(module)
+        if name is None or hasattr(loaded, name):
+            return loaded if name is None else getattr(loaded, name)
+        return importlib.import_module(f"{module}.{name}")
 
 
 def _is_self(node) -> bool:
