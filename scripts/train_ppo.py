@@ -533,10 +533,10 @@ def main(config: PPOStageConfig) -> None:
     began = time.time()
     train(loop, models, posts, judge, gold)
     speed = loop.steps_done * config.episodes_per_update / (time.time() - began)
-    loop.best.restore(outcome_weights(models))
+    best_step = loop.best.restore(outcome_weights(models), last=loop.step)
     with loop.accelerator.autocast():
         end = ending(loop, models, posts.test, judge, gold)
-    end.summary["episodes_per_second"] = speed
+    end.summary.update(best_step=best_step, episodes_per_second=speed)
     end_stage(run, models.outcome, sft.tokenizer, [sft, reward], end)
 
 

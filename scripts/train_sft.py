@@ -192,11 +192,13 @@ def main(config: SFTStageConfig) -> None:
     began = time.time()
     train(loop, examples, validation)
     seconds = time.time() - began
-    loop.best.restore(loop.weights["trained"])
+    best_step = loop.best.restore(loop.weights["trained"], last=loop.step)
     after = rouge_of(loop, test, "test")
     rows = loop.steps_done * config.rows_per_step
     speed = rows * fmean(examples["length"]) / seconds
-    end_stage(run, policy, base.tokenizer, [base], ending(test, before, after, speed, config))
+    end = ending(test, before, after, speed, config)
+    end.summary["best_step"] = best_step
+    end_stage(run, policy, base.tokenizer, [base], end)
 
 
 def ending(test: Tokenised, before, after, speed: float, config: SFTStageConfig) -> Ending:

@@ -1,4 +1,4 @@
-"""Writing that survives a loss of power: content is on the disk before its final name is.
+"""Writing and removing that survive a kill and a loss of power: what has its final name is whole.
 
 A rename may reach the disk before the bytes of what it names. After a loss of power a file that was written
 and renamed can then be empty.
@@ -6,6 +6,7 @@ and renamed can then be empty.
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 
@@ -37,3 +38,23 @@ def move(temporary: Path, final: Path) -> None:
     fsync_tree(temporary)
     os.replace(temporary, final)
     fsync(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder. A kill in between leaves it under its name with `.old.tmp`, never half of it.
+
+    What cannot be deleted (a file that is open on a network file system) stays under that name, too.
+    """
+    aside = path.with_name(f"{path.name}.old.tmp")
+    delete(aside)
+    os.replace(path, aside)
+    fsync(path.parent)
+    delete(aside)
+
+
+def delete(temporary: Path) -> None:
+    """Delete what nobody reads, whole or half, if it is there."""
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)

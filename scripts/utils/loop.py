@@ -34,6 +34,7 @@ from utils.runs.checkpoints import (
     trainable_weights,
 )
 from utils.runs.divergence import Divergence
+from utils.runs.resume import PROGRESS, find_point
 from utils.runs.run import Run
 from utils.stage_keys import Schedule
 from utils.zero import full_shape, load_engine, resumable, save_engine, use_engine
@@ -71,6 +72,8 @@ class Loop:
                                        schedule.optimizer_steps)
         self.checkpoints = CheckpointFolder(run)
         self.best = Best(self.checkpoints)
+        # looked for before anything is computed: a run that cannot go on says so at once
+        self.resume_point = find_point(self.checkpoints, run.unit) if run.config.resume else None
         self.divergence = Divergence(run, tokenizer, self.accelerator)
         self.step, self.first_step, self.carried = 0, 0, {}
         self.weights: dict[str, Weights] = {"trained": trainable_weights(model)}  # what a checkpoint holds
@@ -216,7 +219,7 @@ class Loop:
         """A checkpoint with all that a resume needs; the newest `save_total_limit` are kept."""
         if resumable():
             self.checkpoints.write(f"{self.run.unit}-{self.step}", self._write)
-        self.checkpoints.keep(self.run.unit, self.config.save_total_limit)
+        self.checkpoints.keep(self.run.unit, self.config.save_total_limit, self.step)
         if self.accelerator.is_main_process:
             self._drop_forgotten()
 
@@ -233,21 +236,25 @@ class Loop:
             scaler = self.accelerator.scaler
             progress = {"step": self.step, "best": self.best.found, "carried": self.carried,
                         "losses": losses, "steps_summed": self._steps_summed,
-                        "scheduler": self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
-            (folder / "progress.json").write_text(json.dumps(progress, indent=1))
+                        "scheduler": self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict(),
+                        "processes": self.accelerator.num_processes,
+                        "metrics_bytes": self.run.metrics_bytes()}
+            (folder / PROGRESS).write_text(json.dumps(progress, indent=1))
 
     def resume(self) -> None:
-        """With `resume` go back to the newest complete checkpoint; else nothing happens.
+        """With `resume` go back to the newest whole checkpoint, if there is one.
 
-        Best weights that were found after it are dropped: the run is going to find them again, or others.
+        Metrics, checkpoints and best weights of later steps are dropped: the run is going to make them again.
         """
-        newest = self.checkpoints.newest(self.run.unit) if self.config.resume else None
-        if newest is not None:
-            self._read(newest)
-        if self.config.resume and self.accelerator.is_main_process:
+        if self.resume_point is not None:
+            self._read(*self.resume_point)
+        if self.config.resume:
+            self.run.rewind(self.resume_point.progress["metrics_bytes"] if self.resume_point else 0)
+        self.checkpoints.go_on_after(self.run.unit, self.step)
+        if self.accelerator.is_main_process:
             self._drop_forgotten()
 
-    def _read(self, folder) -> None:
+    def _read(self, folder, progress: dict) -> None:
         if self._engine:
             load_engine(self.model, folder / "engine")
         else:
@@ -256,7 +263,6 @@ class Loop:
         for name, weights in self.weights.items():
             if not (self._engine and name == "trained"):
                 load_weights(weights, folder, name)
-        progress = json.loads((folder / "progress.json").read_text())
         self.step, self.best.found, self.carried = progress["step"], progress["best"], progress["carried"]
         self._losses.fill_(progress["losses"][self.accelerator.process_index])
         self._steps_summed = progress["steps_summed"]
@@ -271,7 +277,7 @@ class Loop:
 def _best_of(checkpoint) -> dict | None:
     """The best weights that a checkpoint would go back to; None when it is damaged."""
     try:
-        return json.loads((checkpoint / "progress.json").read_text())["best"]
+        return json.loads((checkpoint / PROGRESS).read_text())["best"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

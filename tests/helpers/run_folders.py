@@ -1,6 +1,7 @@
 """What runs leave behind, for tests that compare them."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -17,8 +18,7 @@ def metrics(run: Path) -> list[dict]:
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints that a resume could take, oldest first."""
-    paths = [path for path in run.glob("checkpoints/*-*") if path.suffix != ".tmp"]
-    paths = [path for path in paths if not path.name.startswith("best-")]
+    paths = [path for path in run.glob("checkpoints/*-*") if re.fullmatch("(step|update)-[0-9]+", path.name)]
     return sorted(paths, key=lambda path: int(path.name.split("-")[1]))
 
 

@@ -64,14 +64,15 @@ def stop_at(step: int | None) -> None:
     Run.metrics = metrics
 
 
-def restore_and_come_back(best: Best, weights: dict) -> None:
+def restore_and_come_back(best: Best, weights: dict, last: int) -> int:
     """Leave last-*, restored-* and best-* in the folder of the best weights, and the weights as they were."""
     folder = best.checkpoints.folder / f"best-{best.found['step']}"
     save_weights(weights, folder, "last")
-    restore(best, weights)
+    step = restore(best, weights, last)
     save_weights(weights, folder, "restored")
     world().wait_for_everyone()  # they read what the main process writes
     load_weights(weights, folder, "last")
+    return step
 
 
 def main(cases: Path) -> None:

@@ -23,12 +23,12 @@ from tiny_models import save_opt
 from utils.config import PROJECT, UserError, parse_config
 from utils.runs.checkpoints import Best
 
-SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "tokens_per_second"}
+SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "tokens_per_second", "best_step"}
 REWARD_KEYS = {"accuracy", "accuracy_low", "accuracy_high", "label_ceiling", "longest_accuracy", "pairs",
                "pairs_per_second"}
 PPO_KEYS = {"score_before", "score_after", "gold_before", "gold_after", "gold_win_rate", "gold_win_rate_low",
             "gold_win_rate_high", "gold_win_rate_greedy", "gold_win_rate_length_controlled", "kl",
-            "rouge_avg", "episodes", "episodes_per_second"}
+            "rouge_avg", "episodes", "episodes_per_second", "best_step"}
 EVERY_STAGE = {"seconds", "peak_memory_mb", "seed"}
 FILES = {"config.yaml", "data.json", "metrics.jsonl", "samples.jsonl", "train.log", "summary.json", "plots",
          "checkpoints", "final", "tensorboard"}
@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_is_passed_over(script, finished, folder):
         file.seek(-99, 2)
         file.write(b"damaged")
     script.main(config_of(script, folder, "damaged", "--resume"))
-    assert f"'{last}' is not what was written there; going back" in (run / "train.log").read_text()
+    assert f"'{last}' is damaged (optimizer.pt has changed); going back" in (run / "train.log").read_text()
     assert_same_runs(run, whole)
 
 

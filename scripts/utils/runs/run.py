@@ -23,6 +23,7 @@ from accelerate.utils import LoggerType
 from tqdm.auto import tqdm
 from transformers.integrations import get_available_reporting_integrations
 
+from utils import durable
 from utils.config import PROJECT, UserError, find_input, save_config
 from utils.data.report import DataReport
 from utils.distributed import world
@@ -130,7 +131,10 @@ class Run:
     def metrics_bytes(self) -> int:
         """Size of metrics.jsonl, by which a checkpoint remembers what was logged before it."""
         path = self.folder / "metrics.jsonl"
-        return path.stat().st_size if path.exists() else 0
+        if not path.exists():
+            return 0
+        durable.fsync(path)  # after a loss of power the checkpoint must not know of more rows than there are
+        return path.stat().st_size
 
     def rewind(self, size: int) -> None:
         """Forget the metrics after the first so many bytes: the run is going to log them again."""
@@ -172,7 +176,7 @@ class Run:
         _write_json(temporary / "stage.json", stage)
         if self.stage == "reward":
             shutil.copyfile(Path(__file__).with_name("reward_card.md"), temporary / "README.md")
-        temporary.rename(self.folder / "final")
+        durable.move(temporary, self.folder / "final")
 
     def catch_signals(self) -> None:
         """Ctrl-C and SIGTERM ask the run to save and stop; a second Ctrl-C stops at once."""
