@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for
 from utils.config import UserError, key
 from utils.judge.plots import plot_seeds, series
 from utils.launch import read_config, start
-from utils.runs.run import finished_run, output_file, read_whole_rows
+from utils.runs.records import read_whole_rows
+from utils.runs.run import finished_run, output_file
 from utils.yaml_files import read_yaml
 
 

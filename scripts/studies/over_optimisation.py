@@ -45,7 +45,8 @@ from utils.launch import read_config, start
 from utils.models.generation import sample
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.parents import Parent
-from utils.runs.run import finished_run, output_file, read_whole_rows
+from utils.runs.records import read_whole_rows
+from utils.runs.run import finished_run, output_file
 from utils.yaml_files import read_yaml
 
 SAMPLED_AT_ONCE = 256  # responses. With 4 times as many a response takes 1.5 times as long: the caches grow.

@@ -3,12 +3,13 @@ identity.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DeepSpeedPlugin, reduce
+from accelerate.utils import DeepSpeedPlugin, broadcast_object_list, reduce
 
 from utils.config import UserError
 
@@ -48,6 +49,19 @@ def max_over_ranks(number: int | None) -> int | None:
     if state.num_processes == 1:
         return number or None
     return int(reduce(torch.tensor(number or 0, device=state.device), "max")) or None
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Run `work` on the main process alone; a UserError of it is raised on every rank."""
+    message = None
+    if world().is_main_process:
+        try:
+            work()
+        except UserError as error:
+            message = str(error)
+    [message] = broadcast_object_list([message])
+    if message is not None:
+        raise UserError(message)
 
 
 @contextmanager

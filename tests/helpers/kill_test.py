@@ -37,7 +37,8 @@ from tiny_models import save_opt
 from utils.config import PROJECT, UserError, key
 from utils.launch import read_config, start
 from utils.runs.checkpoints import checksums
-from utils.runs.run import output_file, read_whole_rows
+from utils.runs.records import read_whole_rows
+from utils.runs.run import output_file
 
 STAGES = {
     "sft": "--model {models}/base --max_steps 16 --eval_steps 2 --save_steps 2 --logging_steps 3 "

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +16,8 @@ from accelerate.state import AcceleratorState
 
 from families import policy, scalar_model
 from tiny_models import mini_tokenizer, save_opt
-from utils.config import StageConfig, UserError, save_config
-from utils.data.report import DataReport
+from toy_runs import Toy, contents, report_of, start
+from utils.config import UserError, save_config
 from utils.distributed import build_accelerator
 from utils.models.loading import load_policy
 from utils.models.parents import Parent, check_task
@@ -27,30 +26,9 @@ from utils.runs.run import Run, refuse_impossible, refuse_used_folder
 from utils.yaml_files import read_yaml
 
 
-@dataclass
-class Toy(StageConfig):
-    """A stage's configuration."""
-
-
-def report_of(*notes):
-    report = DataReport()
-    report.notes += notes
-    return report
-
-
-def start(folder, resume=False, stage="sft", notes=()):
-    config = Toy(output_dir=str(folder), resume=resume, seed=7)
-    refuse_used_folder(config)
-    return Run(config, stage, report_of(*notes))
-
-
 @pytest.fixture
 def tokenizer():
     return mini_tokenizer()
-
-
-def contents(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 # ----------------------------------------------------------------------------------------- opening a folder
@@ -62,14 +40,14 @@ def test_a_new_or_empty_folder_is_opened_and_holds_the_configuration(exists, tmp
     if exists:
         folder.mkdir(parents=True)
     run = start(folder)
-    assert contents(folder) == ["config.yaml", "data.json", "plots", "train.log"]
+    assert contents(folder) == ["config.yaml", "data.json", "plots", "run.lock", "train.log"]
     assert read_yaml(folder / "config.yaml")[0] == {**Toy().__dict__, "output_dir": str(folder), "seed": 7}
     assert run.folder == folder
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="output_dir: .* is in use; go on with --resume"):
+    with pytest.raises(UserError, match="output_dir: .* is in use; it holds no run to go on with; name"):
         start(tmp_path)
     assert contents(tmp_path) == ["mine.txt"] and (tmp_path / "mine.txt").read_text() == "keep"
     with pytest.raises(UserError, match="is in use"):
@@ -84,6 +62,8 @@ def test_resume_needs_a_run(stray, tmp_path):
         start(tmp_path, resume=True)
     with pytest.raises(UserError, match="nothing to resume"):
         start(tmp_path / "missing", resume=True)
+    with pytest.raises(UserError, match="leave --resume out" if stray is None else "name a new --output_dir"):
+        start(tmp_path, resume=True)
     assert contents(tmp_path) == ([stray] if stray else [])
 
 
@@ -124,6 +104,27 @@ def test_a_run_that_ended_before_its_first_step_does_not_block_the_next(tmp_path
     start(tmp_path).metrics(1, {"loss": 1.0})
     with pytest.raises(UserError, match="is in use"):
         start(tmp_path)
+
+
+def test_a_run_that_starts_over_does_not_repeat_rows_of_the_one_before(tmp_path):
+    start(tmp_path).metrics(0, {"eval/score": 1.0})
+    run = start(tmp_path)
+    run.metrics(0, {"eval/score": 2.0})
+    assert run.read_metrics() == [{"step": 0, "eval/score": 2.0}]
+
+
+@pytest.mark.parametrize("stray", ["checkpoints/update-2/progress.json", "metrics.jsonl"])
+def test_the_advice_for_a_lost_configuration_is_no_circle(stray, tmp_path):
+    """Neither with nor without --resume is the other one advised."""
+    start(tmp_path)
+    path = tmp_path / stray
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    (tmp_path / "config.yaml").unlink()
+    for resume in (False, True):
+        with pytest.raises(UserError, match="name a new --output_dir$") as refused:
+            start(tmp_path, resume=resume)
+        assert "--resume" not in str(refused.value)
 
 
 @pytest.mark.parametrize("moment", ["config.tmp", "config.yaml", "data.tmp"])
@@ -223,6 +224,13 @@ def test_what_a_stopped_run_says_is_true(environment, nvme, message, tmp_path, m
     assert stopped.value.code == 143 and re.search(f"stopped; .*{message}$", capsys.readouterr().out.strip())
 
 
+def test_a_clock_that_jumps_back_makes_no_negative_seconds(tmp_path, monkeypatch):
+    run = start(tmp_path)
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    run.write_summary({})
+    assert json.loads((tmp_path / "summary.json").read_text())["seconds"] >= 0
+
+
 def test_a_finished_run_is_not_resumed(tmp_path):
     start(tmp_path)
     (tmp_path / "final").mkdir()
@@ -232,7 +240,7 @@ def test_a_finished_run_is_not_resumed(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
     start(tmp_path)
-    for module in ("utils.runs.run", "utils.zero"):
+    for module in ("utils.runs.run", "utils.distributed", "utils.zero"):
         monkeypatch.setattr(f"{module}.world", lambda: SimpleNamespace(is_main_process=False))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     other = Run(Toy(output_dir=str(tmp_path)), "sft", report_of("a note"))
@@ -334,6 +342,60 @@ def test_a_line_that_was_left_half_written_costs_no_other(tmp_path):
     again = start(tmp_path, resume=True)
     again.metrics(2, {"a": 2.0})
     assert again.read_metrics() == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}]
+
+
+BROKEN_LINES = [b"3", b"[]", b"null", b'"text"', b"{", b"{}", b'{"step": "two"}', b'{"step": true}',
+                b"\xff\xfe", b'{"step": 1, "a": "\xff"}', b"[" * 100_000, b"", b"\x00"]
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES, ids=lambda line: repr(line[:20]))
+def test_a_line_that_is_no_row_is_left_out_and_said(line, tmp_path, capsys):
+    start(tmp_path).metrics(1, {"a": 1.0})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    run = start(tmp_path, resume=True)
+    run.rewind(run.metrics_bytes())
+    run.metrics(2, {"a": 2.0})
+    assert run.read_metrics() == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}]
+    assert "metrics.jsonl': 1 lines are no rows of metrics" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", [0, 1, 12, None])
+def test_lost_metrics_are_said_at_a_resume(left, tmp_path, capsys):
+    first = start(tmp_path)
+    first.metrics(1, {"a": 1.0})
+    first.metrics(2, {"a": 2.0})
+    size = first.metrics_bytes()
+    if left is None:
+        (tmp_path / "metrics.jsonl").unlink()
+    else:
+        os.truncate(tmp_path / "metrics.jsonl", left)
+    run = start(tmp_path, resume=True)
+    capsys.readouterr()
+    run.rewind(size)
+    said = capsys.readouterr().out
+    assert f"of the {size} bytes that were logged before this checkpoint: the rest is lost" in said
+    run.metrics(3, {"a": 3.0})
+    assert run.read_metrics() == [{"step": 3, "a": 3.0}]
+
+
+def test_metrics_that_are_all_there_are_not_mentioned(tmp_path, capsys):
+    run = start(tmp_path)
+    run.metrics(1, {"a": 1.0})
+    size = run.metrics_bytes()
+    run.metrics(2, {"a": 2.0})
+    capsys.readouterr()
+    run.rewind(size)
+    assert run.read_metrics() == [{"step": 1, "a": 1.0}] and capsys.readouterr().out == ""
+
+
+def test_a_row_that_the_rewind_cuts_is_ended(tmp_path):
+    run = start(tmp_path)
+    run.metrics(1, {"a": 1.0})
+    run.metrics(2, {"a": 2.0})
+    run.rewind(run.metrics_bytes() - 5)
+    run.metrics(2, {"a": 3.0})
+    assert run.read_metrics() == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0}]
 
 
 # --------------------------------------------------------------------------------------------------- final

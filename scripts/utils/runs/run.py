@@ -26,9 +26,11 @@ from transformers.integrations import get_available_reporting_integrations
 from utils import durable
 from utils.config import PROJECT, UserError, find_input, save_config
 from utils.data.report import DataReport
-from utils.distributed import world
+from utils.distributed import on_main, world
 from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
+from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
+from utils.runs.records import append_rows, broken_lines, end_line, read_whole_rows, write_json
 from utils.yaml_files import read_yaml
 from utils.zero import resumable, save_pretrained
 
@@ -54,28 +56,36 @@ class Run:
         self.config, self.stage, self.is_main = config, stage, world().is_main_process
         self.unit = UNITS[stage]
         self.folder = Path(config.output_dir).expanduser()
-        self.started = time.time()
-        if self.is_main:
-            self._open()
+        self.started = time.monotonic()
+        notes = []
+        on_main(lambda: notes.extend(self._open()))
         self._lines = self._logger()
-        for note in report.notes:
+        for note in [*notes, *report.notes]:
             self.log(note)
         if self.is_main:
-            _write_json(self.folder / "data.json", report.figures)
+            write_json(self.folder / "data.json", report.figures)
             self._write_all("rejected_rows.jsonl", report.rejected())
         self.stop_signal = None
         self._tracker = None
 
-    def _open(self):
+    def _open(self) -> list[str]:
+        """Make the folder, for this run alone. Returns lines for the log."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            no_locks = claim(self.folder)
+            refuse_used_folder(self.config)  # again: another run may have been faster
             # the first, for without it nothing can be resumed
             save_config(self.config, self.folder / "config.yaml")
             (self.folder / "plots").mkdir(exist_ok=True)
-            _end_line(self.folder / "metrics.jsonl")
+            if not self.config.resume:  # of a run that ended before its first step
+                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            (self.folder / "train.log").touch()
+            end_line(self.folder / "metrics.jsonl")
         except OSError as error:
             raise UserError(f"output_dir: '{self.folder}' cannot be written to "
                             f"({error.strerror}); name another") from None
+        return [f"output_dir: its file system has no locks ({no_locks}); start no second run there"
+                ] if no_locks else []
 
     def _logger(self):
         log = logging.getLogger(f"{self.stage}.{self.folder}")
@@ -101,7 +111,8 @@ class Run:
         """
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.is_main:
-            _append(self.folder / "metrics.jsonl", [{"step": step, **values}])
+            refuse_lost(self.folder)
+            append_rows(self.folder / "metrics.jsonl", [{"step": step, **values}])
             if self._tracker:
                 self._tracker.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
@@ -126,10 +137,11 @@ class Run:
         (self.folder / name).unlink(missing_ok=True)
         first = next(rows := iter(rows), None)
         if first is not None:
-            _append(self.folder / name, itertools.chain([first], rows))
+            append_rows(self.folder / name, itertools.chain([first], rows))
 
     def metrics_bytes(self) -> int:
         """Size of metrics.jsonl, by which a checkpoint remembers what was logged before it."""
+        refuse_lost(self.folder)
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return 0
@@ -137,20 +149,31 @@ class Run:
         return path.stat().st_size
 
     def rewind(self, size: int) -> None:
-        """Forget the metrics after the first so many bytes: the run is going to log them again."""
-        if self.is_main and self.metrics_bytes() > size:
-            os.truncate(self.folder / "metrics.jsonl", size)
+        """Forget the metrics after the first so many bytes: the run is going to log them again. Say what of
+        them is lost.
+        """
+        if not self.is_main:
+            return
+        path, found = self.folder / "metrics.jsonl", self.metrics_bytes()
+        if found > size:
+            os.truncate(path, size)
+            end_line(path)
+        elif found < size:
+            self.log(f"'{path}' has {found} of the {size} bytes that were logged before this checkpoint: the "
+                     "rest is lost, and the curves have a hole there")
+        if broken := broken_lines(path):
+            self.log(f"'{path}': {broken} lines are no rows of metrics; the curves leave them out")
 
     def read_metrics(self) -> list[dict]:
         return read_whole_rows(self.folder / "metrics.jsonl")
 
     def write_summary(self, summary: dict) -> None:
         """Write summary.json: flat, the stage's final figures."""
-        summary = {**summary, "seconds": time.time() - self.started, "peak_memory_mb": peak_memory_mb(),
+        summary = {**summary, "seconds": time.monotonic() - self.started, "peak_memory_mb": peak_memory_mb(),
                    "seed": self.config.seed}
         summary = {k: round(v, 6) if isinstance(v, float) else v for k, v in summary.items()}
         if self.is_main:
-            _write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / "summary.json", summary)
 
     def save_final(self, model, tokenizer, parents: list[Parent], extra: dict) -> None:
         """`final/`: the model, its tokenizer and stage.json, written under another name and then renamed.
@@ -173,7 +196,7 @@ class Run:
         tokenizer.save_pretrained(temporary)
         stage = {"stage": self.stage, "parents": {parent.key: parent.identity for parent in parents},
                  **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}
-        _write_json(temporary / "stage.json", stage)
+        write_json(temporary / "stage.json", stage)
         if self.stage == "reward":
             shutil.copyfile(Path(__file__).with_name("reward_card.md"), temporary / "README.md")
         durable.move(temporary, self.folder / "final")
@@ -214,8 +237,7 @@ def refuse_impossible(config) -> None:
         UserError: for an output folder in use, another configuration than that of the run to resume, a
             tracker that is not installed, or half precision on a machine that has none.
     """
-    refuse_used_folder(config)
-    world().wait_for_everyone()  # no rank makes the folder before all have found it unused
+    on_main(lambda: refuse_used_folder(config))
     trackers = {name for name in get_available_reporting_integrations() if name in LoggerType}
     for name in config.report_to:
         if name not in {*trackers, "none"}:
@@ -231,19 +253,24 @@ def refuse_used_folder(config) -> None:
     """
     try:
         folder = Path(config.output_dir).expanduser()
+        refuse_running(folder)
         used = (folder.exists()
                 and not (folder.is_dir() and (not any(folder.iterdir()) or _nothing_trained(folder))))
     except (OSError, RuntimeError) as error:  # too long, or ~somebody who is not here
         reason = getattr(error, "strerror", error)
         raise UserError(
             f"output_dir: '{config.output_dir}' cannot be used ({reason}); name another") from None
+    has_run = (folder / "config.yaml").exists()
     if used and not config.resume:
-        raise UserError(f"output_dir: '{folder}' is in use; go on with --resume, or name a new --output_dir")
+        way = "go on with --resume, or name" if has_run else "it holds no run to go on with; name"
+        raise UserError(f"output_dir: '{folder}' is in use; {way} a new --output_dir")
     if config.resume and (folder / "final").exists():
         raise UserError(f"output_dir: '{folder}' is finished (it has final/); name a new --output_dir")
-    if config.resume and not (folder / "config.yaml").exists():
-        raise UserError(f"output_dir: nothing to resume in '{folder}'; leave --resume out to start")
+    if config.resume and not has_run:
+        way = "name a new --output_dir" if used else "leave --resume out to start"
+        raise UserError(f"output_dir: nothing to resume in '{folder}': it has no config.yaml; {way}")
     if config.resume:
+        refuse_other_kinds(folder)
         _refuse_other_config(config, folder / "config.yaml")
 
 
@@ -253,13 +280,17 @@ def _nothing_trained(folder: Path) -> bool:
     """
     config = {"config.yaml", "config.tmp"}
     ours = {*config, "data.json", "data.tmp", "rejected_rows.jsonl", "metrics.jsonl", "train.log", "plots",
-            "tensorboard",
-            "checkpoints"}
-    names = {path.name for path in folder.iterdir()}
+            "tensorboard", "checkpoints"}
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    if not names:
+        return True
     if not names & config or not names <= ours:
         return False
+    refuse_other_kinds(folder)
     checkpoints = [path for path in folder.glob("checkpoints/*") if not path.name.startswith("best-")]
-    return not checkpoints and not any(row["step"] for row in read_whole_rows(folder / "metrics.jsonl"))
+    metrics = folder / "metrics.jsonl"
+    return not checkpoints and not broken_lines(metrics) and not any(
+        row["step"] for row in read_whole_rows(metrics))
 
 
 # what may differ between a run and its continuation: it changes what is written down, not what is learnt
@@ -322,32 +353,3 @@ def _commit() -> str:
     except OSError:  # no git on this machine
         return "unknown"
     return done.stdout.strip() or "unknown"
-
-
-def _append(path: Path, rows: Iterable[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def read_whole_rows(path: Path) -> list[dict]:
-    """Rows of a .jsonl file; a line that a killed run left half-written is none."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def _end_line(path: Path) -> None:
-    """End a line that a killed run left half-written, so that the next row stands on its own."""
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-
-
-def _write_json(path: Path, value: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
