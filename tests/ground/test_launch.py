@@ -21,8 +21,8 @@ class Toy(StageConfig):
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Leave Ctrl-C as it was."""
-    before = signal.getsignal(signal.SIGINT)
+    """Ctrl-C as a new process has it; then as it was."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
