@@ -32,35 +32,40 @@ class PlanConfig:
     model: str = key("facebook/opt-1.3b", "The policy: a model folder, a hub name, or one of "
                      "facebook/opt-125m to -66b (these need no network).")
     reward_model: str | None = key(None, "Reward and value model; none: of the policy's size.")
-    gpus: int = key(1, "Number of GPUs; 0: train on this machine's CPU.", unit="GPUs", low=0)
-    gpus_per_node: int | None = key(None, "GPUs of a node; none: all, but at most 8.", unit="GPUs", low=1)
-    gpu_memory: float = key(80.0, "Memory of one GPU.", unit="GiB", low=0.1)
+    gpus: int = key(1, "Number of GPUs; 0: train on this machine's CPU.", unit="GPUs", low=0, high=10**6)
+    gpus_per_node: int | None = key(None, "GPUs of a node; none: all, but at most 8.", unit="GPUs",
+                                    low=1, high=1000)
+    gpu_memory: float = key(80.0, "Memory of one GPU.", unit="GiB", low=0.1, high=1e6)
     cpu_memory: float | None = key(None, "Host memory of a node; none: no limit with GPUs, this machine's "
                                    "without.",
-                                   unit="GiB", low=0.1)
-    processes: int = key(1, "With --gpus 0: processes on this machine.", unit="processes", low=1)
+                                   unit="GiB", low=0.1, high=1e9)
+    processes: int = key(1, "With --gpus 0: processes on this machine.", unit="processes", low=1, high=10_000)
     stage: str = key("all", "Stage to plan.", choices=[*SECTIONS, "all"])
     zero: list[str] = key([], "ZeRO configurations by name: none, or a file of configs/deepspeed/ such as "
                           "zero2; left out: all.")
-    prompt_length: int = key(512, "Length of a prompt: max_prompt_tokens.", unit="tokens", low=1)
-    completion_length: int = key(53, "Length of a completion: max_new_tokens.", unit="tokens", low=1)
-    k: int = key(4, "Completions of a prompt in the reward stage and in PPO.", unit="completions", low=1)
+    prompt_length: int = key(512, "Length of a prompt: max_prompt_tokens.", unit="tokens",
+                             low=1, high=10_000_000)
+    completion_length: int = key(53, "Length of a completion: max_new_tokens.", unit="tokens",
+                                 low=1, high=10_000_000)
+    k: int = key(4, "Completions of a prompt in the reward stage and in PPO.", unit="completions",
+                 low=1, high=1000)
     micro_batch: int = key(8, "Prompts, with their completions, in a forward pass: per_device_batch_size.",
-                           unit="prompts", low=1)
+                           unit="prompts", low=1, high=100_000)
     generation_batch: int = key(64, "Prompts sampled for, or rows scored, at once: eval_batch_size.",
-                                unit="prompts", low=1)
-    ppo_epochs: int = key(4, "Passes over the episodes of an update.", unit="passes", low=1)
+                                unit="prompts", low=1, high=100_000)
+    ppo_epochs: int = key(4, "Passes over the episodes of an update.", unit="passes", low=1, high=1000)
     value_model: str = key("separate", "PPO's value model: a model of its own, a head on the policy's trunk, "
                            "or none (with advantage rloo or grpo).",
                            choices=["separate", "shared", "none"])
-    lora_rank: int = key(0, "Train LoRA adapters of this rank; 0: train the weights.", low=0)
+    lora_rank: int = key(0, "Train LoRA adapters of this rank; 0: train the weights.", low=0, high=4096)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
     precision: str | None = key(None, "Number format: bf16, fp16 or fp32; none: bf16 on GPUs, fp32 on a CPU.")
     peak_tflops: float | None = key(None, "Peak speed of one device; none: 312 for GPUs (A100, bf16), "
                                     "unknown for a CPU (then no hours are printed).",
-                                    unit="TFLOP/s", low=1e-6)
+                                    unit="TFLOP/s", low=1e-6, high=1e9)
     utilisation: float = key(0.4, "Share of peak_tflops that training reaches.", low=1e-6, high=1.0)
-    total: int = key(100_000, "Examples (sft), prompts (reward) or episodes (ppo) of the whole stage.", low=1)
+    total: int = key(100_000, "Examples (sft), prompts (reward) or episodes (ppo) of the whole stage.",
+                     low=1, high=10**12)
     output: str | None = key(None, "Write every plan with its terms to this .json file.")
     figure: str | None = key(None, "Plot memory against the size of the OPT models into this .png file.")
 

@@ -35,14 +35,15 @@ class PrepareConfig:
     data: str | None = data_key(None, "The data set.")
     output_dir: str | None = key(None, "Folder to write to, new or empty; none: nothing is written.")
     model: str = key("assets/opt-mini", "The model whose tokenizer is used: a folder or a hub name.")
-    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
+    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1",
+                                 low=8, high=10_000_000)
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
-                               source="IG: K = 4 to 9", low=2)
+                               source="IG: K = 4 to 9", low=2, high=1000)
     min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; 2 is advised for SHP.",
-                                 source="SHP", low=0.0)
+                                 source="SHP", low=0.0, high=1e6)
     max_pairs_per_prompt: int | None = key(None, "Pairwise rows of a prompt beyond this number are dropped; "
                                            "SHP's authors advise 5.",
-                                           unit="pairs", source="SHP", low=1)
+                                           unit="pairs", source="SHP", low=1, high=10**6)
     on_bad_rows = "skip"  # not a key: this script shows the bad rows
 
 

@@ -49,31 +49,35 @@ class PPOStageConfig(StageConfig):
     rlhf_test_data: str | None = data_key(None, "Prompts that the final figures are taken on; "
                                                  "none: held out too.")
     gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.")
-    total_episodes: int = key(100_000, "Responses sampled in the whole run.", unit="episodes", low=1)
-    prompts_per_update: int = key(128, "Prompts of one update, over all processes.", unit="prompts", low=1)
+    total_episodes: int = key(100_000, "Responses sampled in the whole run.", unit="episodes",
+                              low=1, high=10**9)
+    prompts_per_update: int = key(128, "Prompts of one update, over all processes.", unit="prompts",
+                                  low=1, high=10**6)
     responses_per_prompt: int = key(4, "K, responses sampled for each prompt; 128 x 4 is the published 512.",
                                     unit="responses",
-                                    source="detail 31", low=1)
+                                    source="detail 31", low=1, high=1000)
     ppo_epochs: int = key(4, "Passes over the episodes of an update.", unit="passes",
-                          source="detail 31; DSC: 1 is more stable", low=1)
+                          source="detail 31; DSC: 1 is more stable", low=1, high=1000)
     num_minibatches: int = key(1, "Optimizer steps in one pass, each on its share of the prompts.",
                                unit="steps",
-                               source="detail 31", low=1)
-    max_new_tokens: int = key(53, "Longest response.", unit="tokens", source="detail 3", low=1)
+                               source="detail 31", low=1, high=10**6)
+    max_new_tokens: int = key(53, "Longest response.", unit="tokens", source="detail 3",
+                              low=1, high=1_000_000)
     temperature: float = key(0.7, "Divides the logits in every log-probability.", source="detail 25",
-                             low=1e-3)
+                             low=1e-3, high=100.0)
     kl_coef: float = key(0.05, "Weight of the KL penalty; with kl_target its first value.",
                          unit="score a nat",
-                         source="detail 23", low=0.0)
+                         source="detail 23", low=0.0, high=1000.0)
     kl_estimator: str = key("k1", "Estimator of the KL that is penalised.", source="detail 24",
                             choices=["k1", "k2", "k3"])
     kl_target: float | None = key(None, "kl_coef adapts so that the KL gets here (LMHP: 6); none: "
                                         "kl_coef is fixed.",
-                                  unit="nats a summary", source="detail 23", low=1e-6)
-    kl_horizon: int = key(10_000, "How slowly kl_coef adapts.", unit="episodes", source="detail 23", low=1)
+                                  unit="nats a summary", source="detail 23", low=1e-6, high=1e6)
+    kl_horizon: int = key(10_000, "How slowly kl_coef adapts.", unit="episodes", source="detail 23",
+                          low=1, high=10**9)
     score_clip: float | None = key(None, "Scores are clipped to plus or minus this (DSC: 5); "
                                          "none: not clipped.", unit="score",
-                                   source="DSC", low=1e-6)
+                                   source="DSC", low=1e-6, high=1e6)
     whiten_rewards: bool = key(False, "Scale rewards to variance 1, their mean kept; harmful in N+.",
                                source="detail 30")
     advantage: str = key("gae", "GAE of a value model; or a response against the others of its prompt "
@@ -84,32 +88,37 @@ class PPOStageConfig(StageConfig):
                                        choices=["separate", "shared"])
     gamma: float = key(1.0, "Discount.", source="detail 29", low=0.0, high=1.0)
     lam: float = key(0.95, "Lambda of GAE.", source="detail 29", low=0.0, high=1.0)
-    cliprange: float = key(0.2, "Clip of the probability ratio.", source="detail 31", low=0.0)
-    cliprange_value: float = key(0.2, "Clip of the value.", unit="score", source="detail 31", low=0.0)
-    vf_coef: float = key(0.1, "Weight of the value loss.", source="detail 31", low=0.0)
+    cliprange: float = key(0.2, "Clip of the probability ratio.", source="detail 31", low=0.0, high=1000.0)
+    cliprange_value: float = key(0.2, "Clip of the value.", unit="score", source="detail 31",
+                                 low=0.0, high=1e6)
+    vf_coef: float = key(0.1, "Weight of the value loss.", source="detail 31", low=0.0, high=1000.0)
     target_kl: float | None = key(None, "No further pass in an update after one whose approx_kl is above "
                                         "this; none: all passes.",
-                                  unit="nats a token", low=0.0)
+                                  unit="nats a token", low=0.0, high=1e6)
     ptx_coef: float = key(0.0, "Weight of the SFT loss on actor_training_data, added in each step; 0: off.",
-                          source="detail 34", low=0.0)
+                          source="detail 34", low=0.0, high=1000.0)
     actor_training_data: str | None = data_key(None, "SFT examples for ptx_coef.")
     max_completion_tokens: int = key(64, "SFT examples with longer completions are dropped.", unit="tokens",
-                                     low=2)
+                                     low=2, high=10_000_000)
     ema_decay: float = key(0.0, "Judge and keep an exponential average of the policy (IG: .992 a step); 0: "
                                 "the policy itself.",
                            source="detail 35", low=0.0, high=0.999999)
-    missing_eos_score: float = key(-1.0, "Score of a response without EOS.", unit="score", source="detail 26")
-    save_steps: int = key(20, "A checkpoint is saved every so many updates.", unit="updates", low=1)
+    missing_eos_score: float = key(-1.0, "Score of a response without EOS.", unit="score", source="detail 26",
+                                   low=-1e6, high=1e6)
+    save_steps: int = key(20, "A checkpoint is saved every so many updates.", unit="updates",
+                          low=1, high=10**9)
     eval_steps: int = key(10, "Summarise the validation prompts every so many updates.", unit="updates",
-                          low=1)
-    eval_rows: int = key(200, "Prompts in each evaluation during training.", unit="prompts", low=1)
-    test_rows: int = key(400, "Prompts in the final figures.", unit="prompts", low=1)
-    eval_batch_size: int = key(64, "Prompts summarised at once.", unit="prompts", low=1)
-    eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="detail 32", low=1e-3)
+                          low=1, high=10**9)
+    eval_rows: int = key(200, "Prompts in each evaluation during training.", unit="prompts",
+                         low=1, high=10**9)
+    test_rows: int = key(400, "Prompts in the final figures.", unit="prompts", low=1, high=10**9)
+    eval_batch_size: int = key(64, "Prompts summarised at once.", unit="prompts", low=1, high=100_000)
+    eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="detail 32",
+                                  low=1e-3, high=100.0)
     kl_budget: float = key(20.0, "A policy further than this from the reference is never chosen.",
-                           unit="nats a summary", low=0.0)
+                           unit="nats a summary", low=0.0, high=1e9)
     kl_limit: float = key(100.0, "The run stops when the KL of an update is above this.",
-                          unit="nats a summary", low=0.0)
+                          unit="nats a summary", low=0.0, high=1e9)
 
     @property
     def episodes_per_update(self) -> int:
@@ -178,6 +187,7 @@ from utils.runs.run import Run, refuse_impossible
 from utils.runs.token_sums import TokenSums
 from utils.zero import load_settings
 
+MOST_EPISODES = 1_000_000  # in one update: beyond this somebody has mistaken a key
 # ---------------------------------------------------------------------------------------------- the algorithm
 
 
@@ -478,6 +488,10 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
         raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out "
                         f"over {processes} "
                         "processes; take a multiple")
+    if config.episodes_per_update > MOST_EPISODES:
+        raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts with "
+                        f"{config.responses_per_prompt} responses each are {config.episodes_per_update} in "
+                        f"one update; at most {MOST_EPISODES} are taken, published are 512")
     if config.advantage != "gae" and config.responses_per_prompt < 2:
         raise UserError(f"responses_per_prompt: advantage '{config.advantage}' compares the responses to a "
                         f"prompt with each "

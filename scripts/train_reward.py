@@ -45,25 +45,25 @@ class RewardStageConfig(EpochStageConfig):
                                              "end, how far scores agree with the overall ratings; "
                                              "none: not looked at.")
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",
-                               source="IG: K = 4 to 9", low=2)
+                               source="IG: K = 4 to 9", low=2, high=1000)
     min_score_ratio: float = key(1.0, "Rows with a smaller `score_ratio` are dropped; SHP's "
                                       "authors advise 2.",
-                                 source="SHP", low=0.0)
+                                 source="SHP", low=0.0, high=1e6)
     max_pairs_per_prompt: int | None = key(None, "Of a prompt's pairwise rows the first so many; SHP's "
                                                  "authors advise 5.",
-                                           unit="pairs", source="SHP", low=1)
+                                           unit="pairs", source="SHP", low=1, high=10**6)
     max_completion_tokens: int = key(169, "Rankings with a longer completion are dropped.", unit="tokens",
-                                     source="N+", low=2)
+                                     source="N+", low=2, high=10_000_000)
     pair_weighting: str = key("pair", "What weighs the same in a step's loss: each pair; or each post, "
                                       "whatever the number of its pairs.",
                               source="ST; post: IG eq. 1", choices=["pair", "post"])
     margin: float = key(0.0, "The better score must be above the worse by this.", unit="score",
-                        source="Llama 2, 2307.09288", low=0.0)
+                        source="Llama 2, 2307.09288", low=0.0, high=1000.0)
     centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of "
                                     "each post around 0.",
-                               source="Eisenstein 2023, 2312.09244", low=0.0)
-    test_rows: int = key(1000, "Posts in the final figures.", unit="posts", low=1)
-    eval_batch_size: int = key(32, "Rows scored at once.", unit="rows", low=1)
+                               source="Eisenstein 2023, 2312.09244", low=0.0, high=1000.0)
+    test_rows: int = key(1000, "Posts in the final figures.", unit="posts", low=1, high=10**9)
+    eval_batch_size: int = key(32, "Rows scored at once.", unit="rows", low=1, high=100_000)
 
 
 if __name__ == "__main__":  # before the libraries, which take seconds to import

@@ -37,12 +37,13 @@ class SFTStageConfig(EpochStageConfig):
     loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13",
                        choices=["completion", "sequence"])
     max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens",
-                                     low=2)
+                                     low=2, high=10_000_000)
     max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="detail 3",
-                              low=1)
-    eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="detail 14", low=1e-3)
-    test_rows: int = key(400, "Posts in the final figures.", unit="posts", low=1)
-    eval_batch_size: int = key(64, "Posts that are summarised at once.", unit="posts", low=1)
+                              low=1, high=1_000_000)
+    eval_temperature: float = key(0.01, "Sampling temperature of evaluations.", source="detail 14",
+                                  low=1e-3, high=100.0)
+    test_rows: int = key(400, "Posts in the final figures.", unit="posts", low=1, high=10**9)
+    eval_batch_size: int = key(64, "Posts that are summarised at once.", unit="posts", low=1, high=100_000)
 
 
 if __name__ == "__main__":  # before the libraries, which take seconds to import

@@ -52,13 +52,12 @@ class BenchmarkConfig:
     k: list[int] = key([], "Completions for each prompt; none: all that a stage is measured with.")
     quick: bool = key(False, "The mini shape with K = 4 and few repetitions only.")
     repetitions: int | None = key(None, "Turns that are counted; none: more for smaller models.",
-                                  unit="turns", low=1)
+                                  unit="turns", low=1, high=1000)
     prompt_length: int | None = key(None, "Give every prompt this length; none: those of real posts.",
-                                    unit="tokens", low=1,
-                                    high=1900)
+                                    unit="tokens", low=1, high=1900)
     processes: int = key(1, "Run our side as so many processes (torchrun) that share out the cores; the peer "
                             "has one with all.",
-                         unit="processes", low=1)
+                         unit="processes", low=1, high=1000)
     profile: bool = key(False, "Say besides where each side's time goes: generation, scoring, "
                                "update, data, other.")
     cost: bool = key(False, "Measure in place of ratios how time and memory of ours grow with K, "

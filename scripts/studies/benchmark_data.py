@@ -42,11 +42,12 @@ class BenchmarkConfig:
 
     posts: str = key("data/tldr_mini/actor_train.jsonl.gz", "Examples whose posts and summaries the "
                      "comparisons are made of.")
-    rows: int = key(100_000, "Comparisons.", unit="rows", low=1)
+    rows: int = key(100_000, "Comparisons.", unit="rows", low=1, high=10**8)
     rows_per_post: int = key(5, "Comparisons of each post (the public set: 92,858 of some 21,000 posts).",
-                             unit="rows", low=1)
+                             unit="rows", low=1, high=1000)
     tokenizer: str = key("assets/opt-mini", "The tokenizer: a model folder or a hub name.")
-    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
+    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1",
+                                 low=8, high=10_000_000)
 
 
 def write_comparisons(path: Path, config: BenchmarkConfig) -> None:

@@ -48,7 +48,8 @@ class CheckConfig:
     """What to check, and how long it may take."""
 
     output: str = key("outputs/gpu_check", "Folder of the result; must be new or empty.")
-    minutes: float = key(6.0, "What does not fit into this time is skipped.", unit="minutes", low=0.5)
+    minutes: float = key(6.0, "What does not fit into this time is skipped.", unit="minutes",
+                         low=0.5, high=10_000.0)
     parts: list[str] = key(["a", "b", "c", "d"], "Parts to run; see above.")
     shapes: list[str] = key(SHAPES, f"OPT shapes of part d, of {', '.join(SHAPES)}.")
 

@@ -44,9 +44,9 @@ class MeasureConfig:
     zero: str = key("none", "none: without DeepSpeed; else a file of configs/deepspeed/.",
                     choices=[zero.name for zero in CHOICES])
     mixed_precision: str = key("no", "As in the stages: float32 (no) or bfloat16.", choices=["no", "bf16"])
-    lora_rank: int = key(0, "Train LoRA adapters of this rank; 0: train the weights.", low=0)
+    lora_rank: int = key(0, "Train LoRA adapters of this rank; 0: train the weights.", low=0, high=4096)
     value_model: str = key("separate", "PPO's value model.", choices=["separate", "shared"])
-    steps: int = key(3, "Optimizer steps; the first is not timed.", unit="steps", low=2)
+    steps: int = key(3, "Optimizer steps; the first is not timed.", unit="steps", low=2, high=1000)
     folder: str | None = key(None, "Folder for models and runs, which are removed at the end; none: the "
                              "system's temporary folder.")
 

@@ -71,9 +71,10 @@ class OverOptimisationConfig:
                     "folder.")
     gold_rules: str = key("data/tldr_mini/gold.json", "Rules of the gold score.")
     kl_budget: float | None = key(None, "Pick checkpoints within this budget instead of the runs' own.",
-                                  unit="nats a summary", low=0.0)
-    rows: int = key(200, "Posts for best-of-n; if there are fewer, all.", unit="posts", low=1)
-    best_of: int = key(64, "Samples of each post: the largest n.", unit="responses", source="ST, Gao", low=1)
+                                  unit="nats a summary", low=0.0, high=1e9)
+    rows: int = key(200, "Posts for best-of-n; if there are fewer, all.", unit="posts", low=1, high=10**9)
+    best_of: int = key(64, "Samples of each post: the largest n.", unit="responses", source="ST, Gao",
+                       low=1, high=100_000)
     seed: int = key(0, "Seed of the samples.", low=0, high=2**32 - 1)
     output: str = key("over_optimisation.png", "Write the figure to this .png file.")
     json: str | None = key(None, "Write all numbers of the figure to this .json file.")

@@ -10,7 +10,7 @@ key.
 
 import argparse
 import dataclasses
-import difflib
+import itertools
 import math
 import os
 import re
@@ -20,8 +20,9 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from utils.errors import UserError
-from utils.paths import PROJECT, find_local
+from utils.errors import UserError, quoted
+from utils.paths import PROJECT, find_local, nearest
+from utils.suggestions import suggestion
 from utils.yaml_files import dump_yaml, kind_of, read_yaml
 
 SECTIONS = ("sft", "reward", "ppo")  # of a YAML file: keys for one stage
@@ -163,7 +164,8 @@ def _first_options() -> argparse.ArgumentParser:
     """The options that are read before all keys."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("-h", "--help", action="store_true",
-                         help="Show this text, with the values that this command would use.")
+                         help="Show this text. `default`: the value of a key that no file of --config and no "
+                         "option names. `here`: the value that the files of this command give it.")
     options.add_argument("--config", metavar="FILE", nargs="+", action="append", default=[],
                          help="YAML files with any of the keys below, all behind one --config. A later file "
                          "wins over an earlier one, the command line over all. Keys in a section `sft:`, "
@@ -195,28 +197,47 @@ def _parsed(parser, words, place):
 
 def _typed(parser, config_class, words) -> dict[str, Setting]:
     """The keys on the command line."""
+    _refuse_other_digits(config_class, words, LINE)
     given, unknown = _parsed(parser, words, LINE)
     if unknown:
-        word = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-        raise UserError(f"{LINE}: unknown key '{unknown[0]}'{_suggestion(word, _defaults(config_class))}")
+        raise UserError(f"{LINE}: {_unknown(unknown[0], config_class)}")
     return {name: Setting(value, LINE) for name, value in vars(given).items()}
 
 
+def _refuse_other_digits(config_class, words, place) -> None:
+    """Raise UserError for numbers in the digits of another script, all of which Python reads."""
+    kinds = typing.get_type_hints(config_class)
+    for word, following in itertools.pairwise([*words, ""]):
+        name, equals, value = word.lstrip("-").partition("=")
+        kind, value = kinds.get(name.replace("-", "_")), value if equals else following
+        if {int, float} & {kind, *typing.get_args(kind)} and not value.isascii():
+            raise UserError(f"{place}: --{name}: {quoted(value)} is no number in the digits 0 to 9")
+
+
+def _unknown(word: str, config_class) -> str:
+    """What is wrong with a word that no option takes."""
+    name, known = word.lstrip("-").split("=")[0].replace("-", "_"), list(_defaults(config_class))
+    if word.endswith((".yaml", ".yml")):
+        return f"{quoted(word)} is behind no option; all YAML files stand behind one --config"
+    if not word.startswith("-") and "=" not in word and name not in known:
+        return (f"{quoted(word)} is behind no option; write --key value (a list of data is one value: "
+                "'[A, B]')")
+    return f"unknown key '{word}'{suggestion(name, known, getattr(config_class, 'section', ''))}"
+
+
 def _print_help(parser, config_class, settings, files) -> None:
-    """`--help` with the values that this command would use, spelled as in YAML and on the command line."""
-    shown = _defaults(config_class) | {name: setting.value for name, setting in settings.items()}
-    shown["config"] = " ".join(map(str, files)) or None
-    for name, value in shown.items():
-        if value is None or isinstance(value, bool):
-            shown[name] = str(value).lower()
-    parser.set_defaults_with_config(**shown)
+    """`--help`: each key's default, and where this command would use another value, that one, too."""
+    defaults = {name: _spelled(value) for name, value in _defaults(config_class).items()}
+    here = {name: _spelled(setting.value) for name, setting in settings.items()}
+    shown = {name: value if here.get(name, value) == value else f"{value}; here: {here[name]}"
+             for name, value in defaults.items()}
+    parser.set_defaults_with_config(config=" ".join(map(str, files)) or "none", **shown)
     parser.print_help()
 
 
-def _suggestion(word, known) -> str:
-    """The known key that an unknown one resembles, or all of them."""
-    match = difflib.get_close_matches(str(word), known, n=1)
-    return f"; did you mean '{match[0]}'?" if match else f"; valid keys: {', '.join(sorted(known))}"
+def _spelled(value):
+    """A value as in YAML and on the command line."""
+    return str(value).lower() if value is None or isinstance(value, bool) else value
 
 
 # ------------------------------------------------------------------------------------------------- YAML files
@@ -229,8 +250,9 @@ def _file_settings(parser, config_class, path: Path) -> dict[str, Setting]:
     for name, (value, place) in settings.items():
         if name not in _defaults(config_class):
             known = [*_defaults(config_class), *(SECTIONS if section else ())]
-            raise UserError(f"{place}: unknown key '{name}'{_suggestion(name, known)}")
+            raise UserError(f"{place}: unknown key '{name}'{suggestion(name, known, section)}")
         if isinstance(value, str):  # `yes`, or a number in quotes: read it as the command line would
+            _refuse_other_digits(config_class, [f"--{name}={value}"], place)
             given, _ = _parsed(parser, [f"--{name}={value}"], place)
             settings[name] = Setting(vars(given)[name], place)
     return _checked_all(config_class, settings)
@@ -284,21 +306,28 @@ def _checked(field, declared, value, place):
             return parse(value)
         except ValueError as error:
             raise UserError(f"{place}: '{field.name}' {error}") from None
-    kind = kinds[0]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is float and isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{place}: '{field.name}' must be a finite number, found {value!r}")
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{place}: '{field.name}' must be {_NAMES[kind]}, found {value!r}")
-    described = field.metadata["help"]
+    kind, described = kinds[0], field.metadata["help"]
+    wanted = (int, float) if kind is float else kind
+    if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{place}: '{field.name}' must be {_NAMES[kind]}, found {quoted(value)}")
+    if kind is float and not _is_finite(value):
+        raise UserError(f"{place}: '{field.name}' must be a finite number, found {quoted(value)}")
+    value = kind(value)
     low, high, choices = described.low, described.high, described.choices
     if choices and value not in choices:
-        raise UserError(f"{place}: '{field.name}' must be one of {', '.join(choices)}, found {value!r}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UserError(f"{place}: '{field.name}' must be {span}, found {value!r}")
+        raise UserError(f"{place}: '{field.name}' must be one of {', '.join(choices)}, found {quoted(value)}")
+    if low is not None and value < low:
+        raise UserError(f"{place}: '{field.name}' must be at least {low}, found {quoted(value)}")
+    if high is not None and value > high:
+        raise UserError(f"{place}: '{field.name}' must be at most {high}, found {quoted(value)}")
     return value
+
+
+def _is_finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
@@ -314,7 +343,9 @@ def find_input(path: str, name: str) -> Path:
     """
     found = find_local(path)
     if found is None:
-        raise UserError(f"{name}: '{path}' does not exist (looked in {Path.cwd()} and {PROJECT})")
+        near = nearest(path)
+        meant = f"; did you mean '{near}'?" if near else f" (looked in {Path.cwd()} and {PROJECT})"
+        raise UserError(f"{name}: '{path}' does not exist{meant}")
     return found
 
 
@@ -334,26 +365,29 @@ class StageConfig:
                            "skip them and write them to rejected_rows.jsonl.", choices=["error", "skip"])
     allow_overlap: bool = key(False, "Accept a prompt that is in two of training, validation and test data.",
                               source="detail 7")
-    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1", low=8)
-    per_device_batch_size: int = key(8, "Rows (prompt groups) in one forward pass.", unit="rows", low=1)
-    learning_rate: float = key(3e-6, "Peak learning rate.", source="detail 9", low=0.0)
-    adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="detail 9", low=0.0)
+    max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1",
+                                 low=8, high=10_000_000)
+    per_device_batch_size: int = key(8, "Rows (prompt groups) in one forward pass.", unit="rows",
+                                     low=1, high=100_000)
+    learning_rate: float = key(3e-6, "Peak learning rate.", source="detail 9", low=1e-12, high=1.0)
+    adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="detail 9", low=1e-20, high=1.0)
     adam_beta2: float = key(0.999, "Decay of AdamW's second moment.", source="PyTorch", low=0.0,
                             high=0.999999)
-    weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0.0)
-    warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", unit="steps", low=0)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0: no clipping.", low=0.0)
+    weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0.0, high=100.0)
+    warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", unit="steps", low=0, high=10**8)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0: no clipping.", low=0.0, high=1e9)
     lora_rank: int = key(0, "Train adapters of this rank in place of the weights; 0: train the weights.",
-                         source="LoRA, 2106.09685", low=0)
+                         source="LoRA, 2106.09685", low=0, high=4096)
     lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", source="LoRA, 2106.09685",
-                          low=1)
+                          low=1, high=65_536)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more "
                                        "time.")
     mixed_precision: str = key("no", "Arithmetic of the forward pass. Weights stay float32; with DeepSpeed, "
                                "those of its optimizer do.", choices=["no", "bf16", "fp16"])
     deepspeed: str | None = key(None, "DeepSpeed configuration: a file of configs/deepspeed/, or your own; "
                                 "none: no DeepSpeed.", source="ZeRO, 1910.02054")
-    save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints", low=1)
+    save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints",
+                                low=1, high=10_000)
     report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none: no "
                                "tracker.")
 

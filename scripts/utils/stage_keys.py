@@ -13,17 +13,19 @@ class EpochStageConfig(StageConfig):
 
     num_train_epochs: float = key(1.0, "Passes over the training data; a reward model "
                                        "overfits in the second.",
-                                  unit="epochs", source="detail 10", low=0.0)
-    max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", unit="steps", low=-1)
+                                  unit="epochs", source="detail 10", low=1e-6, high=10_000.0)
+    max_steps: int = key(-1, "Optimizer steps, in place of epochs; -1: by epochs.", unit="steps",
+                         low=-1, high=10**8)
     gradient_accumulation_steps: int = key(1, "Batches of per_device_batch_size rows in one optimizer step.",
-                                           unit="batches", low=1)
+                                           unit="batches", low=1, high=100_000)
     micro_batch_tokens: int | None = key(None, "A batch of more tokens is computed in parts, with the "
                                                "same result: less memory, and on a CPU less time "
-                                               "(1024); none: at once.", unit="tokens", low=1)
-    logging_steps: int = key(5, "Metrics are logged every so many steps.", unit="steps", low=1)
-    eval_steps: int = key(100, "The validation data is looked at every so many steps.", unit="steps", low=1)
-    eval_rows: int = key(200, "Posts in each evaluation during training.", unit="posts", low=1)
-    save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1)
+                                               "(1024); none: at once.", unit="tokens", low=1, high=10**8)
+    logging_steps: int = key(5, "Metrics are logged every so many steps.", unit="steps", low=1, high=10**9)
+    eval_steps: int = key(100, "The validation data is looked at every so many steps.", unit="steps",
+                          low=1, high=10**9)
+    eval_rows: int = key(200, "Posts in each evaluation during training.", unit="posts", low=1, high=10**9)
+    save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1, high=10**9)
 
     def __post_init__(self):
         if self.max_steps == 0:

@@ -518,9 +518,9 @@ CONFIGS = {  # text of the YAML file, line, what is said
                                     "has an unknown key 'wieght'; valid keys: name, config, split, "
                                     "revision, data_dir, weight"),
     "a weight of 0": ("actor_training_data: {name: a, weight: 0}\n", 1,
-                      "has a weight of 0; a number above 0 is needed"),
+                      "has a weight of 0; a number above 0, at most 1000, is needed"),
     "a weight below 0": ("actor_training_data: {name: a, weight: -1}\n", 1,
-                         "has a weight of -1; a number above 0 is needed"),
+                         "has a weight of -1; a number above 0, at most 1000, is needed"),
     "a weight of text": ("actor_training_data: {name: a, weight: half}\n", 1,
                          "has a weight of 'half'; a number above 0"),
     "a weight without an end": ("actor_training_data: {name: a, weight: .inf}\n", 1,

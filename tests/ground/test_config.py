@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -147,7 +148,7 @@ def test_a_script_that_is_no_stage_has_no_sections(tmp_path):
 IN_FILE = {  # text of the file, line, part of the message
     "unknown key": ("seed: 1\n\nlearnin_rate: 1\n", 3,
                     "unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
-    "unlike any key": ("zzz: 1\n", 1, "unknown key 'zzz'; valid keys: adam_beta2,"),
+    "unlike any key": ("zzz: 1\n", 1, "unknown key 'zzz'; --help shows all keys"),
     "help is no key": ("help: 1\n", 1, "unknown key 'help'"),
     "config is no key": ("config: other.yaml\n", 1, "unknown key 'config'"),
     "text for a number": ("seed: 1\nlearning_rate: fast\n", 2, "invalid float value: 'fast'"),
@@ -173,7 +174,7 @@ IN_FILE = {  # text of the file, line, part of the message
     "null for a number": ("seed: null\n", 1, "'seed' must be a whole number, found None"),
     "too small": ("seed: 1\nper_device_batch_size: 0\n", 2,
                   "'per_device_batch_size' must be at least 1, found 0"),
-    "too large": ("share: 1.5\n", 1, "'share' must be between 0.0 and 1.0, found 1.5"),
+    "too large": ("share: 1.5\n", 1, "'share' must be at most 1.0, found 1.5"),
     "nan": ("share: .nan\n", 1, "'share' must be a finite number, found nan"),
     "nan without a range": ("bias: nan\n", 1, "'bias' must be a finite number, found nan"),
     "infinite": ("learning_rate: .inf\n", 1, "'learning_rate' must be a finite number, found inf"),
@@ -215,10 +216,10 @@ ON_COMMAND_LINE = {  # words, part of the message
     "no value": (["--seed"], "--seed: expected one argument"),
     "too small": (["--warmup_steps", "-1"], "'warmup_steps' must be at least 0, found -1"),
     "a seed numpy does not take": (["--seed", "5000000000"],
-                                   "'seed' must be between 0 and 4294967295, found 5000000000"),
+                                   "'seed' must be at most 4294967295, found 5000000000"),
     "a decay of nothing": (["--adam_beta2", "1.0"],
-                           "'adam_beta2' must be between 0.0 and 0.999999, found 1.0"),
-    "too large": (["--share", "2"], "'share' must be between 0.0 and 1.0, found 2.0"),
+                           "'adam_beta2' must be at most 0.999999, found 1.0"),
+    "too large": (["--share", "2"], "'share' must be at most 1.0, found 2.0"),
     "nan": (["--learning_rate", "nan"], "'learning_rate' must be a finite number, found nan"),
     "infinite": (["--bias=-inf"], "'bias' must be a finite number, found -inf"),
     "not a choice": (["--mixed_precision", "fp8"],
@@ -226,8 +227,56 @@ ON_COMMAND_LINE = {  # words, part of the message
     "--config without value": (["--seed", "1", "--config"], "--config: expected at least one argument"),
     "--config twice": (["--config", "toy.yaml", "--config=other.yaml"],
                        "--config stands twice; give it once, with all files: --config A B"),
-    "a second file behind =": (["--config=toy.yaml", "toy.yaml"], "unknown key 'toy.yaml'"),
+    "a second file behind =": (["--config=toy.yaml", "toy.yaml"],
+                               "'toy.yaml' is behind no option; all YAML files stand behind one --config"),
+    "a word alone": (["mine.jsonl"], "'mine.jsonl' is behind no option; write --key value"),
+    "a second value": (["--note", "a.jsonl", "b.jsonl"], "'b.jsonl' is behind no option; write --key value"),
+    "arabic digits": (["--seed", "\u0663"], "--seed: '\u0663' is no number in the digits 0 to 9"),
+    "wide digits": (["--share=\uff10.\uff15"],
+                    "--share: '\uff10.\uff15' is no number in the digits 0 to 9"),
+    "beyond every float": (["--bias", "1e999"], "'bias' must be a finite number, found inf"),
 }
+
+
+# what people type -> what they meant
+MEANT = {
+    "sft": {"batch_size": "per_device_batch_size", "lr": "learning_rate", "epochs": "num_train_epochs",
+            "per_device_train_batch_size": "per_device_batch_size", "steps": "max_steps",
+            "data": "actor_training_data",
+            "dataset_name": "actor_training_data", "model_name_or_path": "model", "out": "output_dir",
+            "bf16": "mixed_precision", "lora_r": "lora_rank", "max_length": "max_prompt_tokens",
+            "learning": "learning_rate", "sede": "seed", "batch": ""},
+    "reward": {"data": "reward_training_data", "lr": "learning_rate", "batch_size": "per_device_batch_size"},
+    "ppo": {"data": "rlhf_training_data", "max_steps": "total_episodes",
+            "num_generations": "responses_per_prompt", "num_train_epochs": "total_episodes",
+            "beta": "kl_coef", "epochs": "ppo_epochs", "lambda": "lam",
+            "batch_size": "per_device_batch_size", "reward_model_path": "reward_model"},
+}
+
+
+@pytest.mark.parametrize(("stage", "typed", "meant"),
+                         [(stage, *pair) for stage, pairs in MEANT.items() for pair in pairs.items()])
+def test_what_other_programs_call_it_leads_to_our_key(stage, typed, meant):
+    said = one_line(lambda: parse_config(stage_class(stage), None, [f"--{typed}", "1"]))
+    assert f"unknown key '--{typed}'" in said and len(said) < 200
+    assert f"did you mean '{meant}'?" in said if meant else not re.search("mean '[^']*'[?]", said)
+
+
+@pytest.mark.parametrize(("stage", "other", "key"), [
+    ("sft", "reward", "reward_training_data"), ("sft", "ppo", "reward_model"),
+    ("ppo", "sft", "actor_validation_data"),
+    ("ppo", "reward", "max_completions"), ("reward", "ppo", "kl_coef"),
+    ("reward", "sft", "actor_training_data"),
+])
+def test_a_key_of_another_stage_is_called_so(stage, other, key, tmp_path):
+    path = write(tmp_path, "other.yaml", f"seed: 1\n{key}: 3\n")
+    for argv, place in (([f"--{key}", "x"], "command line"), (["--config", path], f"{path}:2")):
+        said = one_line(lambda: parse_config(stage_class(stage), None, argv))  # noqa: B023
+        assert said.startswith(f"{place}: unknown key ")
+        assert f"train_{other}.py, and this is train_{stage}.py" in said
+    shipped = str(PROJECT / "configs" / "tldr_mini" / f"{other}.yaml")
+    said = one_line(lambda: parse_config(stage_class(stage), None, ["--config", shipped]))
+    assert f"train_{other}.py" in said and f"this is train_{stage}.py" in said
 
 
 def one_line(call):
@@ -268,7 +317,7 @@ def test_the_file_that_holds_the_mistake_is_named(tmp_path):
     def said(*files):
         return one_line(lambda: parse(tmp_path, "", "--config", *files))
 
-    assert said(good, bad) == f"{bad}:2: 'share' must be between 0.0 and 1.0, found 2.0"
+    assert said(good, bad) == f"{bad}:2: 'share' must be at most 1.0, found 2.0"
     assert said(bad, good) == said(good, bad)  # although the value is overridden
     assert said(good, unknown) == f"{unknown}:2: unknown key 'shre'; did you mean 'share'?"
     assert said(unknown, good) == said(good, unknown)
@@ -404,6 +453,49 @@ def test_the_defaults_are_the_published_ones(stage):
     assert {name: getattr(config, name) for name in PUBLISHED[stage]} == PUBLISHED[stage]
 
 
+def config_classes():
+    """Every class that a script gives to `read_config`, with its numeric keys."""
+    for path in [*SOURCES, PROJECT / "tests" / "helpers" / "kill_test.py"]:
+        for name in re.findall(r"read_config\((\w+),", path.read_text()):
+            if path.name == "launch.py":
+                continue
+            folder = "studies." if path.parent.name == "studies" else ""
+            kind = getattr(importlib.import_module(f"{folder}{path.stem}"), name)
+            hints = typing.get_type_hints(kind)
+            for field in dataclasses.fields(kind):
+                hint = hints[field.name]
+                if typing.get_origin(hint) is not list and {int, float} & {hint, *typing.get_args(hint)}:
+                    yield kind, field
+
+
+def test_a_number_has_a_lower_and_an_upper_limit_everywhere():
+    """So that 10^30 steps, or 2^63 rows, do not end in a traceback or never."""
+    seen = set()
+    for kind, field in config_classes():
+        described, where = field.metadata["help"], f"{kind.__name__}.{field.name}"
+        seen.add(kind.__name__)
+        assert described.low is not None and described.high is not None, where
+        default = field.default
+        assert default is None or described.low <= default <= described.high, where
+        hint = typing.get_type_hints(kind)[field.name]
+        above, below = described.high * 2 + 1, described.low - 1
+        for text in (above, below, 10**30, -(10**30), 10**400, 2**63, "1e400", "nan", "inf", "-inf", "\u0661",
+                     "one", *((1.5,) if int in (hint, *typing.get_args(hint)) else ())):
+            said = one_line(lambda: parse_config(kind, None, [f"--{field.name}={text}"]))  # noqa: B023
+            assert field.name in said and re.search("must be (at |a finite)|: invalid|digits", said), said
+    assert len(seen) >= 9
+
+
+def test_the_limits_themselves_are_taken():
+    for kind, field in config_classes():
+        for value in (field.metadata["help"].low, field.metadata["help"].high):
+            try:
+                found = parse_config(kind, None, [f"--{field.name}={value}"])
+                assert getattr(found, field.name) == value
+            except UserError as error:  # beside the defaults of other keys
+                assert "must be" not in str(error), error
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PROJECT)))
 def test_every_shipped_file_loads(path):
     """Named by the user, so that a key without effect would be refused."""
@@ -436,15 +528,38 @@ def test_help_holds_every_key_with_its_meaning_and_what_the_bare_command_would_u
         meaning = " ".join(str(field.metadata["help"]).replace("%%", "%").split())
         value = getattr(bare, field.name)
         value = str(value).lower() if value is None or isinstance(value, bool) else value
-        assert f"--{field.name} {meaning} (default: {value})" in shown
+        default = getattr(stage_class(stage)(), field.name)
+        default = str(default).lower() if default is None or isinstance(default, bool) else default
+        here = "" if value == default else f"; here: {value}"
+        assert f"--{field.name} {meaning} (default: {default}{here})" in shown
         assert "(source: " in meaning
 
 
 def test_help_for_another_file_shows_that_files_values(capsys):
     files = [str(PROJECT / "configs" / "opt" / name) for name in ("ppo.yaml", "125m.yaml")]
     shown = " ".join(help_of("ppo", capsys, "--config", *files).split())
-    assert "(default: 0.7)" in shown and "(default: outputs/opt-125m/ppo)" in shown
+    assert "(default: 0.7)" in shown and "(default: outputs/run/stage; here: outputs/opt-125m/ppo)" in shown
+    assert "(default: 100000; here: 1000000)" in shown
     assert "".join(f"(default: {' '.join(files)})".split()) in "".join(shown.split())  # wrapped anywhere
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_what_help_shows_is_what_a_run_gets(stage, capsys, tmp_path):
+    """Both columns: the default for who names a file without the key, and the value of this very command."""
+    own = write(tmp_path, "own.yaml", "seed: 5\n")
+    default = PROJECT / "configs" / "tldr_mini" / f"{stage}.yaml"
+    for argv in ([], ["--config", own]):
+        shown = " ".join(help_of(stage, capsys, *argv).split())
+        config = parse_config(stage_class(stage), default, argv)
+        without = parse_config(stage_class(stage), default, ["--config", own, "--seed", "0"])
+        for field in dataclasses.fields(config):
+            values = (rf" --{field.name} (?:(?! --).)*?\(default: (.*?)(?:; here: (.*?))?\)"
+                      "(?= --|$| sources of)")
+            [(said_default, here)] = re.findall(values, shown)
+            for text, found in ((said_default, without), (here or said_default, config)):
+                value = getattr(found, field.name)
+                plain = value is None or isinstance(value, bool)
+                assert text == (str(value).lower() if plain else str(value))
 
 
 def test_help_does_not_look_at_the_rest_of_the_command_line(capsys):

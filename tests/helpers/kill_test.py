@@ -60,8 +60,8 @@ class KillConfig:
     """What is killed, and how often."""
 
     stage: str = key("all", "Stage whose runs are killed.", choices=[*STAGES, "all"])
-    kills: int = key(30, "Runs of each stage that are killed.", unit="runs", low=1)
-    seed: int = key(0, "Seed of the moments.", low=0)
+    kills: int = key(30, "Runs of each stage that are killed.", unit="runs", low=1, high=10_000)
+    seed: int = key(0, "Seed of the moments.", low=0, high=2**32 - 1)
     output: str | None = key(None, "Every kill with its moment and what came of it: a .json file.")
 
 

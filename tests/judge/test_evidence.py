@@ -178,7 +178,7 @@ def test_mistakes_are_one_line_and_status_2(script, words, message, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *words])
     with pytest.raises(SystemExit) as stopped:
-        module.start(module.main, getattr(module, kind), None, module.__doc__)
+        module.start(module.main, module.read_config(getattr(module, kind), None, ""))
     printed = capsys.readouterr()
     assert stopped.value.code == 2
     assert printed.err.startswith(message) and printed.err.count("\n") == 1
@@ -194,7 +194,7 @@ def test_runs_of_two_configurations_are_no_seeds_of_one(tmp_path):
 def test_help_says_what_collapsed_means(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare_seeds.py", "--help"])
     with pytest.raises(SystemExit) as left:
-        compare_seeds.start(compare_seeds.main, compare_seeds.CompareConfig, None, compare_seeds.__doc__)
+        compare_seeds.start(compare_seeds.main, compare_seeds.read_config(compare_seeds.CompareConfig, None, ""))
     printed = capsys.readouterr().out
     assert left.value.code == 0 and "A seed counts as collapsed when" in printed and "--markdown" in printed
 

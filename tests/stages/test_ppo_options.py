@@ -344,6 +344,8 @@ CONTRADICTIONS = {
     "responses_per_prompt: advantage 'grpo' compares": {"advantage": "grpo", "responses_per_prompt": 1},
     "actor_training_data: it is for ptx_coef; give both": {"ptx_coef": 0.1},
     "actor_training_data: it is for ptx_coef; give both or": {"actor_training_data": "mine.jsonl"},
+    "prompts_per_update: 1000000 prompts with 2 responses each are 2000000": {
+        "prompts_per_update": 10**6, "responses_per_prompt": 2},
     "value_model: advantage 'rloo' has none": {"advantage": "rloo", "value_model": "shared"},
     "target_kl: it leaves out later passes": {"target_kl": 0.1, "ppo_epochs": 1},
     "kl_coef: 0 never adapts": {"kl_target": 1.0, "kl_coef": 0.0},

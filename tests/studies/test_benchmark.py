@@ -259,7 +259,7 @@ def run(*words):
 def test_mistakes(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
     with pytest.raises(SystemExit) as left:
-        benchmark.start(benchmark.main, benchmark.BenchmarkConfig, None, benchmark.__doc__)
+        benchmark.start(benchmark.main, benchmark.read_config(benchmark.BenchmarkConfig, None, ""))
     assert left.value.code == 2
     error = capsys.readouterr().err
     named = [word.removeprefix("--") for word in words if word in ("--stage", "--shape", "--peer", "--k",

@@ -477,7 +477,7 @@ def test_operations_are_those_of_the_benchmark():
 def run(monkeypatch, *words):
     """Run the script with these words on its command line."""
     monkeypatch.setattr(sys, "argv", ["plan_memory.py", *map(str, words)])
-    plan_memory.start(plan_memory.main, plan_memory.PlanConfig, None, plan_memory.__doc__)
+    plan_memory.start(plan_memory.main, plan_memory.read_config(plan_memory.PlanConfig, None, ""))
 
 
 def test_all_of_it(monkeypatch, capsys, tmp_path):
@@ -570,7 +570,7 @@ def test_a_clear_warning_where_nothing_fits(monkeypatch, capsys):
     (["--gpus", "8", "--gpus_per_node", "3"], "gpus_per_node: 8 GPUs do not divide into nodes of 3"),
     (["--prompt_length", "2040"], "2048 positions"),
     (["--output", "plan.txt"], "output: "), (["--figure", "nowhere/plan.png"], "figure: "),
-    (["--utilisation", "1.5"], "'utilisation' must be between"),
+    (["--utilisation", "1.5"], "'utilisation' must be at most"),
 ])
 def test_mistakes(words, said, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:

@@ -8,7 +8,6 @@ mix. Rows that are held out, or named for validation and test, are taken once.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -77,8 +76,8 @@ def _check_entry(entry) -> None:
             why = "; code of a data set is never run" if name == "trust_remote_code" else ""
             raise ValueError(f"has an unknown key '{name}'{why}; valid keys: {', '.join(Source._fields)}")
         if name == "weight":
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"has a weight of {value!r}; a number above 0 is needed")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1000:
+                raise ValueError(f"has a weight of {value!r}; a number above 0, at most 1000, is needed")
         elif not isinstance(value, str) or not value:
             raise ValueError(f"has {value!r} for '{name}'; text is needed")
     if "name" not in entry:
