@@ -95,7 +95,8 @@ from utils.judge.rankings import (
 )
 from utils.loop import Loop
 from utils.models.centring import centre_scores
-from utils.models.loading import load_scalar_model, refuse_too_long, trainable
+from utils.models.fitness import refuse_unfit
+from utils.models.loading import load_scalar_model, trainable
 from utils.models.outputs import GroupModel, scores
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
@@ -269,10 +270,11 @@ def main(config: RewardStageConfig) -> None:
     rankings, validation, test, references, ratings = load_splits(config, base.tokenizer, report)
     report.tokens("reward_training_data", rankings)
     deepspeed = load_settings(config, base)
-    model = trainable(load_scalar_model(base, new_head_seed=config.seed), config)
+    model = load_scalar_model(base, new_head_seed=config.seed)
     model.config.pad_token_id = base.tokenizer.pad_token_id
-    refuse_too_long(model, config.max_prompt_tokens + config.max_completion_tokens,
-                    "max_prompt_tokens + max_completion_tokens")
+    refuse_unfit(model, base, base.tokenizer, config.max_prompt_tokens + config.max_completion_tokens,
+                 "max_prompt_tokens + max_completion_tokens")
+    model = trainable(model, config)
 
     run = Run(config, "reward", report)
     loop = Loop(run, GroupModel(model, scores), base.tokenizer, config.schedule(len(rankings)), deepspeed)

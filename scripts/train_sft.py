@@ -58,7 +58,8 @@ from utils.judge.evaluation import Summaries, measure_groups, summarise
 from utils.judge.metrics import SummaryRouge
 from utils.judge.plots import plot_sft
 from utils.loop import Loop
-from utils.models.loading import load_policy, refuse_too_long, trainable
+from utils.models.fitness import refuse_unfit
+from utils.models.loading import load_policy, trainable
 from utils.models.outputs import GroupModel, response_logprobs
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
@@ -176,10 +177,11 @@ def main(config: SFTStageConfig) -> None:
     examples = training.examples.dataset()
     report.tokens("actor_training_data", examples)
     deepspeed = load_settings(config, base)
-    policy = trainable(load_policy(base), config)
+    policy = load_policy(base)
     longest_prompt = max(map(len, [*validation.prompts, *test.prompts]))
     longest = max(training.examples.token_column("length").max(), longest_prompt + config.max_new_tokens)
-    refuse_too_long(policy, longest, "actor_training_data")
+    refuse_unfit(policy, base, base.tokenizer, longest, "actor_training_data", dropout=True)
+    policy = trainable(policy, config)
 
     run = Run(config, "sft", report)
     model = GroupModel(policy, partial(response_logprobs, temperature=1.0))

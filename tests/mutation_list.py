@@ -534,7 +534,7 @@ MUTATIONS = [
          '((model.get_output_embeddings(), LMHead), (getattr(model, "score", None), ScalarHead))',
          "[(model.get_output_embeddings(), LMHead)]", "models:scores_and_values"),
         ("dropout is off in the modules, but not in the saved config", 8, "without_dropout",
-         "setattr(model.config, name, 0.0)", "pass"),
+         "(*configs.values(), *model.modules())", "model.modules()"),
         ("autocast decides in which arithmetic a score is computed", 17, "ScalarHead.forward",
          "with torch.autocast(states.device.type, enabled=False)", "if True", "models:scores_and_values"),
         ("a score is rounded to bfloat16", 17, "ScalarHead.forward",

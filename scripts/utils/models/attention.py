@@ -14,7 +14,8 @@ from itertools import pairwise
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from utils.models.branches import branch_mask
 
 CAUSAL_BLOCKS = "causal_blocks"  # the `attn_implementation` of every model in this repository
 _BLOCK = 128  # queries of a block. Smaller blocks cost more in calls than they save.
@@ -45,4 +46,4 @@ def causal_blocks(module, query, key, value, attention_mask, **more):
 
 
 AttentionInterface.register(CAUSAL_BLOCKS, causal_blocks)
-AttentionMaskInterface.register(CAUSAL_BLOCKS, sdpa_mask)
+AttentionMaskInterface.register(CAUSAL_BLOCKS, branch_mask)

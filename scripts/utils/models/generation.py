@@ -8,12 +8,15 @@ Shapes: B prompts of a batch, Q tokens in the longest, N = B * K responses, V wo
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+from utils.models.branches import branching
+from utils.models.outputs import trunk
 from utils.zero import gathered_weights
 
 # steps between checks of which responses have ended: on a GPU each check waits for the device
@@ -39,8 +42,11 @@ class _PreallocatedLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:  # shape, dtype and device are known from the first call on
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            shape = (*key_states.shape[:2], self.length, key_states.shape[3])
-            self.keys, self.values = key_states.new_empty(shape), value_states.new_empty(shape)
+            # in some models (DeepSeek-V3) values are narrower than keys, or have fewer heads
+            self.keys, self.values = (
+                states.new_empty((*states.shape[:2], self.length, states.shape[3]))
+                for states in (key_states, value_states)
+            )
         end = self.used + key_states.shape[2]
         self.keys[:, :, self.used : end] = key_states
         self.values[:, :, self.used : end] = value_states
@@ -120,6 +126,21 @@ def _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_
     return Samples(*map(list, zip(*(results[n] for n in range(len(prompts) * k)), strict=True)))
 
 
+@torch.no_grad()
+def forced_logits(policy, prompts: list[list[int]], answers: list[list[list[int]]],
+                  pad_id: int) -> torch.Tensor:
+    """The logits from which `sample` would draw the tokens of given answers.
+
+    Args:
+        answers: K of each prompt, all of R tokens.
+
+    Returns:
+        (B, K, R, V) float32.
+    """
+    batch = _Batch(policy, prompts, len(answers[0]), len(answers[0][0]), pad_id)
+    return batch.forced(torch.tensor(answers, device=batch.device))
+
+
 def _uniforms(seeds, length):
     """Uniform random numbers (N, length), one for each response and step. Sampling needs no others."""
     return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -146,9 +167,10 @@ class _Batch:
         self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)  # (B,)
         # (B, Q) True = a token of the prompt, False = padding
         self.real = torch.arange(self.width, device=self.device) >= (self.width - self.lengths)[:, None]
-        layers = policy.config.num_hidden_layers
         length = self.width + k * max_new_tokens
-        self.cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(layers)])
+        # a layer is made when the model first asks for it, because some layers share another's
+        self.cache = Cache(layer_class_to_replicate=partial(_PreallocatedLayer, length))
+        self.positions = torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device)  # of the cache
         self.max_new_tokens = max_new_tokens
 
     def run(self, noise, temperature, top_k, top_p, eos_id, bar):
@@ -185,9 +207,16 @@ class _Batch:
             logits = self._decode(token.view(-1, self.k), step)
         return tokens[:, : step + 1].tolist(), logprobs[:, : step + 1].tolist()
 
+    def forced(self, answers):
+        """Logits (B, K, R, V) that lead to given answers (B, K, R)."""
+        logits = [self._prefill().repeat_interleave(self.k, 0)]
+        logits += [self._decode(answers[:, :, step], step) for step in range(answers.shape[2] - 1)]
+        return torch.stack(logits, 1).unflatten(0, (-1, self.k))
+
     def _retire(self, running):
         """Drop the prompts for which `running` (B,) is False."""
         self.real, self.lengths = self.real[running], self.lengths[running]
+        self.positions = self.positions[running]
         for layer in self.cache.layers:
             layer.retire(running)
 
@@ -213,11 +242,14 @@ class _Batch:
 
     def _forward(self, input_ids, mask, positions):
         """Float32 logits of the new tokens; when these are the prompts, of the last token only."""
-        hidden = self.policy.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        if mask.shape[2] == self.width and self.cache.get_seq_length() == self.width:
+        prefill = self.positions.shape[1] == 0
+        self.positions = torch.cat([self.positions, positions], 1)
+        with branching(mask, positions, self.positions):
+            hidden = trunk(self.policy)(
+                input_ids=input_ids, attention_mask=torch.ones_like(self.positions), position_ids=positions,
+                past_key_values=self.cache, use_cache=True,
+            ).last_hidden_state
+        if prefill:
             hidden = hidden[:, -1:]
         head = self.policy.get_output_embeddings()
         return head.logits(head(hidden))

@@ -27,6 +27,9 @@ from utils.zero import gathered_weights
 _LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False,
          "weights_only": True}
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_RANDOM = ("drop", "jitter")  # parts of the names of probabilities and widths of noise
+
 
 def load_policy(parent: Parent):
     """A causal language model in float32.
@@ -146,28 +149,20 @@ def trainable(model, config):
     return model
 
 
-def refuse_too_long(model, tokens: int, what: str) -> None:
-    """Raise UserError when a row would need more positions than the model has."""
-    limit = (getattr(model.config, "max_position_embeddings", None)
-             or getattr(model.config, "n_positions", tokens))
-    if tokens > limit:
-        raise UserError(f"{what} makes rows of {tokens} tokens, but the model has {limit} positions; lower "
-                        "max_prompt_tokens")
-
-
 def without_dropout(model):
-    """Switch every dropout off, in the module and in the config that is saved (detail 8)."""
-    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "resid_pdrop",
-                 "embd_pdrop",
-                 "attn_pdrop", "hidden_dropout", "classifier_dropout", "summary_first_dropout"):
-        if getattr(model.config, name, None):
-            setattr(model.config, name, 0.0)
+    """Switch off what is random in training, in the modules and in the config that is saved (detail 8).
+
+    Dropout and the jitter of routers are found by what they are: a module of dropout, or a number of a module
+    or of a config that is named so. `refuse_unfit` shows whether any is left.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for holder in (*configs.values(), *model.modules()):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and any(word in name for word in _RANDOM):
+                setattr(holder, name, 0.0)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DROPOUTS):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
     return model
 
 

@@ -8,6 +8,8 @@ import copy
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from utils.zero import gathered_weights
 
@@ -20,7 +22,8 @@ def add_adapter(model, config):
     """
     heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None))
              if head is not None}
-    targets = [name for name, module in model.named_modules() if _is_linear(module)
+    # Falcon's linear layers have a class of their own; Conv1D is GPT-2's spelling
+    targets = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
                and id(module) not in heads]
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha,
@@ -28,10 +31,6 @@ def add_adapter(model, config):
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
     return model
-
-
-def _is_linear(module) -> bool:
-    return type(module).__name__ in ("Linear", "Conv1D")  # Conv1D is GPT-2's spelling
 
 
 def share_weights(model):

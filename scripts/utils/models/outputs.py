@@ -6,7 +6,9 @@ Shapes: B rows, T tokens in a row, N completions, R tokens in the longest comple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from utils.models.branches import branching
 from utils.models.lm_head import token_logprobs, token_logprobs_and_entropy
 from utils.models.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
 
@@ -26,14 +28,23 @@ class GroupModel(nn.Module):
         return self.outputs(self.model, *groups)
 
 
+def trunk(model):
+    """The model in front of its head. Llama 4's class gives its place another name than the model has."""
+    if model.base_model is not model:
+        return model.base_model
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+
+
 def hidden_states(model, groups: PromptGroups) -> torch.Tensor:
     """The trunk's last hidden states (B, T, D), each completion seeing its prompt and itself only."""
-    return model.base_model(
-        input_ids=groups.input_ids,
-        attention_mask=attention_mask(groups),
-        position_ids=groups.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+    positions = groups.position_ids
+    with branching(attention_mask(groups), positions, positions):
+        return trunk(model)(
+            input_ids=groups.input_ids,
+            attention_mask=torch.ones_like(groups.input_ids),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
 
 
 def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch.Tensor:

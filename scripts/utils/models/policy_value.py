@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
+from utils.models.fitness import refuse_unfit
 from utils.models.loading import (
     ScalarHead,
     load_policy,
     load_scalar_model,
-    refuse_too_long,
     trainable,
     without_dropout,
 )
@@ -93,11 +93,12 @@ def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
     """
     policy = without_dropout(load_policy(policy_parent))
     reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.vocab_size)
-    refuse_too_long(policy, config.max_prompt_tokens + config.max_new_tokens,
-                    "max_prompt_tokens + max_new_tokens")
-    if config.ptx_coef:
-        refuse_too_long(policy, config.max_prompt_tokens + config.max_completion_tokens,
-                        "max_prompt_tokens + max_completion_tokens")
+    answers = ("max_new_tokens", "max_completion_tokens") if config.ptx_coef else ("max_new_tokens",)
+    longest = max(answers, key=lambda name: getattr(config, name))
+    for model, parent, limit in ((policy, policy_parent, longest),
+                                 (reward_model, reward_parent, "max_new_tokens")):
+        refuse_unfit(model, parent, policy_parent.tokenizer,
+                     config.max_prompt_tokens + getattr(config, limit), f"max_prompt_tokens + {limit}")
     ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))
     value_model = None
     if config.advantage == "gae" and config.value_model == "shared":
