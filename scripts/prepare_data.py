@@ -26,6 +26,7 @@ from pathlib import Path
 from utils.config import UserError, key
 from utils.data.sources import Source, data_key, open_source, sources_of
 from utils.launch import read_config, start
+from utils.models.folders import model_key
 
 
 @dataclass
@@ -34,7 +35,7 @@ class PrepareConfig:
 
     data: str | None = data_key(None, "The data set.")
     output_dir: str | None = key(None, "Folder to write to, new or empty; none: nothing is written.")
-    model: str = key("assets/opt-mini", "The model whose tokenizer is used: a folder or a hub name.")
+    model: str = model_key("assets/opt-mini", "The model whose tokenizer is used: a folder or a hub name.")
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1",
                                  low=8, high=10_000_000)
     max_completions: int = key(9, "Largest prompt group; larger ones are split.", unit="completions",

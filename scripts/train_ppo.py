@@ -27,9 +27,10 @@ from functools import partial
 from statistics import fmean
 from typing import ClassVar, NamedTuple
 
-from utils.config import PROJECT, StageConfig, UserError, key
+from utils.config import PROJECT, StageConfig, UserError, key, refuse_missing_file
 from utils.data.sources import data_key
 from utils.launch import read_config, start
+from utils.models.folders import model_key
 from utils.stage_keys import Schedule
 
 
@@ -39,16 +40,17 @@ class PPOStageConfig(StageConfig):
 
     section: ClassVar[str] = "ppo"
 
-    model: str = key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
-    reward_model: str = key("outputs/opt-125m/reward/final",
-                            "The reward model; the value model starts from it.",
-                            source="detail 22")
+    model: str = model_key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
+    reward_model: str = model_key("outputs/opt-125m/reward/final",
+                                  "The reward model; the value model starts from it.",
+                                  source="detail 22")
     rlhf_training_data: str = data_key("trl-lib/tldr", "Prompts.")
     rlhf_validation_data: str | None = data_key(None, "Prompts that choose the policy; none: held out of "
                                                        "the training data.")
     rlhf_test_data: str | None = data_key(None, "Prompts that the final figures are taken on; "
                                                  "none: held out too.")
-    gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.")
+    gold_rules: str | None = key(None, "Rules of the gold score, for data whose rows carry `facts`.",
+                                 there=refuse_missing_file)
     total_episodes: int = key(100_000, "Responses sampled in the whole run.", unit="episodes",
                               low=1, high=10**9)
     prompts_per_update: int = key(128, "Prompts of one update, over all processes.", unit="prompts",

@@ -23,6 +23,7 @@ from typing import ClassVar
 from utils.config import PROJECT, UserError, key
 from utils.data.sources import data_key
 from utils.launch import read_config, start
+from utils.models.folders import model_key
 from utils.stage_keys import EpochStageConfig
 
 
@@ -32,8 +33,8 @@ class RewardStageConfig(EpochStageConfig):
 
     section: ClassVar[str] = "reward"
 
-    model: str = key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a "
-                                                   "folder or a hub name.")
+    model: str = model_key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a "
+                                                         "folder or a hub name.")
     reward_training_data: str = data_key("CarperAI/openai_summarize_comparisons", "Comparisons or rankings.")
     reward_validation_data: str | None = data_key(None, "Rankings to watch during training; none: held "
                                                          "out of the training data.")

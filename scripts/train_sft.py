@@ -20,6 +20,7 @@ from typing import ClassVar
 from utils.config import PROJECT, key
 from utils.data.sources import data_key
 from utils.launch import read_config, start
+from utils.models.folders import model_key
 from utils.stage_keys import EpochStageConfig
 
 
@@ -29,7 +30,7 @@ class SFTStageConfig(EpochStageConfig):
 
     section: ClassVar[str] = "sft"
 
-    model: str = key("facebook/opt-125m", "Base model: a folder or a hub name.")
+    model: str = model_key("facebook/opt-125m", "Base model: a folder or a hub name.")
     actor_training_data: str = data_key("trl-lib/tldr", "Examples to learn from.")
     actor_validation_data: str | None = data_key(None, "Examples that choose the checkpoint; "
                                                         "none: held out of the training data.")

@@ -43,10 +43,11 @@ sources of the defaults:
 class _Help(str):
     """A key's help text that carries its valid range: the parser hands all other metadata on to argparse."""
 
-    low = high = choices = parse = None
+    low = high = choices = parse = there = None
 
 
-def key(default, help, *, unit="", source="own", low=None, high=None, choices=None, parse=None):
+def key(default, help, *, unit="", source="own", low=None, high=None, choices=None, parse=None,
+        there=None):
     """A configuration field.
 
     Args:
@@ -58,12 +59,14 @@ def key(default, help, *, unit="", source="own", low=None, high=None, choices=No
         choices: the valid texts.
         parse: for values that are neither text nor number: returns the checked value, or raises ValueError
             that says what is wrong.
+        there: for names of files: called by `refuse_missing` with the key's name and its value.
     """
     if choices:
         help += f" One of: {', '.join(choices)}."
     text = help + (f" [{unit}]" if unit else "") + f" (source: {source})"
     described = _Help(text.replace("%", "%%"))
-    described.low, described.high, described.choices, described.parse = low, high, choices, parse
+    described.low, described.high, described.choices = low, high, choices
+    described.parse, described.there = parse, there
     metadata = {"help": described}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -335,6 +338,19 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
+def refuse_missing(config) -> None:
+    """Raise UserError when what a key names is not there, before the libraries that read it are imported."""
+    for field in dataclasses.fields(config):
+        value, there = getattr(config, field.name), field.metadata["help"].there
+        if there is not None and value is not None:
+            there(field.name, value)
+
+
+def refuse_missing_file(name: str, path: str) -> None:
+    """Raise UserError when the file that the key `name` gives does not exist."""
+    find_input(path, name)
+
+
 def find_input(path: str, name: str) -> Path:
     """The file or folder that the key `name` gives, looked up by `find_local`.
 
@@ -385,7 +401,8 @@ class StageConfig:
     mixed_precision: str = key("no", "Arithmetic of the forward pass. Weights stay float32; with DeepSpeed, "
                                "those of its optimizer do.", choices=["no", "bf16", "fp16"])
     deepspeed: str | None = key(None, "DeepSpeed configuration: a file of configs/deepspeed/, or your own; "
-                                "none: no DeepSpeed.", source="ZeRO, 1910.02054")
+                                "none: no DeepSpeed.", source="ZeRO, 1910.02054",
+                                there=refuse_missing_file)
     save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints",
                                 low=1, high=10_000)
     report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none: no "

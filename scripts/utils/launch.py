@@ -22,7 +22,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from utils.config import UserError, parse_config
+from utils.config import UserError, parse_config, refuse_missing
 
 
 def read_config(config_class, default_file: Path | None, description: str):
@@ -39,6 +39,7 @@ def read_config(config_class, default_file: Path | None, description: str):
         _leave("Windows is not supported; use the Windows Subsystem for Linux (WSL 2)")
     try:
         config = parse_config(config_class, default_file, sys.argv[1:], description)
+        refuse_missing(config)
     except UserError as error:
         _leave(error)
     if os.environ.get("RANK", "0") == "0":

@@ -98,12 +98,16 @@ MISTAKES = {
     "--sed 1": "error: command line: unknown key '--sed'",
     "--config broken.yaml": "error: broken.yaml:2: is not valid YAML",
     "--config no.yaml": "error: --config: 'no.yaml' does not exist",
+    "--model nothing": "error: model: no model folder at 'nothing'",
+    "--actor_training_data no.jsonl": "error: actor_training_data: 'no.jsonl' does not exist",
+    '--actor_test_data ["broken.yaml",{"name":"b.csv"}]': "error: actor_test_data: 'b.csv' does not exist",
+    "--deepspeed zero9.json": "error: deepspeed: 'zero9.json' does not exist",
 }
 
 
 @pytest.mark.parametrize(("script", "words"), [
     *((script, words) for script in SCRIPTS for words in ("--help", "--sed 1")),
-    ("train_sft.py", "--config broken.yaml"), ("train_sft.py", "--config no.yaml"),
+    *(("train_sft.py", words) for words in list(MISTAKES)[1:]),
 ])
 def test_help_and_mistakes_do_not_wait_for_the_libraries(script, words, slow_libraries, tmp_path):
     (tmp_path / "broken.yaml").write_text("seed: [\n")
@@ -119,8 +123,11 @@ def test_help_and_mistakes_do_not_wait_for_the_libraries(script, words, slow_lib
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ctrl_c_while_libraries_are_imported_is_one_line(script, slow_libraries):
     """Also where an import would catch the exception that Ctrl-C raises."""
-    running = subprocess.Popen([sys.executable, PROJECT / "scripts" / script], env=slow_libraries, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    mini = str(PROJECT / "assets" / "opt-mini")
+    words = {"train_reward.py": ["--model", mini], "train_ppo.py": ["--model", mini, "--reward_model", mini]}
+    command = [sys.executable, PROJECT / "scripts" / script, *words.get(script, [])]
+    running = subprocess.Popen(command, env=slow_libraries, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     first = running.stdout.readline()
     assert first == f"{script}: loading PyTorch and other libraries (about 10 s)\n"
     assert running.stdout.readline() == "importing\n"

@@ -44,7 +44,7 @@ class Source(NamedTuple):
 def data_key(default: str | None, help: str):
     """A configuration field that names data; see `parse_sources`."""
     return key(default, f"{help} A file, folder or hub name; or a mapping or list of these (data/README.md).",
-               parse=parse_sources)
+               parse=parse_sources, there=refuse_missing_sources)
 
 
 def parse_sources(value):
@@ -90,6 +90,17 @@ def sources_of(value) -> list[Source]:
             for entry in (value if isinstance(value, list) else [value])]
 
 
+def refuse_missing_sources(field: str, value) -> None:
+    """Raise UserError when a file or folder among the data sets does not exist; the hub is not asked."""
+    for source in sources_of(value):
+        if not _is_on_hub(source.name):
+            find_input(source.name, field)
+
+
+def _is_on_hub(name: str) -> bool:
+    return is_hub_name(name) and not name.endswith(FILE_ENDINGS) and find_local(name) is None
+
+
 class Opened(NamedTuple):
     """A data set that exists and can be read."""
 
@@ -109,7 +120,7 @@ def open_source(source: Source, field: str) -> Opened:
         UserError: when the data set does not exist, cannot be read, or has no split that the key takes.
     """
     name = source.name
-    if is_hub_name(name) and not name.endswith(FILE_ENDINGS) and find_local(name) is None:
+    if _is_on_hub(name):
         return _open_hub(source, field)
     path = find_input(name, field)
     hub_only = ["config", "revision", "data_dir", *(["split"] if path.is_file() else [])]

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer
 from utils.config import UserError
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.distributed import world
+from utils.models.folders import model_folder
 from utils.models.vocabulary import give_pad
-from utils.paths import find_local, is_hub_name
 
 # transformers would ask a web service to convert a model without safetensors, and send it the user's token
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -44,13 +44,7 @@ class Parent:
 
     def __init__(self, key: str, name: str):
         self.key, self.name, self._told = key, name, False
-        self.folder = find_local(name)  # None: on the hub
-        if self.folder is not None and not (self.folder / "config.json").is_file():
-            raise UserError(f"{key}: '{self.folder}' is not a model folder (it has no config.json)")
-        if self.folder is None and not is_hub_name(name):
-            raise UserError(f"{key}: no model folder at '{name}'; train that stage first or give "
-                            f"another folder or hub "
-                            "name")
+        self.folder = model_folder(key, name)  # None: on the hub
 
     @property
     def path(self) -> str:
@@ -122,6 +116,11 @@ class Parent:
     def has_tokenizer(self) -> bool:
         return self.folder is None or any((self.folder / file).is_file() for file in _TOKENIZER_FILES)
 
+    @property
+    def _has_sentencepiece_only(self) -> bool:
+        found = self.folder and [file for file in _TOKENIZER_FILES if (self.folder / file).is_file()]
+        return found == ["tokenizer.model"]
+
     @cached_property
     def tokenizer(self):
         """The tokenizer; it must have an EOS token. Without a PAD of its own it gets one (`give_pad`)."""
@@ -129,6 +128,9 @@ class Parent:
             raise UserError(f"{self.key}: '{self.name}' holds a model but no tokenizer files "
                             f"({', '.join(_TOKENIZER_FILES)}); copy those of the model it was "
                             f"made from into it")
+        if self._has_sentencepiece_only:
+            raise UserError(f"{self.key}: '{self.name}' has its tokenizer as tokenizer.model only, which is "
+                            "not read here; copy the tokenizer.json of the same model into the folder")
         tokenizer = self.load(lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
         if tokenizer.eos_token_id is None:
             raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no EOS token, so no "
