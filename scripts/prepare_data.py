@@ -55,6 +55,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from utils.console import show_table
 from utils.data.files import BadRow
 from utils.data.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
 from utils.data.report import DataReport, token_lengths
@@ -213,7 +214,7 @@ def marked(tokenizer, ids: list[int]) -> Text:
     return shown
 
 
-def show_set(console: Console, kind: str, figures: dict) -> None:
+def show_set(kind: str, figures: dict) -> None:
     """Print the sets, their layouts, and how many rows were rejected, dropped and used."""
     table = Table(title=f"{kind}, for {ROLES[kind]}", title_justify="left", show_header=False)
     for source in figures["sources"]:
@@ -227,7 +228,7 @@ def show_set(console: Console, kind: str, figures: dict) -> None:
     cut, inside = figures["prompts_cut"], figures["prompts_cut_inside"]
     table.add_row("prompts cut", f"{cut} ({cut / figures['rows']:.1%}), {inside} of them inside a sentence "
                   "or turn")
-    console.print(table)
+    show_table(table)
 
 
 def show_rejected(console: Console, figures: dict, report: DataReport) -> None:
@@ -238,7 +239,7 @@ def show_rejected(console: Console, figures: dict, report: DataReport) -> None:
         console.print(f"and {figures['rejected'] - SHOWN} more")
 
 
-def show_lengths(console: Console, figures: dict, lengths: dict) -> None:
+def show_lengths(figures: dict, lengths: dict) -> None:
     """Print the lengths as training sees them: prompts after cutting, completions with their EOS."""
     table = Table(title="Lengths in tokens", title_justify="left")
     for column in ("", "mean", "5 %", "median", "95 %", "longest", "from 0 to the longest"):
@@ -247,7 +248,7 @@ def show_lengths(console: Console, figures: dict, lengths: dict) -> None:
         spread = figures[f"{name}_tokens"]
         figures_shown = [f"{spread[part]:.1f}" for part in ("mean", "p5", "p50", "p95")]
         table.add_row(name, *figures_shown, str(spread["max"]), bars(sizes))
-    console.print(table)
+    show_table(table)
 
 
 def bars(sizes, columns=40) -> str:
@@ -294,12 +295,12 @@ def main(config: PrepareConfig) -> None:
         report.groups("data", rows)
     figures = {"key": ROLES[kind], "model": config.model, "max_prompt_tokens": config.max_prompt_tokens,
                "rejected": sum(1 for _ in report.rejected()), **report.figures["data"]}
-    console = Console(width=110, markup=False, highlight=False)  # markup=False: brackets in a text are text
-    show_set(console, kind, figures)
+    console = Console(markup=False, highlight=False)  # markup=False: brackets in a text are text
+    show_set(kind, figures)
     show_rejected(console, figures, report)
-    show_lengths(console, figures, lengths)
+    show_lengths(figures, lengths)
     if kind == "rankings":
-        console.print(report.notes[-1].removeprefix("data: "))  # the line of report.groups
+        console.print(report.notes[-1].removeprefix("data: "), soft_wrap=True)  # the line of report.groups
     show_rows(console, rows, tokenizer)
     if config.output_dir is not None:
         target = Path(config.output_dir).expanduser()

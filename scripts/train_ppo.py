@@ -185,7 +185,7 @@ from utils.ppo import (
 )
 from utils.runs.checkpoints import trainable_weights
 from utils.runs.ending import Ending, end_stage
-from utils.runs.run import Run, refuse_impossible
+from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.runs.token_sums import TokenSums
 from utils.zero import load_settings
 
@@ -397,6 +397,10 @@ def evaluate(loop: Loop, models: Models, validation: Tokenised, judge: Judge, go
     if (rouge := judge.rouge(validation, greedy)) is not None:
         means["rouge_avg"] = rouge
     loop.run.metrics(update, {f"eval/{name}": value for name, value in means.items()})
+    texts = zip(validation.examples[:SHOWN], greedy.texts, score, strict=False)
+    loop.run.samples(update, "validation", [
+        {"prompt": example.prompt, "reference": example.completion, "summary": text, "score": value}
+        for example, text, value in texts])
     loop.run.log(f"update {update}: " + " ".join(f"{name} {value:.3f}" for name, value in means.items()))
     if means["kl"] <= config.kl_budget:
         loop.best.offer(update, means["score"], outcome_weights(models), kl=means["kl"])
@@ -428,11 +432,12 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
         samples=[{"prompt": example.prompt, "reference": example.completion, "sft": sft, "ppo": ppo}
                  for example, sft, ppo in texts],
         summary={"score_before": score_before, "score_after": score_after, **figures, "kl": kl,
-                 "rouge_avg": judge.rouge(test, written["after", "greedy"]),
-                 "episodes": config.updates * config.episodes_per_update},
+                 "rouge_avg": judge.rouge(test, written["after", "greedy"])},
+        work={"episodes": config.updates * config.episodes_per_update},
         stage={"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                "score": score_after, "kl": kl},
         plot=plot_ppo,
+        compared=("sft", "ppo"),
     )
 
 
@@ -552,8 +557,8 @@ def main(config: PPOStageConfig) -> None:
     best_step = loop.best.restore(outcome_weights(models), last=loop.step)
     with loop.accelerator.autocast():
         end = ending(loop, models, posts.test, judge, gold)
-    end.summary.update(best_step=best_step, episodes_per_second=speed)
-    end_stage(run, models.outcome, sft.tokenizer, [sft, reward], end)
+    end.work.update(best_step=best_step, episodes_per_second=speed)
+    end_stage(run, loop.step, models.outcome, sft.tokenizer, [sft, reward], end)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ from utils.models.outputs import GroupModel, scores
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.runs.ending import Ending, end_stage
-from utils.runs.run import Run, refuse_impossible
+from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.zero import load_settings
 
 # ---------------------------------------------------------------------------------------------- the algorithm
@@ -195,9 +195,19 @@ def scores_of(loop: Loop, prompts, completions, title: str) -> list[list[float]]
 
 def evaluate(loop: Loop, validation, step: int) -> None:
     """Log what the model reaches on the validation rankings."""
-    figures, _ = accuracy_of(loop, validation, "validation")
+    figures, found = accuracy_of(loop, validation, "validation")
     loop.run.metrics(step, {"eval/accuracy": figures["accuracy"], "eval/ece": figures["ece"]})
+    loop.run.samples(step, "validation", judged(loop, validation, found, SHOWN))
     loop.run.log(f"step {step}, validation: accuracy {figures['accuracy']:.3f}, ece {figures['ece']:.3f}")
+
+
+def judged(loop: Loop, rows, found: list[list[float]], count: int) -> list[dict]:
+    """The first rankings as text, with the score of each completion."""
+    decode = loop.tokenizer.batch_decode
+    columns = (rows[name][:count] for name in ("prompt", "completions", "pairs"))
+    return [{"prompt": decode([prompt], skip_special_tokens=True)[0], "pairs": order,
+             "completions": decode(completions, skip_special_tokens=True), "scores": score}
+            for prompt, completions, order, score in zip(*columns, found[:count], strict=True)]
 
 
 def centre(loop: Loop, references) -> None:
@@ -280,6 +290,8 @@ def main(config: RewardStageConfig) -> None:
     run = Run(config, "reward", report)
     loop = Loop(run, GroupModel(model, scores), base.tokenizer, config.schedule(len(rankings)), deepspeed)
     loop.resume()
+    if loop.step == 0:
+        evaluate(loop, validation, 0)
     began = time.time()
     train(loop, rankings, validation)
     seconds = time.time() - began
@@ -290,7 +302,7 @@ def main(config: RewardStageConfig) -> None:
         log_rating_agreement(loop, ratings)
     figures, found = accuracy_of(loop, test, "test")
     speed = loop.steps_done * config.rows_per_step * fmean(map(len, rankings["pairs"])) / seconds
-    end_stage(run, model, base.tokenizer, [base], ending(loop, test, figures, found, speed))
+    end_stage(run, loop.step, model, base.tokenizer, [base], ending(loop, test, figures, found, speed))
 
 
 def ending(loop: Loop, test, figures: dict, found: list[list[float]], speed: float) -> Ending:
@@ -303,9 +315,6 @@ def ending(loop: Loop, test, figures: dict, found: list[list[float]], speed: flo
     for column, values in accuracy_by_note(found, test).items():
         shown = ", ".join(f"{value}: {right:.3f} ({n} pairs)" for value, right, n in values)
         loop.run.log(f"test, accuracy by {column}: {shown}")
-    loop.run.metrics(loop.step, {"test/accuracy": figures["accuracy"], "test/ece": figures["ece"]})
-    decode = loop.tokenizer.batch_decode
-    parts = zip(test["prompt"][:20], test["completions"][:20], test["pairs"][:20], found[:20], strict=True)
     pairs = [(group[b], group[w]) for group, order in zip(found, test["pairs"], strict=True)
              for b, w in order]
 
@@ -314,11 +323,9 @@ def ending(loop: Loop, test, figures: dict, found: list[list[float]], speed: flo
         plot_reward(run, pairs)
 
     return Ending(
-        samples=[{"prompt": decode([prompt], skip_special_tokens=True)[0], "pairs": order,
-                  "completions": decode(completions, skip_special_tokens=True), "scores": score}
-                 for prompt, completions, order, score in parts],
-        summary={**{name: value for name, value in figures.items() if name != "ece"},
-                 "longest_accuracy": longest_accuracy(test), **known, "pairs_per_second": speed},
+        samples=judged(loop, test, found, 20),
+        summary={**figures, "longest_accuracy": longest_accuracy(test), **known},
+        work={"pairs_per_second": speed},
         stage={"max_prompt_tokens": loop.config.max_prompt_tokens, "accuracy": figures["accuracy"],
                "score_shift": loop.module.model.config.score_shift},
         plot=plot,

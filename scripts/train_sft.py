@@ -65,7 +65,7 @@ from utils.models.outputs import GroupModel, response_logprobs
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.runs.ending import Ending, end_stage
-from utils.runs.run import Run, refuse_impossible
+from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.zero import load_settings
 
 # ---------------------------------------------------------------------------------------------- the algorithm
@@ -145,9 +145,13 @@ def loss_of(loop: Loop, posts: Tokenised, title: str) -> float:
 
 def evaluate(loop: Loop, validation: Tokenised, step: int) -> dict[str, float]:
     """Log what the model reaches on the validation posts."""
-    figures, _ = rouge_of(loop, validation, "validation")
+    figures, written = rouge_of(loop, validation, "validation")
     figures["loss"] = loss_of(loop, validation, "validation, loss")
     loop.run.metrics(step, {f"eval/{name}": value for name, value in figures.items()})
+    texts = zip(validation.examples[:SHOWN], written.texts, strict=False)
+    loop.run.samples(step, "validation", [
+        {"prompt": example.prompt, "reference": example.completion, "summary": text}
+        for example, text in texts])
     shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
     loop.run.log(f"step {step}, validation: {shown}")
     return figures
@@ -201,8 +205,8 @@ def main(config: SFTStageConfig) -> None:
     rows = loop.steps_done * config.rows_per_step
     speed = rows * fmean(examples["length"]) / seconds
     end = ending(test, before, after, speed, config)
-    end.summary["best_step"] = best_step
-    end_stage(run, policy, base.tokenizer, [base], end)
+    end.work["best_step"] = best_step
+    end_stage(run, loop.step, policy, base.tokenizer, [base], end)
 
 
 def ending(test: Tokenised, before, after, speed: float, config: SFTStageConfig) -> Ending:
@@ -213,10 +217,12 @@ def ending(test: Tokenised, before, after, speed: float, config: SFTStageConfig)
     return Ending(
         samples=[{"prompt": example.prompt, "reference": example.completion, "base": base, "sft": sft}
                  for example, base, sft in texts],
-        summary={**rouge, "base_rouge_avg": before["rouge_avg"], "tokens_per_second": speed},
+        summary={**rouge, "base_rouge_avg": before["rouge_avg"]},
+        work={"tokens_per_second": speed},
         stage={"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                "rouge_avg": after["rouge_avg"]},
         plot=plot_sft,
+        compared=("base", "sft"),
     )
 
 

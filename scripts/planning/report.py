@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import matplotlib
-from rich.console import Console
 from rich.table import Table
 
 from planning.architectures import OPT, model_of
 from planning.duration import Duration
 from planning.fit import Batches, Plan, Setup, plan
 from planning.memory import GIB, Zero
+from utils.console import show_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no screen)
@@ -58,7 +58,7 @@ def print_plans(plans: list[Plan], batches: list[Batches], setup: Setup) -> None
             str(largest.generation_batch),
             end_section=one.stage != plans[-1].stage and one.zero == plans[-1].zero,
         )
-    Console(width=170).print(table)
+    show_table(table, markup=True)
     print("GPU: peak of one GPU. host, NVMe: peak of a node, all its processes together. micro-batch: the "
           "largest that fits, without and with gradient checkpointing [prompts]. sampling: the largest "
           "generation_batch that fits [prompts; in the reward stage rows scored].")

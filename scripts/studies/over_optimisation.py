@@ -30,11 +30,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
 from utils.config import UserError, key
+from utils.console import show_table
 from utils.data.rows import load_examples
 from utils.data.tokens import prompt_tokens
 from utils.judge.evaluation import score_groups
@@ -238,7 +238,7 @@ def print_rules(runs: list[PPORun], rules: list[dict]) -> None:
             f"{rule['kl']:.2f}", f"{gold['picked']:.3f}", f"{gold['peak']:.3f}", str(gold["peak_update"]),
             *ratios,
         )
-    Console(width=130, markup=False).print(table)
+    show_table(table)
 
 
 def main(config: OverOptimisationConfig) -> None:

@@ -82,16 +82,13 @@ def first_of_a_node():
 
 
 def build_accelerator(config, folder, settings: dict | None) -> Accelerator:
-    """The accelerator of a stage, with the experiment trackers of the configuration.
+    """The accelerator of a stage, for the experiment trackers of the configuration.
 
     Args:
-        folder: that of the run; its last two names are the trackers' project name.
+        folder: that of the run.
         settings: DeepSpeed's configuration; None without it.
     """
     trackers = [name for name in config.report_to if name != "none"]
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None,
-                              project_dir=str(folder / "tensorboard"),
-                              deepspeed_plugin=settings and DeepSpeedPlugin(hf_ds_config=settings))
-    if trackers:
-        accelerator.init_trackers("-".join(folder.resolve().parts[-2:]))
-    return accelerator
+    return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers or None,
+                       project_dir=str(folder / "tensorboard"),
+                       deepspeed_plugin=settings and DeepSpeedPlugin(hf_ds_config=settings))

@@ -112,6 +112,9 @@ def _quiet_libraries() -> None:
     import torch
     import transformers
 
+    from utils.console import warn_above_bars
+
+    warn_above_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()

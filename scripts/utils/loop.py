@@ -20,9 +20,9 @@ from contextlib import nullcontext
 
 import torch
 from accelerate.utils import DistributedType
-from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from utils.console import progress_bar
 from utils.distributed import build_accelerator, max_over_ranks
 from utils.models.prompt_groups import PromptGroups
 from utils.runs.checkpoints import (
@@ -62,7 +62,7 @@ class Loop:
                  deepspeed: dict | None = None):
         self.run, self.config, self.tokenizer, self.schedule = run, run.config, tokenizer, schedule
         self.accelerator = build_accelerator(run.config, run.folder, deepspeed)
-        run.use_tracker(self.accelerator)
+        run.use_trackers(self.accelerator)
         run.catch_signals()
         self.module = model
         self.model, self.optimizer = self.accelerator.prepare(model.train(), _optimizer(model, run.config))
@@ -100,10 +100,9 @@ class Loop:
 
         After the body of each step: stop when a signal asked for it, and save when it is time.
         """
-        main = self.accelerator.is_main_process
         self.first_step = self.step
-        with tqdm(total=self.schedule.steps, initial=self.step, desc=self.run.stage, unit=self.run.unit,
-                  disable=not main) as self.bar:
+        with progress_bar(total=self.schedule.steps, initial=self.step, desc=self.run.stage,
+                          unit=self.run.unit, shown=self.accelerator.is_main_process) as self.bar:
             while self.step < self.schedule.steps:
                 # randomness (dropout) is a function of seed, step and rank: a resumed run draws what it would
                 # have drawn
@@ -250,6 +249,7 @@ class Loop:
             self._read(*self.resume_point)
         if self.config.resume:
             self.run.rewind(self.resume_point.progress["metrics_bytes"] if self.resume_point else 0)
+            self.run.rewind_samples(self.step if self.resume_point else -1)
         self.checkpoints.go_on_after(self.run.unit, self.step)
         if self.accelerator.is_main_process:
             self._drop_forgotten()

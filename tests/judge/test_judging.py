@@ -71,7 +71,8 @@ def test_each_policys_summaries_are_scored_and_one_without_eos_gets_the_fixed_sc
 def evaluated(trained, judge, gold=None):
     """What an evaluation of PPO logs, and what it offers as the best policy."""
     figures, offered = {}, []
-    run = SimpleNamespace(metrics=lambda step, values: figures.update(values), log=lambda line: None)
+    run = SimpleNamespace(metrics=lambda step, values: figures.update(values), log=lambda line: None,
+                          samples=lambda *_: None)
     best = SimpleNamespace(offer=lambda step, score, weights, kl: offered.append((step, score, kl)))
     accelerator = SimpleNamespace(autocast=nullcontext)
     loop = SimpleNamespace(config=CONFIG, run=run, best=best, accelerator=accelerator)

@@ -12,13 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from families import policy, scalar_model
 from tiny_models import mini_tokenizer, save_opt
 from toy_runs import Toy, contents, report_of, start
 from utils.config import UserError, save_config
-from utils.distributed import build_accelerator
 from utils.models.loading import load_policy
 from utils.models.parents import Parent, check_task
 from utils.runs.ending import print_stages, stage_folders
@@ -170,14 +168,6 @@ def test_an_output_folder_that_cannot_be_is_refused(place, tmp_path):
         start("/proc/no/such")
 
 
-def test_the_trackers_call_the_project_by_the_run(tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = build_accelerator(Toy(report_to=["tensorboard"]), tmp_path / "mini" / "ppo", None)
-    assert accelerator.get_tracker("tensorboard").run_name == "mini-ppo"
-    accelerator.end_training()
-    assert list((tmp_path / "mini" / "ppo" / "tensorboard").rglob("events.*"))
-
-
 @pytest.mark.parametrize("tracker", ["foo", "Tensorboard", ""])
 def test_a_tracker_that_is_not_there_is_refused(tracker, tmp_path):
     message = f"^report_to: '{tracker}' is not installed, or no tracker; here are: .*tensorboard"
@@ -246,7 +236,8 @@ def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
     other = Run(Toy(output_dir=str(tmp_path)), "sft", report_of("a note"))
     other.log("hello")
     other.metrics(1, {"a": 1})
-    other.samples([{"a": 1}])
+    other.samples(1, "test", [{"a": 1}])
+    other.rewind_samples(0)
     other.write_summary({"a": 1})
     other.save_final(policy("opt"), tokenizer, [], {})
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -255,21 +246,52 @@ def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
 # ------------------------------------------------------------------------------------------------- records
 
 
+class Tracker:
+    """An accelerator whose trackers keep what they are sent."""
+
+    def __init__(self):
+        self.log_with, self.sent = [], []
+
+    def log(self, values, step):
+        self.sent.append((step, values))
+
+
 def test_metrics_and_samples_append_one_json_object_a_line(tmp_path):
-    run = start(tmp_path)
+    run, tracker = start(tmp_path), Tracker()
     assert run.read_metrics() == []
-    sent = []
-    run.use_tracker(type("Tracker", (), {"log": lambda self, values, step: sent.append((step, values))})())
+    run.use_trackers(tracker)
     run.metrics(1, {"loss": 0.5, "note": "é"})
     run.metrics(2, {"loss": 0.25})
-    run.samples([{"prompt": "of a run that was killed before final/"}])
-    run.samples([{"prompt": "a\nb"}, {"prompt": "☕"}])
+    run.samples(2, "validation", [{"prompt": "a\nb"}, {"prompt": "☕"}])
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
         '{"step": 1, "loss": 0.5, "note": "é"}', '{"step": 2, "loss": 0.25}'
     ]
-    samples = [json.loads(line)["prompt"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert samples == ["a\nb", "☕"]
-    assert sent == [(1, {"loss": 0.5}), (2, {"loss": 0.25})], "a tracker takes numbers only"
+    assert samples_of(tmp_path) == [{"step": 2, "posts": "validation", "prompt": "a\nb"},
+                                    {"step": 2, "posts": "validation", "prompt": "☕"}]
+    *numbers, (step, text) = tracker.sent
+    assert numbers == [(1, {"loss": 0.5}), (2, {"loss": 0.25})], "of metrics a tracker takes numbers only"
+    assert step == 2 and re.fullmatch(r"(?s)\*\*prompt\*\*: a\nb\n\n---\n\n\*\*prompt\*\*: ☕",
+                                      text["samples/validation"])
+
+
+def samples_of(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_samples_after_the_checkpoint_are_written_again(tmp_path):
+    """By a resumed run, which also ends again; a run that starts anew has none of those before."""
+    run = start(tmp_path)
+    for step, posts in ((0, "validation"), (2, "validation"), (4, "validation"), (4, "test")):
+        run.samples(step, posts, [{"prompt": f"{step}"}])
+    run.rewind_samples(4)
+    assert [row["step"] for row in samples_of(tmp_path)] == [0, 2, 4]
+    run.rewind_samples(2)
+    assert [row["step"] for row in samples_of(tmp_path)] == [0, 2]
+    start(tmp_path, resume=True).rewind_samples(-1)
+    assert not (tmp_path / "samples.jsonl").exists()
+    run.samples(0, "validation", [{"prompt": "of a run that ended before its first step"}])
+    start(tmp_path)
+    assert not (tmp_path / "samples.jsonl").exists()
 
 
 def test_summary_is_flat(tmp_path):
@@ -312,7 +334,7 @@ def test_the_table_prints_every_path_on_one_line(tmp_path, tokenizer, capsys):
     (deep / "plots" / "sft.png").touch()
     print_stages(stage_folders(run, []))
     printed = capsys.readouterr().out
-    assert re.search(r" 0\.250 .* 0\.750 .* 6[1-9] ", printed)
+    assert re.search(r" 0\.250 .* 0\.750 ", printed) and re.search("^seconds: sft 6[1-9]$", printed, re.M)
     assert printed.splitlines()[-2:] == [f"sft: {deep}", f"sft: {deep / 'plots' / 'sft.png'}"]
 
 
@@ -327,11 +349,11 @@ def test_the_table_keeps_units_in_brackets_and_is_printed_once(tmp_path, monkeyp
 
 
 def test_what_json_cannot_hold_becomes_null(tmp_path):
-    run, sent = start(tmp_path), []
-    run.use_tracker(type("Tracker", (), {"log": lambda self, values, step: sent.append(values)})())
+    run, tracker = start(tmp_path), Tracker()
+    run.use_trackers(tracker)
     run.metrics(1, {"a": math.nan, "b": -math.inf, "c": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": null, "b": null, "c": 1.0}\n'
-    assert sent == [{"c": 1.0}]
+    assert tracker.sent == [(1, {"c": 1.0})]
 
 
 def test_a_line_that_was_left_half_written_costs_no_other(tmp_path):

@@ -24,8 +24,8 @@ from utils.config import PROJECT, UserError, parse_config
 from utils.runs.checkpoints import Best
 
 SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "tokens_per_second", "best_step"}
-REWARD_KEYS = {"accuracy", "accuracy_low", "accuracy_high", "label_ceiling", "longest_accuracy", "pairs",
-               "pairs_per_second"}
+REWARD_KEYS = {"accuracy", "accuracy_low", "accuracy_high", "ece", "label_ceiling", "longest_accuracy",
+               "pairs", "pairs_per_second"}
 PPO_KEYS = {"score_before", "score_after", "gold_before", "gold_after", "gold_win_rate", "gold_win_rate_low",
             "gold_win_rate_high", "gold_win_rate_greedy", "gold_win_rate_length_controlled", "kl",
             "rouge_avg", "episodes", "episodes_per_second", "best_step"}
@@ -149,9 +149,59 @@ def test_the_glossary_explains_what_is_logged_and_nothing_else(finished, carried
     logged = {name for run in (finished / "sft", finished / "reward", finished / "ppo", carried / "ppo")
               for line in (run / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
     table = re.findall(r"^\|([^|]*)\|", (PROJECT / "docs" / "metrics.md").read_text(), re.MULTILINE)
-    kinds = "eval|loss|objective|policy|reward|sft|test|time|value"
+    kinds = "eval|loss|objective|policy|reward|sft|time|value"
     explained = {name for cell in table for name in re.findall(rf"`((?:{kinds})/[a-zA-Z0-9_]+)`", cell)}
-    assert logged - {"step"} == explained
+    assert {name for name in logged if not name.startswith("test/")} - {"step"} == explained
+
+
+@pytest.mark.parametrize(("stage", "keys"), [("sft", SFT_KEYS), ("reward", REWARD_KEYS), ("ppo", PPO_KEYS)])
+def test_the_test_figures_are_logged_as_those_of_the_last_step(stage, keys, finished):
+    """Under the names of summary.json, which the glossary explains; without how fast the run was."""
+    [row] = [row for row in metrics(finished / stage) if any(name.startswith("test/") for name in row)]
+    figures = {name: value for name, value in row.items() if name != "step"}
+    assert row["step"] == 4
+    assert set(figures) == {f"test/{name}" for name in keys if not name.endswith("_per_second")
+                            and name not in ("episodes", "best_step")}
+    summary = json.loads((finished / stage / "summary.json").read_text())
+    assert {f"test/{name}": value for name, value in summary.items() if f"test/{name}" in figures} == (
+        pytest.approx(figures, abs=1e-6))
+    text = (PROJECT / "docs" / "metrics.md").read_text()
+    [explained] = re.findall(rf"^\| {stage} \|(.*)\|$", text, re.MULTILINE)
+    names = {name.removeprefix("gold_win_rate_") for name in keys}
+    assert all(re.search(rf"`[a-z_]*{name.split('_')[-1]}`", explained) for name in names)
+
+
+def samples(run, posts):
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["posts"] == posts]
+
+
+@every_stage
+def test_every_evaluation_shows_the_same_posts_from_the_start(script, finished, folder, monkeypatch):
+    """Also of a run that never ends: a signal stops it in its third step."""
+    stage = NAMES[script]
+    shown = samples(finished / stage, "validation")
+    assert [row["step"] for row in shown] == [0] * 4 + [2] * 4 + [4] * 4
+    prompts = [row["prompt"] for row in shown]
+    assert prompts[:4] == prompts[4:8] == prompts[8:] and len(set(prompts)) == 4
+    if stage == "reward":
+        assert [row["scores"] for row in shown[:4]] != [row["scores"] for row in shown[8:]], "it was trained"
+    else:
+        assert all(isinstance(row["summary"], str) and "reference" in row for row in shown)
+    assert len(samples(finished / stage, "test")) == (8 if stage == "reward" else 4)
+    run_class = script.Run
+
+    class Stopped(run_class):
+        def metrics(self, step, values):
+            super().metrics(step, values)
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(script, "Run", Stopped)
+    with pytest.raises(SystemExit):
+        script.main(config_of(script, folder, "unfinished"))
+    run = folder / "unfinished" / stage
+    assert samples(run, "validation") == shown[:8] and samples(run, "test") == []
 
 
 def test_final_models_are_stock_checkpoints(finished):
@@ -326,7 +376,7 @@ def test_plain_transformers_scores_like_the_reward_stage(finished):
     """Right-padded rows through the stock forward, against what the stage wrote into samples.jsonl."""
     tokenizer = AutoTokenizer.from_pretrained(finished / "reward" / "final")
     model = AutoModelForSequenceClassification.from_pretrained(finished / "reward" / "final").eval()
-    rows = [json.loads(line) for line in (finished / "reward" / "samples.jsonl").read_text().splitlines()]
+    rows = samples(finished / "reward", "test")
     assert rows
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -348,7 +398,7 @@ def test_the_reward_models_card_says_how_its_scores_are_read(shift, finished, tm
     (folder / "config.json").write_text(json.dumps(config | {"score_shift": shift}))
     [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     pipe = pipeline("text-classification", model=str(folder), tokenizer=str(folder))
-    row = json.loads((finished / "reward" / "samples.jsonl").read_text().splitlines()[0])
+    row = samples(finished / "reward", "test")[0]
     for completion, score in zip(row["completions"], row["scores"], strict=True):
         names = {"folder": folder, "prompt": row["prompt"], "completion": completion}
         exec(code, names)  # noqa: S102  the card's own code

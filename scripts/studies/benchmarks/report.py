@@ -8,13 +8,13 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from studies.benchmarks.clock import PARTS
 from studies.benchmarks.cost import Point
 from studies.benchmarks.pairing import Turn
 from studies.benchmarks.plan import Comparison
+from utils.console import show_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first: there may be no screen)
@@ -41,7 +41,7 @@ def print_table(rows: list[dict], goals: list[float | None]) -> None:
             f"[{color}]{row['ratio']:.2f}[/] ({row['ratio_low']:.2f} - {row['ratio_high']:.2f})",
             f"{goal:g}" if goal else "-", f"{row['memory_ratio']:.2f}", f"{row['utilisation']:.0%}",
         )
-    Console(width=150).print(table)
+    show_table(table, markup=True)
 
 
 def print_profile(plan: list[Comparison], turns: list[list[Turn]]) -> None:
@@ -56,7 +56,7 @@ def print_profile(plan: list[Comparison], turns: list[list[Turn]]) -> None:
             cells = [f"{value:.2f} ({value / sum(seconds):.0%})" for value in seconds]
             table.add_row(comparison.stage, comparison.shape, str(comparison.k), side, *cells,
                           f"{sum(seconds):.2f}")
-    Console(width=150).print(table)
+    show_table(table, markup=True)
 
 
 def plot_costs(path: Path, points: list[Point]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from utils.config import UserError
+from utils.console import progress_bar
 from utils.data.cache import cached
 from utils.data.layouts import TLDR_TEMPLATE, tldr_parts
 from utils.data.store import ROW_COLUMNS, StoredSet
@@ -60,8 +60,8 @@ def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -
         ("length", pa.int32()), ("longest", pa.int32()), ("cut", pa.int8()),
     ])
     cut = partial(cut_prompts, tokenizer, max_tokens=max_prompt_tokens)
-    bar = tqdm(desc=f"tokenising {stored.label}", total=stored.table.num_rows, unit=" rows", disable=None,
-               leave=False)
+    bar = progress_bar(desc=f"tokenising {stored.label}", total=stored.table.num_rows, unit=" rows",
+                       leave=False)
     with pa.ipc.new_stream(str(folder / "tokens.arrow"), schema) as file, bar:
         for batch in stored.table.select(["prompt", "completions", *extra]).to_batches():
             prompts_and_cuts = _of_texts(stored, batch["prompt"].to_pylist(), cut)

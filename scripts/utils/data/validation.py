@@ -18,9 +18,8 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
-from tqdm.auto import tqdm
-
 from utils.config import UserError
+from utils.console import progress_bar
 from utils.data.cache import cached
 from utils.data.files import BadRow
 from utils.data.layouts import (
@@ -102,7 +101,7 @@ def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:
 
 def _progress(opened: Opened):
     """The rows, with a progress bar if the output is a terminal."""
-    with tqdm(desc=f"reading {opened.label}", unit=" rows", disable=None, leave=False) as bar:
+    with progress_bar(desc=f"reading {opened.label}", unit=" rows", leave=False) as bar:
         for count, numbered in enumerate(opened.rows, start=1):
             yield numbered
             if count % 1000 == 0:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
+from utils.console import progress_bar
 from utils.distributed import world
 from utils.models.generation import sample
 from utils.models.outputs import scores
@@ -67,8 +67,8 @@ def measure_groups(measure, tokenizer, prompts, completions, batch_size, device,
         rows = mine + everything[:1] * (math.ceil(len(everything) / world().num_processes) - len(mine))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - sum(map(len, rows[i][1])))
     measured = [[] for _ in rows]
-    shown = title and world().is_main_process
-    for start in tqdm(range(0, len(order), batch_size), desc=title, disable=not shown, leave=False):
+    shown = bool(title) and world().is_main_process
+    for start in progress_bar(range(0, len(order), batch_size), desc=title, shown=shown, leave=False):
         part = order[start : start + batch_size]
         groups = pack([rows[i][0] for i in part], [rows[i][1] for i in part], tokenizer.pad_token_id)
         values = iter(measure(groups.to(device)).tolist())

@@ -12,9 +12,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+from utils.console import progress_bar
 from utils.models.branches import branching
 from utils.models.outputs import trunk
 from utils.zero import gathered_weights
@@ -112,7 +112,7 @@ def _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     results = {}  # number of a response -> (tokens, log-probs, ended)
     steps = math.ceil(len(order) / batch_size) * max_new_tokens
-    with tqdm(total=steps, desc=progress, unit="token", disable=not progress, leave=False) as bar:
+    with progress_bar(total=steps, desc=progress, unit="token", shown=bool(progress), leave=False) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             noise = _uniforms([seeds[i * k + j] for i in part for j in range(k)], max_new_tokens)

@@ -1,36 +1,50 @@
-"""What every stage ends with: samples, summary.json, plots, final/, and the table of the stages so far."""
+"""What every stage ends with: samples, summary.json, plots, final/, the table of the stages so far, and two
+posts before and after.
+"""
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
+from utils.console import show_table
 from utils.distributed import world
 from utils.judge.gold import table_rows
 from utils.models.parents import Parent
 from utils.runs.run import Run
 
+_PRINTED = 2  # posts
+_LONGEST = 1500  # characters of a post
+_TRY = ('import sys; from transformers import pipeline; model = pipeline("text-generation", sys.argv[1]); '
+        '[answer] = model(sys.stdin.read().strip(), max_new_tokens=64, return_full_text=False); '
+        'print(answer["generated_text"])')
+
 
 class Ending(NamedTuple):
     """What a finished stage has to say."""
 
-    samples: list[dict]  # of samples.jsonl
-    summary: dict  # of summary.json
+    samples: list[dict]  # of samples.jsonl, test posts
+    summary: dict  # the test figures, of summary.json
+    work: dict  # of summary.json as well: how much the stage did, and how fast
     stage: dict  # of stage.json in final/, besides what every stage writes there
     plot: Callable[[Run], None]  # draws into plots/
+    compared: tuple[str, str] | None = None  # keys of a sample: what was written before and after the stage
 
 
-def end_stage(run: Run, model, tokenizer, parents: list[Parent], ending: Ending) -> None:
-    """Write everything that a finished stage leaves, and print the table."""
-    run.samples(ending.samples)
-    run.write_summary(ending.summary)
+def end_stage(run: Run, step: int, model, tokenizer, parents: list[Parent], ending: Ending) -> None:
+    """Write everything that a finished stage leaves after its last `step`, and print the table."""
+    run.samples(step, "test", ending.samples)
+    run.metrics(step, {f"test/{name}": value for name, value in ending.summary.items()})
+    run.write_summary(ending.summary | ending.work)
     if run.is_main:
         ending.plot(run)
     run.save_final(model, tokenizer, parents, ending.stage)
     print_stages(stage_folders(run, parents))
+    print_samples(run, ending)
     run.end_tracking()
 
 
@@ -54,35 +68,49 @@ def print_stages(folders: dict[str, Path]) -> None:
     summaries = {stage: json.loads((folder / "summary.json").read_text())
                  for stage, folder in folders.items()}
     table = Table(title="RLHF in three stages", title_justify="left")
-    for column in ("stage", "measure", "before", "after", "95 % interval", "seconds"):
+    for column in ("stage", "measure", "before", "after", "95 % interval"):
         table.add_column(column)
     for row in _stage_rows(summaries):
         table.add_row(*row)
-    console = Console(width=110, markup=False)  # brackets are units
-    console.print(table)
+    show_table(table)
+    seconds = [f"{stage} {summary['seconds']:.0f}" for stage, summary in summaries.items()]
+    print(f"seconds: {', '.join(seconds)}")
     for stage, folder in folders.items():
         for path in (folder, *sorted((folder / "plots").iterdir())):
-            console.print(f"{stage}: {path}", highlight=False, soft_wrap=True)
+            print(f"{stage}: {path}")
 
 
 def _stage_rows(summaries):
     if sft := summaries.get("sft"):
-        yield ("sft", "ROUGE mean on held-out posts", _f(sft["base_rouge_avg"]), _f(sft["rouge_avg"]), "",
-               _s(sft))
+        yield "sft", "ROUGE mean, held-out posts", _f(sft["base_rouge_avg"]), _f(sft["rouge_avg"]), ""
     if reward := summaries.get("reward"):
         span = f"{_f(reward['accuracy_low'])} - {_f(reward['accuracy_high'])}"
-        yield ("reward", "pair accuracy (before: the longer wins)", _f(reward["longest_accuracy"]),
-               _f(reward["accuracy"]), span, _s(reward))
-        yield from (("", *row, "") for row in table_rows(reward))
+        yield "reward", "pair accuracy", "", _f(reward["accuracy"]), span
+        yield "", "  choosing the longer one", "", _f(reward["longest_accuracy"]), ""
+        yield from (("", *row) for row in table_rows(reward))
     if ppo := summaries.get("ppo"):
-        yield ("ppo", "reward model's score", _f(ppo["score_before"]), _f(ppo["score_after"]), "", _s(ppo))
-        yield from (("", *row, "") for row in table_rows(ppo))
-        yield ("", "KL to the SFT policy [nats a summary]", "", _f(ppo["kl"]), "", "")
+        yield "ppo", "reward model's score", _f(ppo["score_before"]), _f(ppo["score_after"]), ""
+        yield from (("", *row) for row in table_rows(ppo))
+        yield "", "KL to SFT [nats a summary]", "", _f(ppo["kl"]), ""
 
 
 def _f(value):
     return f"{value:.3f}"
 
 
-def _s(summary):
-    return f"{summary['seconds']:.0f}"
+def print_samples(run: Run, ending: Ending) -> None:
+    """The first posts with what was written for them before and after; and how to try the model.
+
+    Posts are printed with their own line breaks alone, so that they can be pasted into the command.
+    """
+    if not run.is_main or ending.compared is None:
+        return
+    for number, row in enumerate(ending.samples[:_PRINTED], start=1):
+        prompt = row["prompt"]
+        if len(prompt) > _LONGEST:
+            prompt = f"{prompt[: _LONGEST // 2]} ... {prompt[-_LONGEST // 2 :]}"
+        print(f"\n--- held-out post {number}\n{prompt.strip()}")
+        for when, name in zip(("before", "after"), ending.compared, strict=True):
+            print(f"--- {when} ({name}): {row[name].strip() or '(nothing)'}")
+    command = [sys.executable, "-c", _TRY, str(run.folder / "final")]
+    print(f"\ntry the model: paste such a post, then Enter and Ctrl-D\n{shlex.join(command)}")

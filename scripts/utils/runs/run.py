@@ -20,31 +20,24 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import LoggerType
-from tqdm.auto import tqdm
 from transformers.integrations import get_available_reporting_integrations
 
 from utils import durable
 from utils.config import PROJECT, UserError, find_input, save_config
+from utils.console import AboveBars
 from utils.data.report import DataReport
 from utils.distributed import on_main, world
 from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
 from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
 from utils.runs.records import append_rows, broken_lines, end_line, read_whole_rows, write_json
+from utils.runs.tracking import start_trackers
 from utils.yaml_files import read_yaml
 from utils.zero import resumable, save_pretrained
 
-
-class _AboveBars(logging.StreamHandler):
-    """Writes lines above the progress bars instead of through them."""
-
-    def emit(self, record):
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
-
-
 # what a stage counts, and calls its checkpoints by
 UNITS = {"sft": "step", "reward": "step", "ppo": "update"}
+SHOWN = 4  # validation posts whose samples are written at every evaluation: always the first ones
 
 
 class Run:
@@ -78,7 +71,8 @@ class Run:
             save_config(self.config, self.folder / "config.yaml")
             (self.folder / "plots").mkdir(exist_ok=True)
             if not self.config.resume:  # of a run that ended before its first step
-                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+                for name in ("metrics.jsonl", "samples.jsonl"):
+                    (self.folder / name).unlink(missing_ok=True)
             (self.folder / "train.log").touch()
             end_line(self.folder / "metrics.jsonl")
         except OSError as error:
@@ -94,7 +88,7 @@ class Run:
         log.handlers.clear()
         if self.is_main:
             for handler, layout in (
-                (_AboveBars(sys.stdout), "%(message)s"),
+                (AboveBars(sys.stdout), "%(message)s"),
                 (logging.FileHandler(self.folder / "train.log", encoding="utf-8"), "%(asctime)s %(message)s"),
             ):
                 handler.setFormatter(logging.Formatter(layout))
@@ -116,8 +110,9 @@ class Run:
             if self._tracker:
                 self._tracker.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
-    def use_tracker(self, accelerator) -> None:
-        """Send metrics to the accelerator's trackers too."""
+    def use_trackers(self, accelerator) -> None:
+        """Send metrics and samples to the accelerator's trackers too."""
+        start_trackers(accelerator, self.config, self.folder)
         self._tracker = accelerator
 
     def end_tracking(self) -> None:
@@ -125,19 +120,39 @@ class Run:
         if self._tracker:
             self._tracker.end_training()
 
-    def samples(self, rows: list[dict]) -> None:
-        """All of samples.jsonl."""
+    def samples(self, step: int, posts: str, rows: list[dict]) -> None:
+        """Add what the model wrote for some posts to samples.jsonl and, as text, to the trackers.
+
+        Args:
+            posts: "validation" or "test".
+        """
         if self.is_main:
-            self._write_all("samples.jsonl", rows)
+            append_rows(self.folder / "samples.jsonl", [{"step": step, "posts": posts, **row} for row in rows])
+            if self._tracker:
+                text = "\n\n---\n\n".join("\n\n".join(f"**{name}**: {value}" for name, value in row.items())
+                                         for row in rows)
+                self._tracker.log({f"samples/{posts}": text}, step=step)
+
+    def rewind_samples(self, step: int) -> None:
+        """Forget the samples after a step, and those of the end: the run is going to write them again."""
+        path = self.folder / "samples.jsonl"
+        if self.is_main and path.exists():
+            self._write_all(path.name, [row for row in read_whole_rows(path)
+                                        if row["posts"] != "test" and row["step"] <= step])
 
     def _write_all(self, name: str, rows: Iterable[dict]) -> None:
         """A whole file of rows, none when there is no row; one of the run that this one goes on with is
         replaced.
         """
-        (self.folder / name).unlink(missing_ok=True)
+        path = self.folder / name
+        temporary = path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
         first = next(rows := iter(rows), None)
-        if first is not None:
-            append_rows(self.folder / name, itertools.chain([first], rows))
+        if first is None:
+            path.unlink(missing_ok=True)
+        else:
+            append_rows(temporary, itertools.chain([first], rows))
+            durable.move(temporary, path)
 
     def metrics_bytes(self) -> int:
         """Size of metrics.jsonl, by which a checkpoint remembers what was logged before it."""
@@ -279,8 +294,8 @@ def _nothing_trained(folder: Path) -> bool:
     with.
     """
     config = {"config.yaml", "config.tmp"}
-    ours = {*config, "data.json", "data.tmp", "rejected_rows.jsonl", "metrics.jsonl", "train.log", "plots",
-            "tensorboard", "checkpoints"}
+    ours = {*config, "data.json", "data.tmp", "rejected_rows.jsonl", "rejected_rows.tmp", "metrics.jsonl",
+            "samples.jsonl", "samples.tmp", "train.log", "plots", "tensorboard", "checkpoints", "wandb", "wandb_id"}
     names = {path.name for path in folder.iterdir()} - {LOCK}
     if not names:
         return True
