@@ -46,11 +46,11 @@ def become(loop, value):
 def offer(loop, update, score, kl=0.0):
     """Offer the weights of an update, which are its number, by the stage's own evaluation."""
     become(loop, update)
-    written = SimpleNamespace(tokens=[[5]], ended=[True])
+    written, posts = SimpleNamespace(tokens=[[5]], ended=[True], texts=[""]), SimpleNamespace(examples=[])
     judge = SimpleNamespace(summaries=lambda *_: written, scores=lambda *_: ([score], [0.0]),
                             kls=lambda *_: [kl], rouge=lambda *_: None)
     models = Models(SimpleNamespace(policy=loop.module), None, None)
-    train_ppo.evaluate(loop, models, None, judge, None, update)
+    train_ppo.evaluate(loop, models, posts, judge, None, update)
 
 
 def save(loop, update):

@@ -12,9 +12,9 @@ from pathlib import Path
 from utils.config import UserError
 
 LOCK = "run.lock"
-FILES = ("config.yaml", "config.tmp", "data.json", "data.tmp", "metrics.jsonl", "samples.jsonl", "samples.tmp",
-         "train.log", "summary.json", "summary.tmp", "rejected_rows.jsonl", "rejected_rows.tmp",
-         "broken_batch.jsonl", "wandb_id", LOCK)
+FILES = ("config.yaml", "config.tmp", "data.json", "data.tmp", "metrics.jsonl", "samples.jsonl",
+         "samples.tmp", "train.log", "summary.json", "summary.tmp", "rejected_rows.jsonl",
+         "rejected_rows.tmp", "broken_batch.jsonl", "wandb_id", LOCK)
 FOLDERS = ("plots", "checkpoints", "tensorboard", "wandb", "final.tmp")
 _SECONDS = 2.0  # a start that only looks holds the lock for a moment
 _held: dict[Path, tuple[int, int]] = {}  # process and descriptor, by folder

@@ -127,7 +127,8 @@ class Run:
             posts: "validation" or "test".
         """
         if self.is_main:
-            append_rows(self.folder / "samples.jsonl", [{"step": step, "posts": posts, **row} for row in rows])
+            written = [{"step": step, "posts": posts, **row} for row in rows]
+            append_rows(self.folder / "samples.jsonl", written)
             if self._tracker:
                 text = "\n\n---\n\n".join("\n\n".join(f"**{name}**: {value}" for name, value in row.items())
                                          for row in rows)
@@ -295,7 +296,8 @@ def _nothing_trained(folder: Path) -> bool:
     """
     config = {"config.yaml", "config.tmp"}
     ours = {*config, "data.json", "data.tmp", "rejected_rows.jsonl", "rejected_rows.tmp", "metrics.jsonl",
-            "samples.jsonl", "samples.tmp", "train.log", "plots", "tensorboard", "checkpoints", "wandb", "wandb_id"}
+            "samples.jsonl", "samples.tmp", "train.log", "plots", "tensorboard", "checkpoints", "wandb",
+            "wandb_id"}
     names = {path.name for path in folder.iterdir()} - {LOCK}
     if not names:
         return True
