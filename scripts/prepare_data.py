@@ -20,7 +20,6 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from utils.config import UserError, key
@@ -56,17 +55,15 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.console import show_table
+from utils.data.columns import ROLES, layouts_of, listed
 from utils.data.files import BadRow
-from utils.data.layouts import Example, Ranking, comparison_layout, example_layout, rating_layout
+from utils.data.layouts import Example, Ranking
 from utils.data.report import DataReport, token_lengths
 from utils.data.rows import NamedSet, Rows, load_data
-from utils.data.validation import SHOWN
+from utils.data.validation import finding_lines
 from utils.judge.plots import plot_lengths
 from utils.models.parents import Parent
 
-# kind of a set -> data key that it is for
-ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data",
-         "prompts": "rlhf_training_data", "ratings": "rating_data"}
 ENDS = 60  # of a long text, the tokens that are shown at its start and at its end
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -80,25 +77,25 @@ def kind_of(source: Source) -> str:
     Raises:
         UserError: when no row has a known layout.
     """
+    first = None
     for _, row in open_source(source, "data").rows:
         if isinstance(row, BadRow):
             continue
-        if comparison_layout(row):
-            return "rankings"
-        if layout := example_layout(row):
-            return "examples" if _answered(row, layout) else "prompts"
-        if rating_layout(row):
-            return "ratings"
-    raise UserError(f"data: '{source.name}' has no row of a known layout; data/README.md lists the layouts")
+        first = row if first is None else first
+        if layouts := layouts_of(name for name, value in row.items() if value is not None):
+            kind = layouts[0].kind
+            if kind == "examples" and "messages" in layouts[0].needs and not _answered(row["messages"]):
+                return "prompts"
+            return "rankings" if kind == "unpaired" else kind
+    raise UserError(f"data: '{source.name}' has no row of a known layout"
+                    f"{'' if first is None else f' (the first has columns {listed(first)})'}; data/README.md "
+                    "lists the layouts")
 
 
-def _answered(row: dict, layout: str) -> bool:
-    """Whether an example has a completion."""
-    if layout == "messages":
-        turns = row["messages"]
-        last = turns[-1] if isinstance(turns, list) and turns else None
-        return isinstance(last, dict) and last.get("role") == "assistant"
-    return layout.rpartition(", ")[2] in row
+def _answered(messages) -> bool:
+    """Whether a dialogue ends with an answer."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
 
 
 # --------------------------------------------------------------------------------------------- canonical rows
@@ -224,6 +221,8 @@ def show_set(kind: str, figures: dict) -> None:
         table.add_row("rows", f"{source['read']} read, {source['rejected']} rejected")
         for reason, dropped in source["dropped"].items():
             table.add_row("dropped", f"{dropped['rows']} {reason}, the first in row {dropped['first'][0]}")
+        if source["unread"]:
+            table.add_row("columns not read", listed(source["unread"]))
     table.add_row("used", f"{figures['rows']} {'prompt groups' if kind == 'rankings' else 'rows'}")
     cut, inside = figures["prompts_cut"], figures["prompts_cut_inside"]
     table.add_row("prompts cut", f"{cut} ({cut / figures['rows']:.1%}), {inside} of them inside a sentence "
@@ -232,11 +231,9 @@ def show_set(kind: str, figures: dict) -> None:
 
 
 def show_rejected(console: Console, figures: dict, report: DataReport) -> None:
-    """Print the first bad rows, and the number of the others."""
-    for finding in islice(report.rejected(), SHOWN):
-        console.print(f"rejected: {finding['place']}: {finding['reason']}", soft_wrap=True)
-    if figures["rejected"] > SHOWN:
-        console.print(f"and {figures['rejected'] - SHOWN} more")
+    """Print what is wrong with the bad rows."""
+    for line in finding_lines(report.rejected()) if figures["rejected"] else ():
+        console.print(f"rejected: {line}", soft_wrap=True)
 
 
 def show_lengths(figures: dict, lengths: dict) -> None:

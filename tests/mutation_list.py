@@ -345,7 +345,18 @@ MUTATIONS = [
         ("the training prompts are those of the first pass in every pass", 31, "PromptBatches._row",
          "self._order[place]", "place"),
     ]),
-    *_of("utils/data/layouts.py", "data", [
+    *_of("utils/data/columns.py", "columns", [
+        ("a row that fits two layouts is read by the first", None, "_kind_reading", "len(fits) > 1", "False"),
+        ("SFT learns unwanted answers", None, "_kind_reading",
+         'layout and layout.kind == "unpaired" and kind == "examples"', "False"),
+        ("a part of the question is dropped in silence", None, "_refuse_meaning", "name in _ASKS", "False"),
+    ]),
+    *_of("utils/data/comparisons.py", "data", [
+        ("scores are not looked at", 18, "ranking_of", "scores is not None", "False",
+         "columns:scores_order_completions"),
+        ("the lowest score is the best", 18, "ranking_of",
+         "sum(other > score for other in scores)", "sum(other < score for other in scores)",
+         "columns:scores_order_completions"),
         ("equal ranks make a pair", 18, "ranking_of", "if a < b", "if a <= b and i != j"),
         ("only neighbours in the ranking make a pair", 18, "ranking_of",
          "if a < b", "if a < b and j == i + 1"),
@@ -354,6 +365,10 @@ MUTATIONS = [
          "spaced(texts[1 - choice]), spaced(texts[choice])", "data:the_choice_of_an"),
         ("the label of an SHP row is taken the other way round", 6, "_shp_comparison",
          'row["labels"] == 1', 'row["labels"] == 0', "data:the_label_of_an"),
+        ("grades against their pair are accepted", None, "_refuse_contradiction",
+         "grade < limit", "False", "columns:grades_must_not"),
+    ]),
+    *_of("utils/data/layouts.py", "data", [
         ("the spellings of the TL;DR layout stay as they are", 1, "tldr_layout",
          "TLDR_TEMPLATE.format(subreddit=parts[0], title=parts[1], post=parts[2]) if parts else", ""),
         ("a completion has no leading space", 2, "spaced",
@@ -390,6 +405,9 @@ MUTATIONS = [
         ("a completion has no EOS", 2, "completion_tokens", "+ [tokenizer.eos_token_id]", ""),
     ]),
     *_of("utils/data/validation.py", "data", [
+        ("an unwanted answer is the better one", None, "_Rankings._pair_marked",
+         "_add_pair(number, prompt, answer, other, 0)", "_add_pair(number, prompt, other, answer, 0)",
+         "columns:both_labels_for"),
         ("equal answers are kept as a pair", 6, "_Rankings._take_pair",
          "chosen.strip() == rejected.strip()", "False"),
         ("an empty answer is kept", 6, "_Rankings._take_pair",

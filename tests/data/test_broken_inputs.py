@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 
 import datasets
 import pyarrow
@@ -31,9 +32,14 @@ def lines(*rows) -> bytes:
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
-def good(number) -> dict:
-    """A row that every role takes."""
-    return {"prompt": f"P{number}", "completion": "c", "chosen": "a", "rejected": "b"}
+def good(number, role="actor") -> dict:
+    """A row for a role."""
+    answers = {"actor": {"completion": "c"}, "reward": {"chosen": "a", "rejected": "b"}, "rlhf": {}}
+    return {"prompt": f"P{number}", **answers[role]}
+
+
+def goods(count, role="actor") -> list[dict]:
+    return [good(number, role) for number in range(count)]
 
 
 def parquet(*rows) -> bytes:
@@ -53,7 +59,7 @@ def not_utf8(prompts, completions) -> bytes:
 
 
 def far_date(row) -> bytes:
-    table = pyarrow.Table.from_pylist([good(number) for number in range(9)])
+    table = pyarrow.Table.from_pylist(goods(9))
     dates = pyarrow.array([2**40 if number == row else 0 for number in range(1, 10)], pyarrow.timestamp("s"))
     written = io.BytesIO()
     pyarrow.parquet.write_table(table.append_column("date", dates), written)
@@ -97,11 +103,24 @@ def refused(tmp_path, monkeypatch, capsys):
 POST = {"subreddit": "tea", "title": "Which pot", "post": "I have two pots."}
 TWO = [{"text": "a"}, {"text": "b"}]
 NEEDS_OBJECT = "one object a line is needed"
-NEEDS_ROLES = "column 'messages' must be a list of {role, content} objects; roles are system, user, assistant"
-NEEDS_ANSWER = "column 'messages' must hold a question, and end with the assistant's answer"
-KNOWN = "needed are prompt and completion, prompt and label, subreddit, title, post and summary, or messages"
-KNOWN_PAIRS = ("needed are prompt, chosen and rejected; chosen and rejected (dialogues); or prompt and "
-               "completions, best first")
+NEEDS_LIST = "column 'messages' must be a list of {role, content} objects"
+NEEDS_ANSWER = "column 'messages' must hold a question of the user, and end with the assistant's answer"
+
+
+def message(number, problem):
+    return f"column 'messages': message {number} {problem}"
+
+
+def unknown(number, role):
+    return message(number, f"has the role {role!r}; the roles that are read are system, developer, user, "
+                           "assistant")
+
+
+def nearest(layout, lacks):
+    return f"the nearest layout is '{layout}', which lacks {lacks}"
+
+
+EXAMPLE = "prompt, completion"
 
 
 def said(*turns):
@@ -129,7 +148,7 @@ EXAMPLES = {  # a row, what is said of it
     "not JSON": (b"prompt: P", f"is not JSON (Expecting value at column 1); {NEEDS_OBJECT}"),
     "cut off": (b'{"prompt": "P", "comple', f"is not JSON (Unterminated string starting at column "
                                             f"17); {NEEDS_OBJECT}"),
-    "two objects": (lines(good(1)).strip() * 2, f"is not JSON (Extra data at column 68); {NEEDS_OBJECT}"),
+    "two objects": (lines(good(1)).strip() * 2, f"is not JSON (Extra data at column 36); {NEEDS_OBJECT}"),
     "single quotes": (b"{'prompt': 'P'}",
                       f"is not JSON (Expecting property name enclosed in double quotes at column "
                       f"2); {NEEDS_OBJECT}"),
@@ -143,10 +162,12 @@ EXAMPLES = {  # a row, what is said of it
     "Latin-1": (b'{"prompt": "caf\xe9", "completion": "c"}', "is not UTF-8; save the file as UTF-8 text"),
     "half an emoji": (b'{"prompt": "P", "completion": "cut \\ud83d"}',
                       "holds half of an emoji (a lone surrogate such as \\ud83d); remove it"),
-    "other columns": ({"text": "P"}, f"has columns ['text']; {KNOWN}"),
-    "no column": ({}, f"has columns []; {KNOWN}"),
-    "completion missing": ({"prompt": "P"}, "column 'completion' is missing (found: prompt)"),
-    "summary missing": (POST, "column 'summary' is missing (found: post, subreddit, title)"),
+    "other columns": ({"text": "P"},
+                      f"has columns text; {nearest(EXAMPLE, EXAMPLE)} (is 'text' the prompt?)"),
+    "no column": ({}, f"has no columns; {nearest(EXAMPLE, EXAMPLE)}"),
+    "completion missing": ({"prompt": "P"}, f"has columns prompt; {nearest(EXAMPLE, 'completion')}"),
+    "summary missing": (POST, "has columns post, subreddit, title; "
+                              + nearest("subreddit, title, post, summary", "summary")),
     "prompt empty": ({"prompt": " \n", "completion": "c"}, "column 'prompt' is empty; text is needed"),
     "prompt null": ({"prompt": None, "completion": "c"}, "column 'prompt' is empty; text is needed"),
     "prompt a number": ({"prompt": 3, "completion": "c"}, "column 'prompt' is a number; text is needed"),
@@ -158,28 +179,52 @@ EXAMPLES = {  # a row, what is said of it
     "label a number": ({"prompt": "P", "label": 1}, "column 'label' is a number; text is needed"),
     "title empty": ({**POST, "title": "", "summary": "s"}, "column 'title' is empty; text is needed"),
     "post a list": ({**POST, "post": ["p"], "summary": "s"}, "column 'post' is a list; text is needed"),
-    "messages a text": ({"messages": "Hi"}, NEEDS_ROLES),
-    "no messages": ({"messages": []}, NEEDS_ROLES),
-    "messages of text": ({"messages": ["Hi"]}, NEEDS_ROLES),
-    "an unknown role": (said(("tool", "Hi"), ("assistant", "Hello")), NEEDS_ROLES),
+    "messages a text": ({"messages": "Hi"}, NEEDS_LIST),
+    "no messages": ({"messages": []}, NEEDS_LIST),
+    "messages of text": ({"messages": ["Hi"]}, message(1, "is not an object with role and content")),
+    "an unknown role": (said(("tool", "Hi"), ("assistant", "Hello")), unknown(1, "tool")),
+    "an unknown role later on": (said(("user", "Hi"), ("function", "Hi"), ("assistant", "Hello")),
+                                 unknown(2, "function")),
     "a message without content": ({"messages": [{"role": "user"}, {"role": "assistant", "content": "Hello"}]},
-                                  "column 'messages': content of message 1 is empty; text is needed"),
-    "content in parts": (said(("user", [{"type": "text", "text": "Hi"}]), ("assistant", "Hello")),
-                         "column 'messages': content of message 1 is a list; text is needed"),
+                                  message(1, "(user) is empty; text is needed")),
+    "an answer without content": (said(("user", "Hi"), ("assistant", " ")),
+                                  message(2, "(assistant) is empty; text is needed")),
+    "content that is a number": (said(("user", 5), ("assistant", "Hello")),
+                                 message(1, "(user) has a content that is not text; text is needed")),
+    "a picture": (said(("system", ""), ("user", [{"type": "image_url", "image_url": {"url": "x"}}]),
+                       ("assistant", "Hello")),
+                  message(2, "(user) has a content part of type 'image_url'; parts of type 'text' are read")),
+    "a part that is none": (said(("user", ["Hi"]), ("assistant", "Hello")),
+                            message(1, "(user) has a content part of type 'None'; parts of type 'text' are "
+                                       "read")),
+    "an answer that calls a tool": (
+        {"messages": [{"role": "user", "content": "Hi"},
+                      {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+        message(2, "(assistant) has 'tool_calls', which is not read; this project reads text only")),
+    "an answer of weight 0": (
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a", "weight": 0}]},
+        message(2, "(assistant) has the weight 0, so it is not to be learnt; leave the row out")),
+    "instructions without a question": (said(("system", "Be kind."), ("assistant", "Hello")), NEEDS_ANSWER),
     "no answer": (said(("user", "Hi")), NEEDS_ANSWER),
     "an answer to nothing": (said(("assistant", "Hello")), NEEDS_ANSWER),
-    "a role that is a list": (said((["user"], "Hi"), ("assistant", "Hello")), NEEDS_ROLES),
-    "a role that is an object": (said(("user", "Hi"), ({"name": "assistant"}, "Hello")), NEEDS_ROLES),
+    "a role that is a list": (said((["user"], "Hi"), ("assistant", "Hello")), unknown(1, "['user']")),
+    "a role that is an object": (said(("user", "Hi"), ({"name": "assistant"}, "Hello")),
+                                 unknown(2, "{'name': 'assistant'}")),
 }
 RANKINGS = {
     "no comparison": ({"prompt": "P", "completion": "c"},
-                      f"has columns ['completion', 'prompt']; {KNOWN_PAIRS}"),
-    "rejected missing": ({"prompt": "P", "chosen": "a"}, f"has columns ['chosen', 'prompt']; {KNOWN_PAIRS}"),
+                      "has columns completion, prompt (the layout 'prompt, completion', for "
+                      "actor_training_data); "
+                      + nearest("prompt, completions", "completions (is 'completion' the completions?)")),
+    "rejected missing": ({"prompt": "P", "chosen": "a"},
+                         f"has columns chosen, prompt; {nearest('prompt, chosen, rejected', 'rejected')}"),
     "no prompt and no dialogue": ({"chosen": "a", "rejected": "b"},
                                   "column 'prompt' is missing, and 'chosen' is not a dialogue with "
                                   "'Assistant:' turns"),
     "chosen a number": (pair(1, "b"), "column 'chosen' is a number; text is needed"),
     "rejected a list": (pair("a", ["b"]), "column 'rejected' is a list; text is needed"),
+    "prompt before TL;DR: empty": ({"prompt": "", "chosen": "TL;DR: a", "rejected": "TL;DR: b"},
+                                   "column 'prompt' is empty; text is needed"),
     "prompt of a pair empty": ({**pair("a", "b"), "prompt": ""}, "column 'prompt' is empty; text is needed"),
     "labels 2": (shp(labels=2), "column 'labels' is 2; it must be 1 (A is better) or 0 (B is)"),
     "labels true": (shp(labels=True), "column 'labels' is True; it must be 1 (A is better) or 0 (B is)"),
@@ -206,7 +251,7 @@ RANKINGS = {
     "info without a post": (chosen(info={"title": "t", "subreddit": "s"}),
                             "column 'info': post is empty; text is needed"),
     "completions without prompt": ({"completions": ["a", "b"]},
-                                   "column 'prompt' is missing beside 'completions'"),
+                                   f"has columns completions; {nearest('prompt, completions', 'prompt')}"),
     "completions a text": (ranked(completions="a b"), "column 'completions' must be a list of two or more "
                                                       "texts, best first"),
     "one completion": (ranked(completions=["a"]), "column 'completions' must be a list of two or more "
@@ -240,10 +285,8 @@ RANKINGS = {
                                   f"column 'score_ratio' is {10**400}; a number is needed"),
 }
 PROMPTS = {
-    "no prompt": ({"completion": "c"}, f"has columns ['completion']; {KNOWN}"),
+    "no prompt": ({"completion": "c"}, f"has columns completion; {nearest('prompt', 'prompt')}"),
     "prompt false": ({"prompt": False}, "column 'prompt' is true or false; text is needed"),
-    "choice of a prompt": (chosen(choice=-1), "column 'choice' is -1; it must be 0 or 1, the better of "
-                                              "the two summaries"),
 }
 ROWS = [(role, case) for role, table in (("actor", EXAMPLES), ("reward", RANKINGS), ("rlhf", PROMPTS))
         for case in table]
@@ -255,7 +298,7 @@ OR_SKIP = " (or leave bad rows out: on_bad_rows: skip)"
 @pytest.mark.parametrize(("role", "case"), ROWS)
 def test_a_broken_row_is_named_by_its_line(role, case, refused, tmp_path):
     row, expected = {"actor": EXAMPLES, "reward": RANKINGS, "rlhf": PROMPTS}[role][case]
-    (tmp_path / "rows.jsonl").write_bytes(lines(good(0), b"", row, *map(good, range(9))))
+    (tmp_path / "rows.jsonl").write_bytes(lines(good(0, role), b"", row, *goods(9, role)))
     assert refused(role, f"--{role}_training_data", "rows.jsonl") == f"rows.jsonl:3: {expected}{OR_SKIP}\n"
 
 
@@ -266,45 +309,54 @@ def heading(count):
 def test_all_that_is_wrong_with_a_file_is_listed(refused, tmp_path):
     rows = [good(0), {"prompt": "P"}, b"no JSON", good(1), {"completion": "c"}, b'{"prompt": "\xff"}']
     (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
-    expected = ["rows.jsonl:2: column 'completion' is missing (found: prompt)",
+    expected = [f"rows.jsonl:2: has columns prompt; {nearest(EXAMPLE, 'completion')}",
                 f"rows.jsonl:3: is not JSON (Expecting value at column 1); {NEEDS_OBJECT}",
-                f"rows.jsonl:5: has columns ['completion']; {KNOWN}",
+                f"rows.jsonl:5: has columns completion; {nearest(EXAMPLE, 'prompt')}",
                 "rows.jsonl:6: is not UTF-8; save the file as UTF-8 text"]
     assert refused("actor", "--actor_training_data", "rows.jsonl").splitlines() == [heading(4), *expected]
 
 
 def test_all_that_is_wrong_with_all_files_is_listed(refused, tmp_path):
     for name in ("train", "held", "test"):
-        (tmp_path / f"{name}.jsonl").write_bytes(lines(good(1), pair("a", 3)))
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(good(1, "reward"), pair("a", 3)))
     words = ("--reward_training_data train.jsonl --reward_validation_data held.jsonl "
              "--reward_test_data test.jsonl")
-    found = refused("reward", *words.split()).splitlines()
-    assert found[0] == heading(3) and sorted(found[1:]) == [
-        f"{name}.jsonl:2: column 'rejected' is a number; text is needed"
-        for name in ("held", "test", "train")]
+    assert refused("reward", *words.split()) == ("train.jsonl:2 and 2 more such rows: column 'rejected' is a "
+                                                 f"number; text is needed{OR_SKIP}\n")
 
 
-@pytest.mark.parametrize(("bad", "last"), [(20, "rows.jsonl:40: column 'prompt' is empty; text is needed"),
-                                           (21, "and 1 more"),
-                                           (5000, "and 4980 more")])
-def test_twenty_findings_are_listed_and_the_others_counted(bad, last, refused, tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(lines(good(1), {"prompt": ""}) * bad)
-    found = refused("rlhf", "--rlhf_training_data", "rows.jsonl").splitlines()
-    listed = [f"rows.jsonl:{2 * n}: column 'prompt' is empty; text is needed" for n in range(1, 21)]
-    assert found[:21] == [heading(bad), *listed] and found[-1] == last and len(found) == 21 + (bad > 20)
+@pytest.mark.parametrize("bad", [2, 300, 5000])
+def test_equal_findings_are_one_line(bad, refused, tmp_path):
+    """With what the rows have and what they should have."""
+    (tmp_path / "rows.jsonl").write_bytes(lines(good(1), {"question": "Q", "answer": "A"}) * bad)
+    assert refused("actor", "--actor_training_data", "rows.jsonl") == (
+        f"rows.jsonl:2 and {bad - 1} more such rows: has columns answer, question; "
+        f"{nearest(EXAMPLE, EXAMPLE)} (is 'question' the prompt? is 'answer' the completion?){OR_SKIP}\n")
+
+
+@pytest.mark.parametrize("kinds", [20, 21, 50])
+def test_twenty_kinds_of_findings_are_listed_and_the_others_counted(kinds, refused, tmp_path):
+    rows = [{"prompt": "P", f"c{n}": 1} for n in range(10, 10 + kinds)]
+    (tmp_path / "rows.jsonl").write_bytes(lines(good(1), *rows, *rows))
+    found = refused("actor", "--actor_training_data", "rows.jsonl").splitlines()
+    lacks = nearest(EXAMPLE, "completion")
+    listed = [f"rows.jsonl:{n - 8} and 1 more such rows: has columns c{n}, prompt; {lacks}"
+              for n in range(10, 30)]
+    rest = [f"and {2 * (kinds - 20)} more rows"] if kinds > 20 else []
+    assert found == [heading(2 * kinds), *listed, *rest]
 
 
 def test_when_bad_rows_are_all_there_is_skipping_them_leaves_nothing(refused, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(lines({"prompt": "P"}))
     found = refused("actor", "--actor_training_data", "rows.jsonl", "--on_bad_rows", "skip")
     assert found == ("actor_training_data: 'rows.jsonl' holds no usable row; the first is rows.jsonl:1: "
-                     "column 'completion' is missing (found: prompt)\n")
+                     f"has columns prompt; {nearest(EXAMPLE, 'completion')}\n")
 
 
 # ------------------------------------------------------------------------------------------------------ files
 
 LONG = lines(*({"prompt": f"P{i * 7919}", "completion": "c"} for i in range(5000)))
-PARQUET = parquet(*map(good, range(9)))
+PARQUET = parquet(*goods(9))
 ZST = pyarrow.compress(LONG, codec="zstd", asbytes=True)
 NEEDS_ENDING = "is not a file of rows; its name must end with one of .jsonl, .jsonl.gz, .jsonl.zst, .json,"
 FILES = {  # name, bytes, the message's beginning, what it says besides
@@ -355,9 +407,9 @@ FILES = {  # name, bytes, the message's beginning, what it says besides
     "CSV with a cell too many": ("a.csv", b"prompt,completion\np,c, and more\n", "a.csv:2: ",
                                  "has 3 cells, but the first line names 2 columns"),
     "CSV with semicolons": ("a.csv", b"prompt;completion\np;c\n", "a.csv:2: ",
-                            "has columns ['prompt;completion']; needed are"),
+                            f"has columns prompt;completion; {nearest(EXAMPLE, EXAMPLE)}"),
     "CSV without a header": ("a.csv", b"Why?,Because.\nWho?,Me.\n", "a.csv:2: ",
-                             "has columns ['Because.', 'Why?']; needed are"),
+                             f"has columns Because., Why?; {nearest(EXAMPLE, EXAMPLE)}"),
     "CSV with a column twice": ("a.csv", b"prompt,completion,prompt\np,c,q\n", "a.csv:1: ",
                                 "names the column 'prompt' twice"),
     "CSV with an open quotation mark": ("a.csv", b'prompt,completion\np,c\n"p,c\n', "a.csv:3: ",
@@ -377,8 +429,9 @@ def test_a_broken_file_is_named(case, refused, tmp_path):
     name, content, place, expected = FILES[case]
     (tmp_path / name).write_bytes(content)
     message = refused("actor", "--actor_training_data", name)
-    assert (message.startswith((place, heading(2))) and f"{place}" in message and name in message
-            and expected in message)
+    first = place.removesuffix(": ")
+    assert message.startswith((place, f"{first} and 1 more such rows: ", heading(2)))
+    assert first in message and name in message and expected in message
 
 
 # ------------------------------------------------------------------------------------------- sets and folders
@@ -390,12 +443,15 @@ def saved(folder, **splits):
 
 
 def few(folder):
-    (folder / "few.jsonl").write_bytes(lines(*map(good, range(3))))
+    (folder / "few.jsonl").write_bytes(lines(*goods(3)))
 
 
-def two_sets(folder):
-    (folder / "rows.jsonl").write_bytes(lines(*map(good, range(9))))
-    (folder / "held.jsonl").write_bytes(lines(good(20), good(5)))
+def two_sets(folder, role="actor"):
+    (folder / "rows.jsonl").write_bytes(lines(*goods(9, role)))
+    (folder / "held.jsonl").write_bytes(lines(good(20, role), good(5, role)))
+
+
+two_sets_of_pairs = partial(two_sets, role="reward")
 
 
 def wordy(folder):
@@ -424,7 +480,7 @@ SETS = {  # what is made, role, words, parts of the message
                                      "a.jsonl' is a folder that `datasets` did not save"]),
     "a link to nothing": (lambda folder: (folder / "a.jsonl").symlink_to(folder / "gone"), "actor",
                           "--actor_training_data a.jsonl", ["actor_training_data: 'a.jsonl' does not exist"]),
-    "a folder without the split": (lambda folder: saved(folder / "mine", test=[good(1)]), "reward",
+    "a folder without the split": (lambda folder: saved(folder / "mine", test=[good(1, "reward")]), "reward",
                                    "--reward_training_data mine",
                                    ["reward_training_data: ", "mine' has no split train (it has test)"]),
     "a name of the hub without a network": (None, "actor", "--actor_training_data someone/some-set", [
@@ -446,22 +502,23 @@ SETS = {  # what is made, role, words, parts of the message
         "the same prompt stands in actor_training_data and in actor_validation_data: 'P5' (rows.jsonl:6 "
         "and held.jsonl:2)",
         "; remove it from one, or accept it with allow_overlap: true"]),
-    "a prompt in training and test": (two_sets, "reward",
+    "a prompt in training and test": (two_sets_of_pairs, "reward",
                                       "--reward_training_data rows.jsonl --reward_test_data held.jsonl",
                                       ["the same prompt stands in reward_training_data and in "
                                        "reward_test_data: 'P5' (rows.jsonl:6 and held.jsonl:2)"]),
     "equal pairs alone": (equal_pairs, "reward", "--reward_training_data equal.jsonl",
                           ["reward_training_data: 'equal.jsonl' holds no usable comparison"]),
     "a prompt that cannot fit": (long_title, "rlhf", "--rlhf_training_data long.jsonl --max_prompt_tokens 64",
-                                 [heading(9), "long.jsonl:9: the prompt cannot fit into "
-                                              "max_prompt_tokens=64 even without its"]),
+                                 ["long.jsonl:1 and 8 more such rows: the prompt cannot fit into "
+                                  "max_prompt_tokens=64 even without its"]),
     "a split of a file": (two_sets, "actor",
                           """--actor_training_data {"name":"rows.jsonl","split":"train"}""", [
         "actor_training_data: 'rows.jsonl' is on this disk and has no split; leave that out"]),
     "a revision of a file": (two_sets, "actor",
                              """--actor_training_data {"name":"rows.jsonl","revision":"main"}""", [
         "actor_training_data: 'rows.jsonl' is on this disk and has no revision; leave that out"]),
-    "a split that a folder has not": (lambda folder: saved(folder / "mine", train=[good(1)]), "reward",
+    "a split that a folder has not": (lambda folder: saved(folder / "mine", train=[good(1, "reward")]),
+                                      "reward",
                                       """--reward_training_data {"name":"mine","split":"dev"}""",
                                       ["reward_training_data: ",
                                        "mine' has no split dev (it has train); take one of these"]),
@@ -479,7 +536,7 @@ SETS = {  # what is made, role, words, parts of the message
     "a broken validation set": (two_sets, "rlhf", "--rlhf_training_data rows.jsonl "
                                                   "--rlhf_validation_data held.jsonl.gz",
                                 ["rlhf_validation_data: 'held.jsonl.gz' does not exist"]),
-    "references that are none": (two_sets, "reward", "--reward_training_data rows.jsonl "
+    "references that are none": (two_sets_of_pairs, "reward", "--reward_training_data rows.jsonl "
                                                      "--centring_data no.csv",
                                  ["centring_data: 'no.csv' does not exist"]),
 }
@@ -556,15 +613,15 @@ OPTIONS = {
     "EOS alone": ("actor", "--max_completion_tokens 1", "command line: 'max_completion_tokens' must be "
                                                         "at least 2, found 1"),
     "remote code": ("rlhf", "--trust_remote_code true", "command line: unknown key '--trust_remote_code'"),
-    "a used folder": ("actor", "--output_dir used", "output_dir: 'used' is in use; go on with "
-                                                    "--resume, or name"),
+    "a used folder": ("actor", "--output_dir used", "output_dir: 'used' is in use; it holds no run to go on "
+                                                    "with; name"),
 }
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_an_option_that_makes_no_sense_is_named(case, refused, tmp_path):
     role, words, expected = OPTIONS[case]
-    two_sets(tmp_path)
+    two_sets(tmp_path, role)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("mine")
     assert refused(role, f"--{role}_training_data", "rows.jsonl", *words.split()).startswith(expected)
@@ -575,7 +632,7 @@ def test_an_option_that_makes_no_sense_is_named(case, refused, tmp_path):
 
 @pytest.mark.parametrize(("script", "words", "content", "expected"), [
     ("train_sft.py", "--actor_training_data a.jsonl", b'{"prompt": "P"}\n',
-     f"a.jsonl:1: column 'completion' is missing (found: prompt){OR_SKIP}"),
+     f"a.jsonl:1: has columns prompt; {nearest(EXAMPLE, 'completion')}{OR_SKIP}"),
     ("train_reward.py", f"--model {MINI} --reward_training_data a.jsonl", b"\x1f\x8b\n",
      "a.jsonl:1: is not text but a .gz file; give its name the ending .gz"),
     ("prepare_data.py", "--data no.jsonl", b"", "data: 'no.jsonl' does not exist (looked in "

@@ -121,8 +121,8 @@ def test_the_choice_of_an_openai_row_is_the_better_summary(tmp_path):
 
 def shp_row(label, ratio=2.5, history="Why is the sky blue?", a="Buy one.", b="Pots."):
     return {"post_id": "x", "domain": "askscience_train", "history": history, "human_ref_A": a,
-            "human_ref_B": b,
-            "labels": label, "score_A": 5, "score_B": 2, "score_ratio": ratio}
+            "human_ref_B": b, "labels": label, "score_A": 5 if label else 2, "score_B": 2 if label else 5,
+            "score_ratio": ratio}
 
 
 def test_the_label_of_an_shp_row_is_1_for_the_first_answer(tmp_path):
@@ -138,7 +138,7 @@ def test_small_ratios_and_too_many_pairs_of_a_prompt_are_dropped_and_counted(tmp
     found = load_rankings(path, "reward_training_data", 9, said.append, min_score_ratio=2.0,
                           max_pairs_per_prompt=3)
     assert {group.prompt: len(group.pairs) for group in found} == {"Why is the sky blue?": 3, "Q": 1}
-    assert said == [f"{path}: dropped 2 rows (1 a score_ratio that is too small, 1 more pairs "
+    assert said[1:] == [f"{path}: dropped 2 rows (1 a score_ratio that is too small, 1 more pairs "
                     f"of one prompt than "
                     "max_pairs_per_prompt)"]
     assert sum(len(group.pairs) for group in rankings(path)) == 6  # by default every row counts
@@ -445,7 +445,8 @@ def test_overlap_is_refused_with_its_places_or_said(tmp_path):
 ], ids=["sft", "reward", "ppo"])
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_every_stage_refuses_a_prompt_in_two_splits(load, kind, role, split, tmp_path):
-    rows = [{"prompt": f"P{i}", "completion": " a", "chosen": " a", "rejected": " b"} for i in range(9)]
+    answers = {"chosen": " a", "rejected": " b"} if role == "reward" else {"completion": " a"}
+    rows = [{"prompt": f"P{i}", **answers} for i in range(9)]
     shared = {"training": rows[:3], "validation": rows[3:6], "test": rows[6:]}
     shared[split] = [*shared[split], rows[1]]
     files = {f"{role}_{name}_data": write(tmp_path, *part, name=f"{name}.jsonl")
@@ -457,7 +458,8 @@ def test_every_stage_refuses_a_prompt_in_two_splits(load, kind, role, split, tmp
 
 # ---------------------------------------------------------------------------------------------- broken rows
 
-GOOD = json.dumps({"prompt": "P", "completion": "c", "chosen": "a", "rejected": "b"})
+GOOD = json.dumps({"prompt": "P", "completion": "c"})
+GOOD_PAIR = json.dumps({"prompt": "P", "chosen": "a", "rejected": "b"})
 
 
 def ranking_row(**changes):
@@ -522,10 +524,10 @@ BROKEN_RANKINGS = {
 }
 
 
-def broken_file(folder, row):
+def broken_file(folder, row, good=GOOD):
     path = folder / "rows.jsonl"
     row = row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
-    path.write_bytes(f"{GOOD}\n\n".encode() + row + f"\n{GOOD}\n".encode())
+    path.write_bytes(f"{good}\n\n".encode() + row + f"\n{good}\n".encode())
     return path
 
 
@@ -546,7 +548,7 @@ def test_a_broken_example_is_named_by_file_and_line(case, tmp_path):
 
 @pytest.mark.parametrize("case", BROKEN_RANKINGS)
 def test_a_broken_ranking_is_named_by_file_and_line(case, tmp_path):
-    path = broken_file(tmp_path, BROKEN_RANKINGS[case])
+    path = broken_file(tmp_path, BROKEN_RANKINGS[case], GOOD_PAIR)
     refused(lambda: rankings(str(path)), f"{path}:3: ")
 
 

@@ -14,7 +14,7 @@ import yaml
 import prepare_data
 import train_reward
 from hub_layouts import COMPARED, SUPERVISED
-from utils.config import PROJECT, parse_config
+from utils.config import PROJECT, UserError, parse_config
 from utils.data.files import FILE_ENDINGS
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, load_data, load_examples, load_rankings
@@ -44,7 +44,9 @@ def of_example(path, field):
                          ids=[f"{n} {shown[0]}" for n, shown in enumerate(SHOWN)])
 def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
     path, made = tmp_path / "row.jsonl", json.loads(made)
-    path.write_text(json.dumps(json.loads(row)) + "\n", encoding="utf-8")
+    rows = json.loads(row)
+    rows = rows if isinstance(rows, list) else [rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if "ratings" in made:
         named = {"rating_data": NamedSet(str(path), "ratings")}
         [rated] = load_data(SimpleNamespace(on_bad_rows="error"), named, None, DataReport())["rating_data"]
@@ -62,7 +64,7 @@ def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
 TURN = "\n\nHuman: C\n\nAssistant:"
 PPO_ROWS = {  # how a line of the table begins: its columns, and the prompt that they give
     "| SFT, PPO | `messages` |": ({"messages": [{"role": "user", "content": "M"}]}, "Human: M\n\nAssistant:"),
-    "| PPO | those of a comparison": ({"chosen": f"{TURN} a", "rejected": f"{TURN} b"}, TURN.strip()),
+    "| reward, PPO | `chosen`": ({"chosen": f"{TURN} a", "rejected": f"{TURN} b"}, TURN.strip()),
     "| SFT, PPO | `subreddit`": ({"subreddit": "tea", "title": "t", "post": "p"},
                                  "SUBREDDIT: r/tea\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"),
     "| SFT, PPO | `prompt` (and `label`)": ({"prompt": "P", "label": "l"}, "P"),
@@ -71,20 +73,25 @@ PPO_ROWS = {  # how a line of the table begins: its columns, and the prompt that
 }
 
 
-BOTH = [pair for pair in itertools.combinations(PPO_ROWS, 2) if "`subreddit`" not in pair[0]
-        or "rating" not in pair[1]]
+@pytest.mark.parametrize("line", PPO_ROWS)
+def test_each_line_of_the_table_gives_its_prompt(line, tmp_path):
+    (row, prompt), path = PPO_ROWS[line], tmp_path / "row.jsonl"
+    assert f"\n{line}" in CARD
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert of_example(str(path), "rlhf_training_data")["prompt"] == prompt
 
 
-# `summary` cannot be the text of the one and the object of the other
+# `summary` cannot be the text of the one and the object of the other; beside a prompt, dialogues hold none
+BOTH = [pair for pair in itertools.combinations(PPO_ROWS, 2)
+        if not ("`subreddit`" in pair[0] and "rating" in pair[1]) and "| reward, PPO | `chosen`" not in pair]
+
+
 @pytest.mark.parametrize(("one", "other"), BOTH)
-def test_the_first_line_that_fits_decides(one, other, tmp_path):
-    """For a row with the columns of two lines of the table."""
+def test_a_row_with_two_prompts_is_refused(one, other, tmp_path):
     row, path = PPO_ROWS[one][0] | PPO_ROWS[other][0], tmp_path / "row.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    first = min(one, other, key=lambda line: CARD.index(f"\n{line}"))
-    # a comparison has its prompt there, too
-    made = "P" if {"chosen", "prompt"} <= row.keys() else PPO_ROWS[first][1]
-    assert of_example(str(path), "rlhf_training_data")["prompt"] == made
+    with pytest.raises(UserError, match="has a prompt in '.*' and one in '.*'"):
+        of_example(str(path), "rlhf_training_data")
 
 
 def test_mixtures_and_commands_are_understood():

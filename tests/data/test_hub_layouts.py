@@ -210,5 +210,5 @@ def test_bad_rows_are_left_out_and_written_down_when_that_is_asked_for(role, rew
     assert [(found["place"], found["row"]) for found in rejected] == [(f"{data}:2", bad[0]),
                                                                       (f"{data}:{len(rows) + 2}", bad[1])]
     assert rejected[0]["reason"] == "column 'prompt' is a number; text is needed"
-    assert rejected[1]["reason"].startswith("has columns ['text']; needed are ")
+    assert rejected[1]["reason"].startswith("has columns text; the nearest layout is ")
     assert "left out 2 bad rows" in (run / "train.log").read_text()

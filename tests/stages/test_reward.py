@@ -222,7 +222,7 @@ BROKEN_RATINGS = {
     "no post": (rating("", "a", 1), "column 'info': post is empty; text is needed"),
     "no info": (rating("p", "a", 1, info=None), "column 'info' is empty; an object with subreddit, title"),
     "a comparison": ({"prompt": "P", "chosen": "a", "rejected": "b"},
-                     "needed are info, and summary with text and axes"),
+                     "the nearest layout is 'info, summary (ratings)', which lacks info, summary"),
 }
 
 
@@ -246,5 +246,5 @@ def test_ratings_compare_nothing_but_give_their_prompts_to_ppo(tmp_path):
     [example] = load_examples(str(path), "x", False)
     assert example.prompt == "SUBREDDIT: r/tea\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
     for load in (lambda: load_examples(str(path), "x"), lambda: load_rankings(str(path), "x", 9, print)):
-        with pytest.raises(UserError, match="a.jsonl:1: rates one summary .*name such a set as rating_data"):
+        with pytest.raises(UserError, match=r"the layout .info, summary \(ratings\)., for rating_data"):
             load()

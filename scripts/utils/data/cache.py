@@ -20,7 +20,8 @@ from utils.config import UserError
 from utils.distributed import first_of_a_node
 
 # modules of this folder that decide what a row becomes
-_CODE = ("files", "layouts", "sources", "store", "validation", "tokens")
+_CODE = ("columns", "comparisons", "dialogues", "examples", "files", "layouts", "sources", "store", "tokens",
+         "validation")
 
 
 def cache_folder() -> Path:

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from utils.config import UserError
-from utils.data.layouts import NOTES
+from utils.data.columns import NOTES
 
 
 def _open_zst(path, mode):
@@ -29,10 +29,11 @@ FILE_ENDINGS = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json", ".csv", "
                      for packed in ("", *_COMPRESSED))
 # CSV has text only. A cell in one of these columns of `utils/data/layouts.py`, which hold other types, is
 # JSON.
-_CSV_JSON = ("completions", "ranks", "label_scores", "messages", "facts", "labels", "score_ratio", "info",
-             "summaries", "choice", "extra")
+_CSV_JSON = ("completions", "ranks", "scores", "label_scores", "messages", "facts", "labels", "score_ratio",
+             "info", "summaries", "choice", "extra")
 # These columns are optional. An empty cell in one of them means the same as a missing column.
-_CSV_OPTIONAL = ("completion", "label", "summary", "ranks", "label_scores", "facts", "score_ratio", *NOTES)
+_CSV_OPTIONAL = ("completion", "label", "summary", "ranks", "scores", "label_scores", "facts", "score_ratio",
+                 *NOTES)
 
 
 class BadRow(NamedTuple):

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from utils.data.columns import listed
 from utils.data.tokens import CUT, CUT_INSIDE
 
 
@@ -25,6 +26,8 @@ class DataReport:
         """Record what each set of a data key held, and which of its rows were dropped (detail 6)."""
         self.figures[field] = {"sources": [{"name": stored.label, **stored.meta} for stored in rows.sets]}
         for stored in rows.sets:
+            if unread := stored.meta["unread"]:
+                self.log(f"{field}: columns of '{stored.label}' that are not read: {listed(unread)}")
             counts = {reason: dropped["rows"] for reason, dropped in stored.meta["dropped"].items()}
             if counts:
                 why = ", ".join(f"{count} {reason}" for reason, count in counts.items())

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from utils.data.layouts import NOTES, Example, Ranking
+from utils.data.columns import NOTES
+from utils.data.layouts import Example, Ranking
 
 _TEXTS = pa.schema([("text", pa.string())])
 ROW_COLUMNS = {

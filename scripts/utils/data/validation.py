@@ -14,30 +14,22 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
 from utils.config import UserError
 from utils.console import progress_bar
 from utils.data.cache import cached
+from utils.data.columns import Reading, read_columns
+from utils.data.comparisons import comparison_of, ranking_of, rating_of, score_ratio
+from utils.data.examples import example_of, prompt_of, unpaired_of
 from utils.data.files import BadRow
-from utils.data.layouts import (
-    RATINGS,
-    comparison_layout,
-    comparison_of,
-    example_layout,
-    example_of,
-    prompt_of,
-    ranking_of,
-    rating_layout,
-    rating_of,
-    score_ratio,
-)
+from utils.data.layouts import Example
 from utils.data.sources import Opened, Source, open_source
 from utils.data.store import Pairs, SetWriter, StoredSet
 
-SHOWN = 20  # findings that a message lists, and numbers of dropped rows that are kept for each reason
+SHOWN = 20  # reasons that a message lists, and numbers of dropped rows that are kept for each reason
+COLUMNS_KEPT = 100  # names of columns that nobody reads
 
 
 def read_set(source: Source, field: str, kind: str, **limits) -> StoredSet:
@@ -59,7 +51,7 @@ def read_set(source: Source, field: str, kind: str, **limits) -> StoredSet:
 
 
 def refuse_findings(findings: Iterator[dict], count: int) -> None:
-    """Raise UserError with the first findings and the number of the others. Does nothing without findings.
+    """Raise UserError with what is wrong. Does nothing without findings.
 
     Args:
         findings: each has `place` (`file:line`) and `reason`.
@@ -67,18 +59,32 @@ def refuse_findings(findings: Iterator[dict], count: int) -> None:
     """
     if not count:
         return
-    lines = [f"{finding['place']}: {finding['reason']}" for finding in islice(findings, SHOWN)]
-    if count == 1:
+    lines = finding_lines(findings)
+    if len(lines) == 1:
         raise UserError(f"{lines[0]} (or leave bad rows out: on_bad_rows: skip)")
-    if count > len(lines):
-        lines.append(f"and {count - len(lines)} more")
     raise UserError(f"{count} rows cannot be used; mend them, or leave them out with on_bad_rows: "
                     "skip", *lines)
 
 
+def finding_lines(findings: Iterator[dict]) -> list[str]:
+    """A line for each different reason, at most SHOWN: the place of the first row, and how many rows follow.
+    The last line counts the rows with other reasons.
+    """
+    found, others = {}, 0  # reason -> place of the first, count
+    for finding in findings:
+        if finding["reason"] in found or len(found) < SHOWN:
+            place, count = found.get(finding["reason"], (finding["place"], 0))
+            found[finding["reason"]] = place, count + 1
+        else:
+            others += 1
+    lines = [f"{place}{f' and {count - 1} more such rows' if count > 1 else ''}: {reason}"
+             for reason, (place, count) in found.items()]
+    return lines + ([f"and {others} more rows"] if others else [])
+
+
 def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:
     """Read all rows and write the stored set into a folder."""
-    layouts, read = Counter(), 0
+    layouts, unread, read = Counter(), Counter(), 0
     classes = {"rankings": _Rankings, "ratings": _Ratings, "prompts": _Prompts, "examples": _Examples}
     with SetWriter(folder) as writer:
         collector = classes[kind](writer, **limits)
@@ -88,14 +94,20 @@ def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:
                 writer.reject(number, row.reason, row.raw)
                 continue
             try:
-                layouts[collector.take(row, number)] += 1
+                reading = read_columns(row, kind)
+                collector.take(row, reading, number)
+                layouts[reading.layout.name] += 1
+                unread[reading.unread] += 1
             except UserError as error:
                 writer.reject(number, str(error).removeprefix(f"{number}: "), row)
         collector.finish()
     dropped = {reason: {"rows": len(numbers), "first": numbers[:SHOWN]}
                for reason, numbers in collector.dropped.items()}
+    columns = Counter()
+    for names, count in unread.items():
+        columns.update(dict.fromkeys(names, count))
     meta = {"kind": kind, "layouts": dict(layouts), "read": read, "rejected": writer.rejected_count,
-            "dropped": dropped, "rows": writer.row_count}
+            "dropped": dropped, "rows": writer.row_count, "unread": dict(columns.most_common(COLUMNS_KEPT))}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -111,23 +123,20 @@ def _progress(opened: Opened):
 class _Examples:
     """Stores examples.
 
-    `dropped` has the numbers of dropped rows by reason. `take` stores a row and returns the name of its
-    layout; it raises UserError for a row to reject. `finish` stores what is stored at the end only. The
-    classes below have the same interface.
+    `dropped` has the numbers of dropped rows by reason. `take` stores a row; it raises UserError for a row to
+    reject. `finish` stores what is stored at the end only. The classes below have the same interface.
     """
-
-    need_completion = True
 
     def __init__(self, writer: SetWriter):
         self.writer, self.dropped = writer, {}
 
-    def take(self, row: dict, number: int) -> str:
-        example = example_of(row, str(number), self.need_completion)
+    def take(self, row: dict, reading: Reading, number: int) -> None:
+        self._write(example_of(row, reading, str(number)), number)
+
+    def _write(self, example: Example, number: int) -> None:
         completions = [] if example.completion is None else [self.writer.text(example.completion)]
         facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False, default=str)
         self.writer.row(number, self.writer.text(example.prompt), completions, facts=facts)
-        layout = example_layout(row)
-        return layout if completions or layout == "messages" else layout.rpartition(", ")[0]
 
     def finish(self):
         pass
@@ -136,28 +145,23 @@ class _Examples:
 class _Prompts(_Examples):
     """Stores prompts, with a completion where there is one.
 
-    Prompts of comparisons and ratings occur in several rows. Each is stored once, without completion.
+    Prompts of compared, rated or marked answers occur in several rows. Each is stored once, without
+    completion.
     """
-
-    need_completion = False
 
     def __init__(self, writer: SetWriter):
         super().__init__(writer)
         self._seen = set()
 
-    def take(self, row: dict, number: int) -> str:
-        layout = None if row.keys() & {"messages", "completion"} else comparison_layout(row)
-        if layout is None and example_layout(row) is None:
-            layout = rating_layout(row)
-        if layout is None:
-            return super().take(row, number)
-        prompt = prompt_of(row, str(number))
-        if prompt is None:
+    def take(self, row: dict, reading: Reading, number: int) -> None:
+        example = prompt_of(row, reading, str(number))
+        if example is None:
             self.dropped.setdefault("share no prompt", []).append(number)
-        elif (text := self.writer.text(prompt)) not in self._seen:
+        elif reading.layout.kind in ("examples", "prompts"):
+            self._write(example, number)
+        elif (text := self.writer.text(example.prompt)) not in self._seen:
             self._seen.add(text)
             self.writer.row(number, text, [])
-        return layout
 
 
 class _Ratings:
@@ -172,15 +176,14 @@ class _Ratings:
         self._ratings: dict[int, dict[int, list[float]]] = {}
         self._numbers: dict[int, int] = {}  # prompt -> number of its first row
 
-    def take(self, row: dict, number: int) -> str:
+    def take(self, row: dict, reading: Reading, number: int) -> None:
         prompt, completion, rating = rating_of(row, str(number))
         if rating is None:
             self.dropped.setdefault("no overall rating", []).append(number)
-            return RATINGS
+            return
         text = self.writer.text(prompt)
         self._numbers.setdefault(text, number)
         self._ratings.setdefault(text, {}).setdefault(self.writer.text(completion), []).append(rating)
-        return RATINGS
 
     def finish(self):
         for prompt, ratings in self._ratings.items():
@@ -205,17 +208,26 @@ class _Rankings:
         self.max_pairs = max_pairs_per_prompt
         self._groups: dict[int, Pairs] = {}  # by the number of the prompt's text
         self._notes: dict[tuple, int] = {(): 0}  # distinct notes, numbered in the order they occur
+        # prompt -> row, answer, whether it is wanted
+        self._marked: dict[int, list[tuple[int, int, bool]]] = {}
 
-    def take(self, row: dict, number: int) -> str:
-        layout = comparison_layout(row)
-        take = self._take_ranking if layout == "prompt, completions" else self._take_pair
-        if reason := take(row, number):
-            self.dropped.setdefault(reason, []).append(number)
-        return layout
+    def take(self, row: dict, reading: Reading, number: int) -> None:
+        if reading.layout.kind == "unpaired":
+            prompt, answer, wanted = unpaired_of(row, reading, str(number))
+            marked = self._marked.setdefault(self.writer.text(prompt), [])
+            marked.append((number, self.writer.text(answer), wanted))
+            return
+        ranked = reading.layout.name == "prompt, completions"
+        reason = self._take_ranking(row, number) if ranked else self._take_pair(row, reading, number)
+        if reason:
+            self._drop(reason, number)
 
-    def _take_pair(self, row, number) -> str | None:
+    def _drop(self, reason: str, number: int) -> None:
+        self.dropped.setdefault(reason, []).append(number)
+
+    def _take_pair(self, row, reading, number) -> str | None:
         """Keep a pair, or return the reason why it is dropped."""
-        prompt, chosen, rejected, note = comparison_of(row, str(number))
+        prompt, chosen, rejected, note = comparison_of(row, reading, str(number))
         if score_ratio(row, str(number)) < self.min_score_ratio:
             return "a score_ratio that is too small"
         elif prompt is None:
@@ -224,15 +236,33 @@ class _Rankings:
             return "equal answers"
         elif not chosen.strip() or not rejected.strip():
             return "an empty answer"
-        text = self.writer.text(prompt)
-        group = self._groups.get(text)
+        note_number = self._notes.setdefault(tuple(note.items()), len(self._notes))
+        texts = map(self.writer.text, (prompt, chosen, rejected))
+        return self._add_pair(number, *texts, note_number)
+
+    def _add_pair(self, number: int, prompt: int, chosen: int, rejected: int, note: int) -> str | None:
+        """Put a pair into its prompt's group, or return the reason why it is dropped."""
+        group = self._groups.get(prompt)
         if group is None:
-            group = self._groups[text] = Pairs(number)
+            group = self._groups[prompt] = Pairs(number)
         if self.max_pairs is not None and len(group) >= self.max_pairs:
             return "more pairs of one prompt than max_pairs_per_prompt"
-        note_number = self._notes.setdefault(tuple(note.items()), len(self._notes))
-        group.values.extend((self.writer.text(chosen), self.writer.text(rejected), note_number))
+        group.values.extend((chosen, rejected, note))
         return None
+
+    def _pair_marked(self) -> None:
+        """Pair each wanted answer of a prompt with each unwanted one."""
+        for prompt, marked in self._marked.items():
+            unwanted = [answer for _, answer, wanted in marked if not wanted]
+            pairs = [(number, answer, other) for number, answer, wanted in marked if wanted
+                     for other in unwanted if other != answer]
+            if not pairs:
+                for number, _, wanted in marked:
+                    self._drop(f"no {'unwanted' if wanted else 'wanted'} answer to the same prompt", number)
+            for number, answer, other in pairs:
+                if reason := self._add_pair(number, prompt, answer, other, 0):
+                    self._drop(reason, number)
+
 
     def _take_ranking(self, row, number) -> str | None:
         """Store a ranking, or return the reason why it is dropped."""
@@ -251,6 +281,7 @@ class _Rankings:
         return None
 
     def finish(self):
+        self._pair_marked()
         notes = [dict(note) for note in self._notes]
         for prompt, group in self._groups.items():
             for texts, pairs, note_numbers in split_group(group.triples(), self.max_completions):

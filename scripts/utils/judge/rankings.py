@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from utils.data.layouts import NOTES
+from utils.data.columns import NOTES
 from utils.judge.metrics import pair_accuracy, reliability
 
 

@@ -1,0 +1,246 @@
+"""Rows that say which answers are better, in each of their layouts (`utils/data/columns.py`).
+
+There are rankings (a prompt with K completions), comparisons (a prompt with a better and a worse completion)
+and ratings (a summary with a number). Every function raises UserError for a row that its layout does not
+allow. `where` (`file:line`) is the row's place, for these messages.
+"""
+
+import math
+import re
+
+from utils.config import UserError
+from utils.data.columns import NOTES, Reading, listed
+from utils.data.layouts import (
+    Ranking,
+    column_of,
+    is_number,
+    plain_prompt,
+    post_prompt,
+    spaced,
+    text_of,
+    type_name,
+)
+
+_ORACLE = ("gold",)  # column of the embedded data: true scores, which are not for training
+
+
+def ranking_of(row: dict, where: str) -> Ranking:
+    """Read a ranking from a row with `completions`.
+
+    Raises:
+        UserError: with the column and what is expected there.
+    """
+    completions = row["completions"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise UserError(f"{where}: column 'completions' must be a list of two or more texts, best first")
+    texts = [spaced(text_of(text, "a text in column 'completions'", where)) for text in completions]
+    if len(set(texts)) < len(texts):
+        raise UserError(f"{where}: column 'completions' holds the same text twice")
+    ranks, scores, strengths = (_numbers(row, column, len(texts), where)
+                                for column in ("ranks", "scores", "label_scores"))
+    _refuse_other_orders(row, len(texts), where)
+    if scores is not None:
+        by_scores = [sum(other > score for other in scores) for score in scores]
+        if ranks is not None and _order(ranks) != _order(by_scores):
+            raise UserError(f"{where}: columns 'ranks' and 'scores' give two orders (the best has the lowest "
+                            "rank and the highest score); leave one out")
+        ranks = by_scores
+    if ranks is None:
+        ranks = list(range(len(texts)))
+    pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+    return Ranking(plain_prompt(row, where), texts, pairs, strengths)
+
+
+def _numbers(row: dict, column: str, count: int, where: str) -> list[float] | None:
+    """A column with a number for each completion; None where there is none."""
+    numbers = row.get(column)
+    valid = isinstance(numbers, list) and len(numbers) == count and all(map(is_number, numbers))
+    if numbers is not None and not valid:
+        raise UserError(f"{where}: column '{column}' must hold one number for each of the {count} "
+                        "completions")
+    return numbers
+
+
+def _order(ranks: list) -> list[int]:
+    """Ranks as the number of better completions."""
+    return [sum(other < rank for other in ranks) for rank in ranks]
+
+
+def _refuse_other_orders(row: dict, count: int, where: str) -> None:
+    """Raise UserError for a column that may order the completions and is not read."""
+    for column, values in row.items():
+        if column in ("ranks", "scores", "label_scores", *_ORACLE) or not isinstance(values, list):
+            continue
+        if len(values) == count and all(isinstance(value, int | float) for value in values):
+            raise UserError(f"{where}: column '{listed([column])}' has a number for each completion, and is "
+                            "not read; name it 'scores' (higher is better) or 'ranks' (1 is the best), or "
+                            "leave it out")
+
+
+def comparison_of(row: dict, reading: Reading, where: str):
+    """Read a comparison from a row.
+
+    Returns:
+        Prompt, better completion, worse completion, and the values of NOTES. The prompt is None when the two
+        dialogues of the row share none.
+
+    Raises:
+        UserError: with the column and what is expected there.
+    """
+    layout = reading.layout.name
+    if layout == "info, summaries, choice":
+        return _openai_comparison(row, where)
+    if layout.startswith("history"):
+        return _shp_comparison(row, where)
+    note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
+    _refuse_contradiction(row, reading.unread, where)
+    if layout == "chosen, rejected (dialogues)":
+        return *shared_dialogue(row, where), note
+    row = with_end(row)
+    chosen, rejected = _chosen_and_rejected(row, where)
+    return plain_prompt(row, where), spaced(chosen), spaced(rejected), note
+
+
+def _chosen_and_rejected(row: dict, where: str) -> tuple[str, str]:
+    for column in ("chosen", "rejected"):
+        if not isinstance(row[column], str):
+            raise UserError(f"{where}: column '{column}' is {type_name(row[column])}; text is needed")
+    return row["chosen"], row["rejected"]
+
+
+def with_end(row: dict) -> dict:
+    """A row of CarperAI/openai_summarize_comparisons, in which the prompt's end has moved from the answers
+    into the prompt. Other rows stay as they are.
+    """
+    end, chosen, rejected = "TL;DR:", row.get("chosen"), row.get("rejected")
+    for text in (chosen, rejected):
+        if not isinstance(text, str) or not text.startswith(end):
+            return row
+    prompt = row["prompt"]
+    if isinstance(prompt, str) and prompt.strip():  # else it is refused as it is
+        prompt = f"{prompt.rstrip()}\n\n{end}"
+    return {**row, "prompt": prompt, "chosen": chosen[len(end):], "rejected": rejected[len(end):]}
+
+
+_GRADE = re.compile("score|rating|reward|margin")
+
+
+def _refuse_contradiction(row: dict, columns: tuple[str, ...], where: str) -> None:
+    """Raise UserError where grades in these columns call the rejected answer the better one."""
+    for column in filter(_GRADE.search, columns):
+        lower = column.replace("chosen", "rejected") if "chosen" in column else None
+        grade, limit = _grade(row[column]), _grade(row.get(lower)) if lower else 0.0
+        if (lower or column == "margin") and grade is not None and limit is not None and grade < limit:
+            below = f"'{listed([lower])}' ({limit:g})" if lower else "0"
+            raise UserError(f"{where}: column '{listed([column])}' ({grade:g}) is below {below}, so the "
+                            "rejected answer would be the better one; mend the row, or leave these columns "
+                            "out")
+
+
+def _grade(value) -> float | None:
+    """A grade as a number, which is text in CSV; None where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _openai_comparison(row: dict, where: str):
+    """A row of openai/summarize_from_feedback: `choice` is the index of the better of two summaries."""
+    info, summaries, choice = row["info"], row["summaries"], row["choice"]
+    two = isinstance(summaries, list) and len(summaries) == 2
+    if not isinstance(info, dict) or not two or not all(isinstance(summary, dict) for summary in summaries):
+        raise UserError(f"{where}: columns 'info' and 'summaries' must be an object and a list of two "
+                        "objects with 'text'")
+    if type(choice) is not int or choice not in (0, 1):
+        raise UserError(f"{where}: column 'choice' is {choice!r}; it must be 0 or 1, the better of the two "
+                        "summaries")
+    prompt = info_prompt(info, where)
+    texts = [summary.get("text") for summary in summaries]
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise UserError(f"{where}: column 'summaries': text of summary {number} is {type_name(text)}; "
+                            "text is needed")
+    extra = row.get("extra") if isinstance(row.get("extra"), dict) else {}
+    policies = [summary.get("policy") for summary in summaries]
+    named = all(isinstance(policy, str) for policy in policies)
+    note = {"confidence": extra.get("confidence"), "batch": row.get("batch"), "worker": row.get("worker"),
+            "policies": " and ".join(sorted(policies)) if named else None}
+    known = {column: str(note[column]) for column in NOTES if note[column] is not None}
+    return prompt, spaced(texts[choice]), spaced(texts[1 - choice]), known
+
+
+def info_prompt(info, where: str) -> str:
+    """The prompt of a post. A news article (CNN/DM) has neither subreddit nor title."""
+    if not isinstance(info, dict):
+        raise UserError(f"{where}: column 'info' is {type_name(info)}; an object with subreddit, title and "
+                        "post is needed")
+    if info.get("article"):
+        return text_of(info["article"], "column 'info': article", where).strip() + "\n\nTL;DR:"
+    return post_prompt(info, "column 'info': {}", where)
+
+
+def rating_of(row: dict, where: str) -> tuple[str, str, float | None]:
+    """Read a rating from a row of the `axis` part of openai/summarize_from_feedback.
+
+    Returns:
+        Prompt, summary, and overall rating (1 to 7) or None when it was not rated.
+
+    Raises:
+        UserError: with the column and what is expected there.
+    """
+    summary = row["summary"]
+    axes = summary.get("axes") if isinstance(summary, dict) else None
+    if not isinstance(axes, dict):
+        raise UserError(f"{where}: column 'summary' must be an object with 'text' and 'axes'")
+    overall = axes.get("overall")
+    if overall is not None and not is_number(overall):
+        raise UserError(f"{where}: column 'summary': the overall rating is {overall!r}; a number is needed")
+    text = text_of(summary.get("text"), "column 'summary': text", where)
+    return info_prompt(row["info"], where), spaced(text), overall
+
+
+def _shp_comparison(row: dict, where: str):
+    """A row of stanfordnlp/SHP: `labels` is 1 when answer A is preferred, and 0 when B is."""
+    if row["labels"] not in (0, 1) or isinstance(row["labels"], bool):
+        raise UserError(f"{where}: column 'labels' is {row['labels']!r}; it must be 1 (A is better) or 0 (B "
+                        "is)")
+    grades = [row.get("score_A"), row.get("score_B")]
+    if all(map(is_number, grades)) and (grades[0] < grades[1] if row["labels"] else grades[0] > grades[1]):
+        raise UserError(f"{where}: column 'labels' is {row['labels']}, but the scores {grades[0]:g} (A) and "
+                        f"{grades[1]:g} (B) call the other answer the better one; mend the row, or leave the "
+                        "scores out")
+    answers = [row["human_ref_A"], row["human_ref_B"]]
+    for column, answer in zip("AB", answers, strict=True):
+        if not isinstance(answer, str):
+            raise UserError(f"{where}: column 'human_ref_{column}' is {type_name(answer)}; text is needed")
+    chosen, rejected = answers if row["labels"] == 1 else reversed(answers)
+    return column_of(row, "history", where).rstrip(), spaced(chosen), spaced(rejected), {}
+
+
+def score_ratio(row: dict, where: str) -> float:
+    """Column `score_ratio` of SHP: votes of the better answer / votes of the worse.
+
+    Infinite where it is missing.
+    """
+    ratio = row.get("score_ratio")
+    if ratio is not None and not is_number(ratio):
+        raise UserError(f"{where}: column 'score_ratio' is {ratio!r}; a number is needed")
+    return math.inf if ratio is None else ratio
+
+
+def shared_dialogue(row: dict, where: str):
+    """Split a row of Anthropic/hh-rlhf: two dialogues that are equal up to the last assistant turn.
+
+    Returns:
+        Prompt, better and worse completion; or None and both dialogues when they differ before the last turn.
+    """
+    (chosen, rejected), turn = _chosen_and_rejected(row, where), "\n\nAssistant:"
+    if turn not in chosen:
+        raise UserError(f"{where}: column 'prompt' is missing, and 'chosen' is not a dialogue with "
+                        "'Assistant:' turns")
+    head, _, answer = chosen.rpartition(turn)
+    other_head, _, other = rejected.rpartition(turn)
+    if head != other_head:
+        return None, chosen, rejected
+    return (head + turn).strip(), spaced(answer), spaced(other)
