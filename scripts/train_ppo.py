@@ -411,7 +411,8 @@ def outcome_weights(models: Models) -> dict:
     return {name: models.outcome.get_parameter(name) for name in trainable_weights(models.policy)}
 
 
-def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: GoldJudge | None) -> Ending:
+def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: GoldJudge | None,
+           best_step: int) -> Ending:
     """PPO against SFT on the same held-out prompts: samples and the final figures."""
     config = loop.config
     written = {
@@ -433,10 +434,10 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
                  for example, sft, ppo in texts],
         summary={"score_before": score_before, "score_after": score_after, **figures, "kl": kl,
                  "rouge_avg": judge.rouge(test, written["after", "greedy"])},
-        work={"episodes": config.updates * config.episodes_per_update},
+        work={"best_step": best_step, "episodes": config.updates * config.episodes_per_update},
         stage={"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                "score": score_after, "kl": kl},
-        plot=plot_ppo,
+        plot=partial(plot_ppo, kept=best_step, kl_budget=config.kl_budget),
         compared=("sft", "ppo"),
     )
 
@@ -556,8 +557,8 @@ def main(config: PPOStageConfig) -> None:
     speed = loop.steps_done * config.episodes_per_update / (time.time() - began)
     best_step = loop.best.restore(outcome_weights(models), last=loop.step)
     with loop.accelerator.autocast():
-        end = ending(loop, models, posts.test, judge, gold)
-    end.work.update(best_step=best_step, episodes_per_second=speed)
+        end = ending(loop, models, posts.test, judge, gold, best_step)
+    end.work["episodes_per_second"] = speed
     end_stage(run, loop.step, models.outcome, sft.tokenizer, [sft, reward], end)
 
 

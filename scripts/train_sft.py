@@ -204,12 +204,12 @@ def main(config: SFTStageConfig) -> None:
     after = rouge_of(loop, test, "test")
     rows = loop.steps_done * config.rows_per_step
     speed = rows * fmean(examples["length"]) / seconds
-    end = ending(test, before, after, speed, config)
-    end.work["best_step"] = best_step
+    end = ending(test, before, after, best_step, config)
+    end.work["tokens_per_second"] = speed
     end_stage(run, loop.step, policy, base.tokenizer, [base], end)
 
 
-def ending(test: Tokenised, before, after, speed: float, config: SFTStageConfig) -> Ending:
+def ending(test: Tokenised, before, after, best_step: int, config: SFTStageConfig) -> Ending:
     """Samples side by side and the final figures; `before` and `after` are what `rouge_of` returns."""
     (before, base_summaries), (after, summaries) = before, after
     rouge = {name: after[name] for name in ("rouge1", "rouge2", "rougeL", "rouge_avg")}
@@ -218,10 +218,10 @@ def ending(test: Tokenised, before, after, speed: float, config: SFTStageConfig)
         samples=[{"prompt": example.prompt, "reference": example.completion, "base": base, "sft": sft}
                  for example, base, sft in texts],
         summary={**rouge, "base_rouge_avg": before["rouge_avg"]},
-        work={"tokens_per_second": speed},
+        work={"best_step": best_step},
         stage={"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                "rouge_avg": after["rouge_avg"]},
-        plot=plot_sft,
+        plot=partial(plot_sft, kept=best_step),
         compared=("base", "sft"),
     )
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
 from rich.table import Table
 
 from planning.architectures import OPT, model_of
@@ -10,9 +9,7 @@ from planning.duration import Duration
 from planning.fit import Batches, Plan, Setup, plan
 from planning.memory import GIB, Zero
 from utils.console import show_table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no screen)
+from utils.plotting import plt
 
 # columns of the table, and the terms (names of items) that each sums up
 COLUMNS = {

@@ -5,8 +5,10 @@ hand.
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -46,7 +48,8 @@ def written_seed(folder, number, ended=0.98, kl_coef=0.05, gold=GOLD, **ppo):
         summaries["reward"] = {"accuracy": 0.6}
     for stage, summary in summaries.items():
         run = folder / stage
-        run.mkdir(parents=True)
+        (run / "final").mkdir(parents=True)
+        (run / "final" / "stage.json").write_text(json.dumps({"stage": stage}))
         summary = {**summary, "seed": number}
         (run / "summary.json").write_text(json.dumps(summary))
         settings = {"seed": number, "output_dir": str(run), "model": f"{folder}/sft/final" if stage != "sft"
@@ -155,9 +158,62 @@ def test_a_folder_that_is_no_finished_seed_is_refused(break_it, message, tmp_pat
         compared("--runs", str(tmp_path / "seed"), str(tmp_path / "none"))
 
 
-def test_two_runs_of_one_seed_are_refused(tmp_path):
-    with pytest.raises(UserError, match="^runs: 2 of them have seed 4"):
-        compared("--runs", *(written_seed(tmp_path / name, 4) for name in "ab"))
+def test_two_runs_of_one_seed_are_compared_and_said_to_be_of_one(tmp_path, capsys):
+    seeds = [written_seed(tmp_path / "a", 4, kl=1.0), written_seed(tmp_path / "b", 4, kl=2.0)]
+    compared("--runs", *seeds, "--markdown")
+    printed = capsys.readouterr().out
+    rows = markdown_rows(printed)
+    assert list(rows)[:2] == [f"{seed} (seed 4)" for seed in seeds] and rows["mean"]["KL"] == "1.50"
+    assert "\nseed 4 was run 2 times: that is no spread over seeds\n" in printed
+
+
+def test_two_configurations_are_compared_without_being_mixed(tmp_path, capsys):
+    """kl_coef .05 with seeds 0 and 1, .1 with 0 and 0 again, .2 once: three means are two."""
+    runs = [written_seed(tmp_path / name, seed, kl_coef=coef, kl=kl) for name, seed, coef, kl in (
+        ("a", 0, 0.05, 1.0), ("b", 0, 0.1, 10.0), ("c", 1, 0.05, 3.0), ("d", 0, 0.1, 20.0),
+        ("e", 5, 0.2, 7.0))]
+    compared("--runs", *runs, "--markdown", "--output", str(tmp_path / "curves.png"))
+    printed = capsys.readouterr().out
+    rows = markdown_rows(printed)
+    assert list(rows)[:5] == [f"{run} (seed {seed}, {letter})" for run, seed, letter in zip(
+        runs, (0, 0, 1, 0, 5), "ABABC", strict=True)]
+    assert list(rows)[5:] == [f"{name}, {letter}" for letter in "AB" for name in ("mean", "sd", "min", "max")]
+    assert (rows["mean, A"]["KL"], rows["mean, B"]["KL"], rows["sd, A"]["KL"]) == ("2.00", "15.00", "1.41")
+    assert "\nppo/kl_coef: 0.05 in A, 0.1 in B, 0.2 in C\n" in printed
+    assert "\nseed 0 of B was run 2 times" in printed and "of A was run" not in printed
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_key_that_one_run_does_not_know_is_a_difference(tmp_path, capsys):
+    seeds = [Path(written_seed(tmp_path / name, number)) for number, name in enumerate("ab")]
+    config = seeds[1] / "sft" / "config.yaml"
+    config.write_text(config.read_text() + "new_key: 3\n")
+    compared("--runs", *map(str, seeds))
+    assert "\nsft/new_key: not there in A, 3 in B\n" in capsys.readouterr().out
+
+
+def test_stages_that_a_run_lacks_are_dashes(tmp_path, capsys):
+    """One stage by itself, beside a run without PPO and a whole one."""
+    whole = Path(written_seed(tmp_path / "whole", 0, kl=3.0))
+    part = Path(written_seed(tmp_path / "part", 1))
+    shutil.rmtree(part / "ppo")
+    compared("--runs", str(whole), str(part), str(whole / "ppo"), "--markdown")
+    rows = list(markdown_rows(capsys.readouterr().out).values())
+    assert [row["KL"] for row in rows[:3]] == ["3.00", "-", "3.00"]
+    assert [row["reward accuracy"] for row in rows[:3]] == ["0.600", "0.600", "-"]
+    compared("--runs", str(part / "sft"), str(part / "reward"))
+    assert "collapsed: none" in capsys.readouterr().out
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="^runs: no run in '.*/empty': neither summary.json nor a folder sft"):
+        compared("--runs", str(tmp_path / "empty"))
+    seed = Path(written_seed(tmp_path / "seed", 0))
+    for text in ("{}", "[]", "{", '{"stage": "other"}'):
+        (seed / "ppo" / "final" / "stage.json").write_text(text)
+        with pytest.raises(UserError, match="^runs: '.*/stage.json' does not say which stage this is"):
+            compared("--runs", str(seed / "ppo"))
 
 
 @pytest.mark.parametrize("script", ["compare_seeds.py", "over_optimisation.py"])
@@ -184,19 +240,12 @@ def test_mistakes_are_one_line_and_status_2(script, words, message, tmp_path, mo
     assert printed.err.startswith(message) and printed.err.count("\n") == 1
 
 
-def test_runs_of_two_configurations_are_no_seeds_of_one(tmp_path):
-    seeds = [written_seed(tmp_path / "a", 0), written_seed(tmp_path / "b", 1, kl_coef=0.1)]
-    with pytest.raises(UserError, match="^runs: ppo/kl_coef is 0.1 with seed 1 but 0.05 with seed 0; "
-                                        "compare seeds of one"):
-        compared("--runs", *seeds)
-
-
 def test_help_says_what_collapsed_means(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare_seeds.py", "--help"])
     with pytest.raises(SystemExit) as left:
         compare_seeds.read_config(compare_seeds.CompareConfig, None, compare_seeds.__doc__)
     printed = capsys.readouterr().out
-    assert left.value.code == 0 and "A seed counts as collapsed when" in printed and "--markdown" in printed
+    assert left.value.code == 0 and "A run counts as collapsed when" in printed and "--markdown" in printed
 
 
 # ------------------------------------------------------------------------------------------ over-optimisation

@@ -6,8 +6,8 @@ import re
 import statistics
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
 from studies.benchmarks.clock import PARTS
@@ -15,9 +15,7 @@ from studies.benchmarks.cost import Point
 from studies.benchmarks.pairing import Turn
 from studies.benchmarks.plan import Comparison
 from utils.console import show_table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first: there may be no screen)
+from utils.plotting import plt
 
 
 def machine() -> str:
@@ -78,15 +76,18 @@ def plot_costs(path: Path, points: list[Point]) -> None:
             memory = axis.twinx()
             memory.plot(x, [point.memory / 1024 for point in part], color="C1", marker="s", linestyle="--")
             axis.plot([], [], color="C1", marker="s", linestyle="--", label="peak memory [GiB], right axis")
-            axis.set_ylim(bottom=0)
-            memory.set_ylim(bottom=0)
-            axis.set_xlim(left=0)
+            for side in (axis, memory):  # room above the largest value: its mark is not cut off
+                side.set_ylim(0, 1.12 * max((y for line in side.lines for y in line.get_ydata()), default=1))
+            axis.set_xlim(0, 1.06 * max(x, default=1))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10M, not 1.0 and 1e7 in the corner
             axis.set_xlabel(quantity)
+            axis.set_ylabel("seconds")
+            memory.set_ylabel("GiB")
             axis.set_title(stage)
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
     figure.suptitle(machine(), fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,10 +1,10 @@
 """The pictures in plots/, drawn from metrics.jsonl after training."""
 
-import matplotlib
+from typing import NamedTuple
+
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first: there may be no screen)
+from utils.plotting import DASHES, plt, whole_numbers
 
 
 def series(rows: list[dict], name: str) -> tuple[list, list]:
@@ -13,33 +13,69 @@ def series(rows: list[dict], name: str) -> tuple[list, list]:
     return list(found), list(found.values())
 
 
-def curves(path, panels: dict[str, dict[str, tuple[list, list]]], xlabel: str) -> None:
-    """Line charts side by side: {panel title: {label: (x, y)}}. Panels without a point are left out."""
-    panels = {title: {k: v for k, v in lines.items() if v[0]} for title, lines in panels.items()}
-    panels = {title: lines for title, lines in panels.items() if lines}
+class Panel(NamedTuple):
+    """One chart of a picture."""
+
+    title: str
+    ylabel: str
+    lines: dict[str, tuple[list, list]]  # by their label: x and y
+    limit: tuple[str, float] | None = None  # a horizontal line and its label
+
+
+def curves(path, panels: list[Panel], xlabel: str, kept: tuple[str, int] | None = None) -> None:
+    """Line charts, at most two beside each other. Panels without a point are left out.
+
+    Args:
+        kept: label and place of a vertical line: the step whose weights were kept.
+    """
+    panels = [panel._replace(lines={label: line for label, line in panel.lines.items() if line[0]})
+              for panel in panels]
+    panels = [panel for panel in panels if panel.lines]
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False)
-    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        for label, (x, y) in lines.items():
-            axis.plot(x, y, label=label, marker="o" if len(x) < 30 else None, markersize=3)
-        axis.set_title(title)
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, min(2, len(panels)), figsize=(4.4 * min(2, len(panels)), 3.2 * rows),
+                                squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for number, (label, (x, y)) in enumerate(panel.lines.items()):
+            axis.plot(x, y, label=label, linestyle=DASHES[number % len(DASHES)],
+                      marker="o" if len(x) < 30 else None, markersize=3)
+        if panel.limit:
+            _draw_limit(axis, *panel.limit)
+        if kept:
+            axis.axvline(kept[1], color="grey", linestyle=":", linewidth=1.5, label=kept[0])
+        axis.set_title(panel.title)
         axis.set_xlabel(xlabel)
+        axis.set_ylabel(panel.ylabel)
+        whole_numbers(axis)
         axis.grid(alpha=0.3)
-        if len(lines) > 1:
+        if len(axis.get_legend_handles_labels()[1]) > 1:
             axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def plot_sft(run) -> None:
-    """Loss, and ROUGE on generated summaries."""
+def _draw_limit(axis, label: str, value: float) -> None:
+    """A horizontal line; far above the curves, where it would flatten them, only its label."""
+    low, high = axis.get_ylim()
+    if value <= high + (high - low):
+        axis.axhline(value, color="black", linestyle="--", linewidth=1, label=f"{label} {value:g}")
+    else:
+        axis.plot([], [], color="black", linestyle="--", linewidth=1, label=f"{label} {value:g}, above this")
+
+
+def plot_sft(run, kept: int) -> None:
+    """Loss, and ROUGE on generated summaries; `kept` is the step whose weights were kept."""
     rows = run.read_metrics()
     rouge = {name: series(rows, f"eval/{name}") for name in ("rouge1", "rouge2", "rougeL")}
+    losses = {"training": series(rows, "sft/loss"), "validation": series(rows, "eval/loss")}
     curves(run.folder / "plots" / "sft.png",
-           {"SFT loss per token": {"loss": series(rows, "sft/loss")}, "ROUGE, generated, validation": rouge},
-           "step")
+           [Panel("SFT loss", "nats a token", losses),
+            Panel("ROUGE of generated summaries, validation", "F1, 0 to 1", rouge)],
+           "step", (f"kept: step {kept}", kept))
 
 
 def plot_reward(run, pairs: list[tuple[float, float]]) -> None:
@@ -50,15 +86,19 @@ def plot_reward(run, pairs: list[tuple[float, float]]) -> None:
     """
     rows = run.read_metrics()
     curves(run.folder / "plots" / "reward.png",
-           {"loss per pair": {"loss": series(rows, "reward/loss")},
-            "pair accuracy, validation": {"accuracy": series(rows, "eval/accuracy")}}, "step")
+           [Panel("loss, training", "nats a pair", {"loss": series(rows, "reward/loss")}),
+            Panel("pair accuracy, validation", "share of pairs",
+                  {"accuracy": series(rows, "eval/accuracy")})],
+           "step")
     figure, axis = plt.subplots(figsize=(5, 3.4))
     better, worse = zip(*pairs, strict=True)
     low, high = min(map(min, pairs)), max(map(max, pairs))
-    axis.hist([better, worse], bins=30, range=(low, high), label=["preferred", "other"],
-              histtype="stepfilled", alpha=0.5)
+    for values, label, style in ((better, "preferred", {"histtype": "stepfilled", "alpha": 0.45}),
+                                 (worse, "other", {"histtype": "step", "linewidth": 1.8})):
+        axis.hist(values, bins=30, range=(low, high), label=label, **style)
     axis.set_title("Scores of the test pairs")
     axis.set_xlabel("score")
+    axis.set_ylabel("pairs")
     axis.legend()
     figure.tight_layout()
     figure.savefig(run.folder / "plots" / "score_histogram.png", dpi=120)
@@ -94,50 +134,67 @@ def plot_lengths(path, lengths: dict[str, np.ndarray]) -> None:
         axis.axvline(np.median(sizes), color="black", linestyle=":", label=f"median {np.median(sizes):g}")
         axis.set_title(f"{len(sizes)} {name}s")
         axis.set_xlabel("tokens")
+        axis.set_ylabel(f"{name}s")
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def plot_ppo(run) -> None:
-    """Score, KL, length and gold score against the update."""
-    rows = run.read_metrics()
-    curves(run.folder / "plots" / "ppo.png", {
-        "reward model's score": {"rollouts": series(rows, "objective/score"),
-                                 "validation": series(rows, "eval/score")},
-        "KL [nats a summary]": {"rollouts": series(rows, "objective/kl")},
-        "length [tokens]": {"rollouts": series(rows, "objective/length"),
-                            "validation": series(rows, "eval/tokens")},
-        "gold score": {"validation": series(rows, "eval/gold")},
-    }, "update")
-
-
-def plot_seeds(path, panels: dict[str, tuple[str, list[tuple[list, list]]]]) -> None:
-    """Curves over seeds: a faint line for each seed, and their mean where all of them have a value.
+def plot_ppo(run, kept: int, kl_budget: float) -> None:
+    """Score, KL, length, and gold score or share with EOS against the update.
 
     Args:
-        panels: {title: (x label, [(x, y) of each seed])}; those without a point are left out.
+        kept: the update whose policy was kept.
     """
-    panels = {title: panel for title, panel in panels.items() if any(x for x, _ in panel[1])}
+    rows = run.read_metrics()
+    gold = {"nearly greedy": series(rows, "eval/gold"), "sampled": series(rows, "eval/gold_sampled")}
+    ended = {"rollouts": series(rows, "objective/ended"), "validation": series(rows, "eval/ended")}
+    curves(run.folder / "plots" / "ppo.png", [
+        Panel("reward model's score", "score", {"rollouts": series(rows, "objective/score"),
+                                                "validation": series(rows, "eval/score")}),
+        Panel("KL to the SFT policy", "nats a summary", {"rollouts": series(rows, "objective/kl"),
+                                                         "validation": series(rows, "eval/kl")},
+              ("kl_budget", kl_budget)),
+        Panel("length", "tokens", {"rollouts": series(rows, "objective/length"),
+                                   "validation": series(rows, "eval/tokens")}),
+        Panel("gold score, validation", "gold score, at most 1", gold) if gold["sampled"][0] else
+        Panel("summaries that end", "share", ended),
+    ], "update", (f"kept: update {kept}", kept))
+
+
+def plot_runs(path, panels: dict[str, tuple[str, str, dict[str, list[tuple[list, list]]]]]) -> None:
+    """Curves of several runs: a faint line for each, and the mean of each group where all of it have a value.
+
+    Args:
+        panels: {title: (x label, y label, {group: [(x, y) of each run]})}; those without a point are left
+            out.
+    """
+    panels = {title: panel for title, panel in panels.items()
+              if any(x for lines in panel[2].values() for x, _ in lines)}
     if not panels:
         return
-    columns = min(4, len(panels))
+    columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.7 * columns, 3.1 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, (title, (xlabel, lines)) in zip(axes.flat, panels.items(), strict=False):
-        for x, y in lines:
-            axis.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1)
-        at = [dict(zip(x, y, strict=True)) for x, y in lines]
-        common = [step for step in at[0] if all(step in values for values in at)]
-        axis.plot(common, [sum(values[step] for values in at) / len(at) for step in common], color="tab:blue",
-                  linewidth=2.2)
+    for axis, (title, (xlabel, ylabel, groups)) in zip(axes.flat, panels.items(), strict=False):
+        for number, (group, lines) in enumerate(groups.items()):
+            colour = f"C{number}"
+            for x, y in lines:
+                axis.plot(x, y, color=colour, alpha=0.3, linewidth=1)
+            at = [dict(zip(x, y, strict=True)) for x, y in lines]
+            common = [step for step in at[0] if all(step in values for values in at)]
+            axis.plot(common, [sum(values[step] for values in at) / len(at) for step in common], color=colour,
+                      linewidth=2.2, linestyle=DASHES[number % len(DASHES)], label=group)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(xlabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylabel(ylabel)
+        whole_numbers(axis)
         axis.grid(alpha=0.3)
+        if len(groups) > 1:
+            axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -160,9 +217,8 @@ def plot_over_optimisation(path, runs: list[dict], best_of_n: list[dict], captio
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), sharex=True)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for number, run in enumerate(runs):
-            axis.plot(*_columns(run["points"], name), color=f"C{number}", marker="o", markersize=3,
-                      linewidth=1.2,
-                      label=run["label"])
+            axis.plot(*_columns(run["points"], name), color=f"C{number}", marker="o^vDP"[number % 5],
+                      markersize=4, linewidth=1.2, label=run["label"])
             axis.plot(*_columns([run["picked"]], name), color=f"C{number}", marker="*", markersize=15,
                       markeredgecolor="black",
                       linestyle="none", zorder=3)
@@ -176,6 +232,7 @@ def plot_over_optimisation(path, runs: list[dict], best_of_n: list[dict], captio
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axis.set_xlim(left=0)
         axis.set_title(title)
+        axis.set_ylabel("score" if name == "score" else "gold score, at most 1")
         axis.set_xlabel("KL to the SFT policy [nats a summary], square-root scale")
         axis.grid(alpha=0.3)
     axes[1].plot([], [], color="white", marker="*", markersize=12, markeredgecolor="black", linestyle="none",
