@@ -1,4 +1,4 @@
-"""Pictures: labels on every axis, colours that can be told apart, whole ticks, what is kept, nothing cut off."""
+"""Pictures: labels on every axis, colours that can be told apart, whole ticks, what is kept, no mark cut."""
 
 import itertools
 import math
