@@ -22,7 +22,8 @@ import threading
 import warnings
 from pathlib import Path
 
-from utils.config import UserError, parse_config, refuse_missing
+from utils.config import parse_config, refuse_missing
+from utils.errors import UserError, quoted
 
 
 def read_config(config_class, default_file: Path | None, description: str):
@@ -38,6 +39,7 @@ def read_config(config_class, default_file: Path | None, description: str):
     if sys.platform == "win32":
         _leave("Windows is not supported; use the Windows Subsystem for Linux (WSL 2)")
     try:
+        _refuse_odd_ranks()
         config = parse_config(config_class, default_file, sys.argv[1:], description)
         refuse_missing(config)
     except UserError as error:
@@ -45,6 +47,21 @@ def read_config(config_class, default_file: Path | None, description: str):
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: loading PyTorch and other libraries (about 10 s)", flush=True)
     return config
+
+
+def _refuse_odd_ranks() -> None:
+    """Raise UserError for a place among the processes that no launcher gives; libraries end in tracebacks."""
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if (text := os.environ.get(name)) is not None:
+            if not (text.isascii() and text.isdecimal() and len(text) < 7):
+                raise UserError(f"{name}: it is {quoted(text)} in the environment, where a whole number is "
+                                "needed; start with torchrun, or unset it")
+            numbers[name] = int(text)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if numbers.get(rank, 0) >= numbers.get(size, numbers.get(rank, 0) + 1):
+            raise UserError(f"{rank}: it is {numbers.get(rank, 0)} in the environment, but {size} is "
+                            f"{numbers[size]}; start with torchrun, or unset them")
 
 
 def _stop_at_once(number, frame) -> None:

@@ -23,10 +23,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from utils.config import UserError, find_input
 from utils.distributed import first_of_a_node, world
+from utils.zero_file import read_zero_file
 
 FILE_BYTES = 2**30  # of a file of sharded weights
 LOCK_SECONDS = 600  # without a file more in a folder where something is compiled
-_STAGES = (1, 2, 3)
 _active = {}  # the one engine of this process and what it was made from; they live until its end
 
 
@@ -44,43 +44,28 @@ def load_settings(config, model) -> dict | None:
     if config.deepspeed is None:
         return None
     path = find_input(config.deepspeed, "deepspeed")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        stage = settings["zero_optimization"]["stage"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"deepspeed: '{path}' is no DeepSpeed configuration with zero_optimization.stage "
-                        f"({type(error).__name__}: {error}); take one of configs/deepspeed/") from None
-    if stage not in _STAGES:
-        raise UserError(f"deepspeed: '{path}': zero_optimization.stage must be one of 1, 2, 3, found "
-                        f"{stage!r}; for no sharding "
-                        "leave the key deepspeed out")
-    if stage == 3 and getattr(config, "ema_decay", 0.0):
+    settings = read_zero_file(path, config, model.hidden_size, world().num_processes)
+    if settings["zero_optimization"]["stage"] == 3 and getattr(config, "ema_decay", 0.0):
         raise UserError("ema_decay: the average of the policy is a whole model on each process, which "
                         "ZeRO-3 is to avoid; leave one of the two out")
-    if "optimizer" in settings or "scheduler" in settings:
-        raise UserError(f"deepspeed: '{path}': leave optimizer and scheduler out; their keys are "
-                        f"learning_rate, adam_eps, ... of "
-                        "the stage")
-    settings = _filled(settings, _numbers(config, model.hidden_size), "")
-    _refuse_invalid(settings["zero_optimization"], path)
     if config.resume and "nvme" in _offloaded_to(settings):
         raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; "
                         "start a new run, or train with zero3_offload.json, which can be resumed")
     _compile_ops(_offloaded_to(settings))
     _form_group()
+    _refuse_what_deepspeed_refuses(settings, path)
     _active.update(settings=settings, kept=HfDeepSpeedConfig(settings))
     return settings
 
 
-def _refuse_invalid(zero: dict, path) -> None:
-    """DeepSpeed looks at it as well, but later, and ends in a traceback."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+def _refuse_what_deepspeed_refuses(settings: dict, path) -> None:
+    """Let DeepSpeed read the settings now: when its engine does, a mistake is a traceback after the data."""
+    from deepspeed.runtime.config import DeepSpeedConfig
     try:
-        DeepSpeedZeroConfig(**zero)
-    except ValueError as error:  # pydantic's
-        found = error.errors()[0]
-        place = ".".join(["zero_optimization", *map(str, found["loc"])])
-        raise UserError(f"deepspeed: '{path}': {place}: {found['msg']}") from None
+        DeepSpeedConfig(settings)
+    except Exception as error:  # pydantic's, assertions, and whatever a value of a wrong type leads to
+        reason = " ".join(str(error).split())
+        raise UserError(f"deepspeed: '{path}' is refused by DeepSpeed ({reason})") from None
 
 
 def _offloaded_to(settings) -> set[str]:
@@ -157,38 +142,6 @@ def _form_group():
     import deepspeed
     # reuse the existing group; otherwise DeepSpeed assumes a world of one
     deepspeed.init_distributed(auto_mpi_discovery=False)
-
-
-def _numbers(config, hidden: int) -> dict:
-    """What "auto" stands for, by its place in the file."""
-    processes = world().num_processes
-    accumulated = getattr(config, "gradient_accumulation_steps", 1)
-    zero = {
-        "reduce_bucket_size": hidden * hidden,
-        "allgather_bucket_size": hidden * hidden,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": 10 * hidden,
-        "offload_optimizer.nvme_path": str(config.output_dir) + "/nvme",
-    }
-    return {f"zero_optimization.{name}": value for name, value in zero.items()} | {
-        "train_batch_size": config.per_device_batch_size * accumulated * processes,
-        "train_micro_batch_size_per_gpu": config.per_device_batch_size,
-        "gradient_accumulation_steps": accumulated,
-        "gradient_clipping": config.max_grad_norm,
-        "bf16.enabled": config.mixed_precision == "bf16",
-        "fp16.enabled": config.mixed_precision == "fp16",
-    }
-
-
-def _filled(node, numbers, place):
-    if isinstance(node, dict):  # null says what a missing key says, but accelerate looks into it
-        return {name: _filled(value, numbers, f"{place}.{name}".lstrip(".")) for name, value in node.items()
-                if value is not None}
-    if node != "auto":
-        return node
-    if place not in numbers:
-        raise UserError(f"deepspeed: '{place}' cannot be \"auto\"; that is for {', '.join(numbers)}")
-    return numbers[place]
 
 
 def use_engine(engine) -> None:

@@ -155,6 +155,26 @@ def test_a_job_in_the_background_goes_on_at_ctrl_c(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize(("environment", "said"), [
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE: it is 'two' in the environment, where a whole number is needed"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE: it is ''"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: it is '-1'"),
+    ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE: it is '2.0'"), ({"RANK": "\u0661"}, "RANK: it is '\u0661'"),
+    ({"LOCAL_RANK": "0x1"}, "LOCAL_RANK: it is '0x1'"), ({"MASTER_PORT": "http"}, "MASTER_PORT: it is 'http'"),
+    ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE: it is '999"),
+    ({"WORLD_SIZE": "0"}, "RANK: it is 0 in the environment, but WORLD_SIZE is 0; start with torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: it is 2 in the environment, but WORLD_SIZE is 2;"),
+    ({"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "3"}, "LOCAL_RANK: it is 3 in the environment, but"),
+])
+def test_a_place_among_processes_that_no_launcher_gives_is_one_line(environment, said, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+    with pytest.raises(SystemExit) as left:
+        read_config(Toy, None, "")
+    message = capsys.readouterr().err
+    assert left.value.code == 2 and message.startswith(f"error: {said}") and message.count("\n") == 1
+
+
 def test_windows_is_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit) as left:

@@ -10,7 +10,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_
 
 import train_ppo
 import train_sft
-from utils import zero
+from utils import zero, zero_file
 from utils.config import PROJECT, UserError, parse_config
 from utils.models.parents import Parent
 from utils.zero import load_settings, use_engine
@@ -27,6 +27,8 @@ def active(monkeypatch):
     monkeypatch.setattr(zero, "world", lambda: SimpleNamespace(num_processes=PROCESSES))
     monkeypatch.setattr(zero, "_form_group", lambda: None)
     monkeypatch.setattr(zero, "_compile_ops", lambda settings: None)
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)
+    monkeypatch.setattr("deepspeed.comm.get_world_size", lambda: PROCESSES)
     monkeypatch.setattr(zero, "_active", {})
     yield zero._active
     unset_hf_deepspeed_config()
@@ -86,7 +88,8 @@ def test_ppo_accumulates_nothing():
 def test_a_place_is_that_of_the_whole_path():
     numbers = {"a": 1, "b.a": 2, "b.c.a": 3}
     settings = {"a": "auto", "b": {"a": "auto", "n": None, "c": {"a": "auto", "d": [4], "e": False}}}
-    assert zero._filled(settings, numbers, "") == {"a": 1, "b": {"a": 2, "c": {"a": 3, "d": [4], "e": False}}}
+    found = zero_file._filled(settings, numbers, "")
+    assert found == {"a": 1, "b": {"a": 2, "c": {"a": 3, "d": [4], "e": False}}}
 
 
 def test_without_the_key_nothing_is_loaded(active):
@@ -95,7 +98,7 @@ def test_without_the_key_nothing_is_loaded(active):
 
 BROKEN = {
     "no file": (None, "deepspeed: '.*' does not exist"),
-    "no JSON": ("{", "is no DeepSpeed configuration with zero_optimization.stage"),
+    "no JSON": ("{", "engine.json:1: is not JSON"),
     "a list": ("[]", "is no DeepSpeed configuration"),
     "no stage": ('{"zero_optimization": {}}', "is no DeepSpeed configuration"),
     "no such stage": ('{"zero_optimization": {"stage": 4}}', "must be one of 1, 2, 3, found 4"),
@@ -109,6 +112,45 @@ BROKEN = {
                   "zero_optimization.offload_param.device: Input should be 'none', 'cpu' or 'nvme'"),
     "a device alone": ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
                        "zero_optimization.offload_optimizer:"),
+    "true for a stage": ('{"zero_optimization": {"stage": true}}', "must be one of 1, 2, 3, found True"),
+    "text for a stage": ('{"zero_optimization": {"stage": "2"}}', "must be one of 1, 2, 3, found '2'"),
+    "a list for a stage": ('{"zero_optimization": {"stage": [2]}}', "must be one of 1, 2, 3, found"),
+    "another batch": ('{"zero_optimization": {"stage": 2}, "train_batch_size": 9}',
+                      "train_batch_size is 9, but per_device_batch_size x gradient_accumulation_steps x "
+                      "processes of the run makes it 48; write \"auto\""),
+    "a batch as text": ('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "16"}',
+                        "train_micro_batch_size_per_gpu is '16', but per_device_batch_size of the run"),
+    "a batch that is true": ('{"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": true}',
+                             "gradient_accumulation_steps is True, but"),
+    "other clipping": ('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}',
+                       "gradient_clipping is 0.5, but max_grad_norm of the run makes it 1.0"),
+    "fp16 as a number": ('{"zero_optimization": {"stage": 2}, "fp16": 5}',
+                         "fp16 must be a mapping .*, found 5"),
+    "bf16 as true": ('{"zero_optimization": {"stage": 2}, "bf16": true}',
+                     "bf16 must be a mapping .*, found True"),
+    "both": ('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}, "bf16": {"enabled": true}}',
+             "bf16.enabled is True, but mixed_precision of the run makes it False"),
+    "text for a truth": ('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": "no"}}',
+                         "fp16.enabled is 'no', but mixed_precision"),
+    "a number as text": ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "500"}}',
+                         "zero_optimization.reduce_bucket_size must be a number, found '500'"),
+    "text for a number": ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}',
+                          "zero_optimization.reduce_bucket_size: Input should be a valid integer"),
+    "true for a number": ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": true}}',
+                          "zero_optimization.reduce_bucket_size must be a number, found True"),
+    "text for true": ('{"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}',
+                      "zero_optimization.overlap_comm must be true or false, found 'yes'"),
+    "text within": ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", '
+                    '"buffer_count": "4"}}}',
+                    "zero_optimization.offload_optimizer.buffer_count must be a number, found '4'"),
+    "a negative number": ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}',
+                          "reduce_bucket_size: "),
+    "zero as a list": ('{"zero_optimization": [2]}', "is no DeepSpeed configuration"),
+    "zero as true": ('{"zero_optimization": true}', "is no DeepSpeed configuration"),
+    "a typo": ('{"zero_optimization": {"stage": 2}, "gradient_cliping": 1}',
+               "'gradient_cliping' is not read here; did you mean 'gradient_clipping'?"),
+    "another arithmetic": ('{"zero_optimization": {"stage": 2}, "amp": {"enabled": true}}',
+                           "'amp' is not read here"),
     "auto elsewhere": ('{"zero_optimization": {"stage": "auto"}}', "must be one of 1, 2, 3, found 'auto'"),
     "auto for another": ('{"zero_optimization": {"stage": 1, "mine": "auto"}}',
                          "'zero_optimization.mine' cannot be \"auto\""),
@@ -124,6 +166,27 @@ def test_a_broken_configuration_is_refused(case, tmp_path):
     config = config_of("--deepspeed", str(path))
     with pytest.raises(UserError, match=f"^deepspeed: .*{message}" if text else message):
         settings_of(config)
+
+
+def test_what_the_run_decides_may_be_left_out_or_said_again(tmp_path):
+    path = tmp_path / "engine.json"
+    path.write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 48, "gradient_clipping": 1}')
+    found = settings_of(config_of("--deepspeed", str(path), "--mixed_precision", "bf16"))
+    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (48, 16)
+    assert found["bf16"] == {"enabled": True} and found["fp16"] == {"enabled": False}
+    assert found["gradient_clipping"] == 1
+
+
+@pytest.mark.parametrize("more", [
+    {"fp16": {"enabled": False, "loss_scale": "big"}}, {"aio": 3}, {"bf16": {"enabled": False, "foo": 1}},
+    {"wall_clock_breakdown": "x"}, {"communication_data_type": "x"}, {"flops_profiler": 3},
+])
+def test_what_deepspeed_itself_refuses_is_one_line_before_the_data_is_read(more, monkeypatch):
+    monkeypatch.setattr("deepspeed.comm.get_world_size", lambda: 1)
+    settings = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}
+    zero._refuse_what_deepspeed_refuses(settings, "mine.json")
+    with pytest.raises(UserError, match="^deepspeed: 'mine.json' is refused by DeepSpeed [(].*[)]$"):
+        zero._refuse_what_deepspeed_refuses(settings | more, "mine.json")
 
 
 @pytest.mark.parametrize(("words", "message"), [
