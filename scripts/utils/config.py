@@ -391,7 +391,7 @@ class StageConfig:
                             high=0.999999)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", low=0.0, high=100.0)
     warmup_steps: int = key(0, "Optimizer steps of linear warm-up.", unit="steps", low=0, high=10**8)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0: no clipping.", low=0.0, high=1e9)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm; 0: no clipping.", low=0.0, high=1e12)
     lora_rank: int = key(0, "Train adapters of this rank in place of the weights; 0: train the weights.",
                          source="LoRA, 2106.09685", low=0, high=4096)
     lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", source="LoRA, 2106.09685",

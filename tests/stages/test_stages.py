@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -433,7 +434,7 @@ def test_a_mistake_leaves_no_run_folder_behind(message, finished, folder):
 def test_a_loss_that_is_not_finite_stops_the_stage(script, finished, folder):
     """At a step that is logged, or in an evaluation before the next of them."""
     with pytest.raises(UserError, match="(loss or the gradient|validation: a score) is not finite .*: lower"):
-        script.main(config_of(script, folder, "broken", "--learning_rate 1e30"))
+        script.main(replace(config_of(script, folder, "broken"), learning_rate=1e30))
     assert not (folder / "broken" / NAMES[script] / "final").exists()
 
 
