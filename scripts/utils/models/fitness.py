@@ -103,11 +103,15 @@ class _Check:
             raise UserError(f"{name} is random in training although its dropout was switched off: "
                             f"{self.first_random()}; {_ADVICE}")
         model.eval()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         stock = self.stock(self.far)
         if not stock.isfinite().all():
             raise UserError(f"{name} computes NaN or infinite numbers; its weights are damaged")
-        if self.differ(first, stock):
-            if not self.differ(first, self.stock()):
+        # such RoPE puts the frequencies of the longest row into a buffer; a table that has grown is none
+        moved = any(buffer.shape == buffers[name].shape and not torch.equal(buffer, buffers[name])
+                    for name, buffer in model.named_buffers() if name in buffers)
+        if moved or self.differ(first, stock):
+            if moved or not self.differ(first, self.stock()):
                 raise UserError(f"{name} says something else of a text when a longer one is in the batch "
                                 f"(its RoPE depends on the longest row), and {what} makes rows of "
                                 f"{self.far + 1} tokens; lower max_prompt_tokens")

@@ -22,8 +22,7 @@ def add_adapter(model, config):
     """
     heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None))
              if head is not None}
-    # Falcon's linear layers have a class of their own; Conv1D is GPT-2's spelling
-    targets = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    targets = [name for name, module in model.named_modules() if _is_linear(module)
                and id(module) not in heads]
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha,
@@ -31,6 +30,13 @@ def add_adapter(model, config):
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
     return model
+
+
+def _is_linear(module) -> bool:
+    """A linear layer, also of a class of its own (FalconLinear), or in GPT-2's spelling (Conv1D). A router is
+    none, although its class extends `nn.Linear` in some families: it returns more than a product.
+    """
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).__name__.endswith(("Linear", "Conv1D"))
 
 
 def share_weights(model):
