@@ -91,14 +91,15 @@ def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
     With LoRA the reference policy shares the policy's weights and the reward model those of a separate value
     model, without their adapters.
     """
+    tokenizer = policy_parent.tokenizer
     policy = without_dropout(load_policy(policy_parent))
-    reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.vocab_size)
     answers = ("max_new_tokens", "max_completion_tokens") if config.ptx_coef else ("max_new_tokens",)
     longest = max(answers, key=lambda name: getattr(config, name))
-    for model, parent, limit in ((policy, policy_parent, longest),
-                                 (reward_model, reward_parent, "max_new_tokens")):
-        refuse_unfit(model, parent, policy_parent.tokenizer,
-                     config.max_prompt_tokens + getattr(config, limit), f"max_prompt_tokens + {limit}")
+    refuse_unfit(policy, policy_parent, tokenizer, config.max_prompt_tokens + getattr(config, longest),
+                 f"max_prompt_tokens + {longest}")
+    reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.vocab_size)
+    refuse_unfit(reward_model, reward_parent, tokenizer, config.max_prompt_tokens + config.max_new_tokens,
+                 "max_prompt_tokens + max_new_tokens")
     ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))
     value_model = None
     if config.advantage == "gae" and config.value_model == "shared":
