@@ -24,6 +24,7 @@ from pathlib import Path
 
 from utils.config import UserError, key
 from utils.data.sources import Source, data_key, open_source, sources_of
+from utils.input_files import ROW_BYTES
 from utils.launch import read_config, start
 from utils.models.folders import model_key
 
@@ -44,6 +45,8 @@ class PrepareConfig:
     max_pairs_per_prompt: int | None = key(None, "Pairwise rows of a prompt beyond this number are dropped; "
                                            "SHP's authors advise 5.",
                                            unit="pairs", source="SHP", low=1, high=10**6)
+    max_row_bytes: int = key(ROW_BYTES, "A larger row of a data file is a bad row.", unit="bytes", low=1000,
+                             high=10**9)
     on_bad_rows = "skip"  # not a key: this script shows the bad rows
 
 
@@ -68,7 +71,7 @@ ENDS = 60  # of a long text, the tokens that are shown at its start and at its e
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def kind_of(source: Source) -> str:
+def kind_of(source: Source, most: int) -> str:
     """The kind of a set, from its first row with a known layout.
 
     Returns:
@@ -78,7 +81,7 @@ def kind_of(source: Source) -> str:
         UserError: when no row has a known layout.
     """
     first = None
-    for _, row in open_source(source, "data").rows:
+    for _, row in open_source(source, "data", most).rows:
         if isinstance(row, BadRow):
             continue
         first = row if first is None else first
@@ -284,7 +287,7 @@ def main(config: PrepareConfig) -> None:
     if config.output_dir is not None:
         refuse_used(Path(config.output_dir).expanduser())
     tokenizer = Parent("model", config.model).tokenizer
-    kind, report = kind_of(sources_of(config.data)[0]), DataReport()
+    kind, report = kind_of(sources_of(config.data)[0], config.max_row_bytes), DataReport()
     rows = loaded(config, kind, tokenizer, report)
     lengths = token_lengths(rows.dataset())
     report.tokens("data", rows.dataset())

@@ -21,6 +21,7 @@ from pathlib import Path
 from trl import TrlParser
 
 from utils.errors import UserError, quoted
+from utils.input_files import ROW_BYTES
 from utils.paths import PROJECT, find_local, nearest
 from utils.suggestions import suggestion
 from utils.yaml_files import dump_yaml, kind_of, read_yaml
@@ -379,6 +380,8 @@ class StageConfig:
     seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)
     on_bad_rows: str = key("error", "What to do with data rows that cannot be used: stop before training, or "
                            "skip them and write them to rejected_rows.jsonl.", choices=["error", "skip"])
+    max_row_bytes: int = key(ROW_BYTES, "A larger row of a data file is a bad row. It is not kept in memory.",
+                             unit="bytes", low=1000, high=10**9)
     allow_overlap: bool = key(False, "Accept a prompt that is in two of training, validation and test data.",
                               source="detail 7")
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1",

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from utils.errors import UserError
 
 SMALL = 1 << 24  # bytes; no file that is read whole is larger
+ROW_BYTES = 10_000_000  # the default of max_row_bytes
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
           stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}

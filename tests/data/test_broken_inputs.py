@@ -8,6 +8,7 @@ say besides where: file and line, or the key.
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -455,8 +456,9 @@ two_sets_of_pairs = partial(two_sets, role="reward")
 
 
 def wordy(folder):
-    (folder / "wordy.jsonl").write_bytes(lines(*({"prompt": f"P{n}", "completion": "one two three four"}
-                                                 for n in range(9))))
+    words = ["one two three four"] * 9 + ["a word " * 200]
+    (folder / "wordy.jsonl").write_bytes(lines(*({"prompt": f"P{n}", "completion": text}
+                                                 for n, text in enumerate(words))))
 
 
 def equal_pairs(folder):
@@ -478,6 +480,10 @@ SETS = {  # what is made, role, words, parts of the message
                                     "--rlhf_training_data a.jsonl",
                                     ["rlhf_training_data: ",
                                      "a.jsonl' is a folder that `datasets` did not save"]),
+    "a named pipe": (lambda folder: os.mkfifo(folder / "a.jsonl"), "actor", "--actor_training_data a.jsonl",
+                     ["a.jsonl: is a named pipe; a regular file is needed"]),
+    "a row that is too long": (wordy, "actor", "--actor_training_data wordy.jsonl --max_row_bytes 1000", [
+        "wordy.jsonl:10: has more than 1000 bytes; shorten it, or raise max_row_bytes" + OR_SKIP]),
     "a link to nothing": (lambda folder: (folder / "a.jsonl").symlink_to(folder / "gone"), "actor",
                           "--actor_training_data a.jsonl", ["actor_training_data: 'a.jsonl' does not exist"]),
     "a folder without the split": (lambda folder: saved(folder / "mine", test=[good(1, "reward")]), "reward",

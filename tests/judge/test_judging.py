@@ -141,7 +141,7 @@ def test_examples_whose_completion_is_too_long_are_dropped_and_counted(tmp_path)
     path.write_text("".join(json.dumps({"prompt": "p q", "completion": text}) + "\n"
                             for text in (" a a a", " a a", " a a a a")))
     tokenizer = mini_tokenizer()
-    config = SimpleNamespace(max_prompt_tokens=9, on_bad_rows="error")
+    config = SimpleNamespace(max_prompt_tokens=9, on_bad_rows="error", max_row_bytes=10**6)
     rows = load_data(config, {"data": NamedSet(str(path), "examples")}, tokenizer, DataReport())["data"]
     said, word = [], tokenizer(" a", add_special_tokens=False)["input_ids"]
     found = tokenised(rows, 3 * len(word) + 1, said.append)

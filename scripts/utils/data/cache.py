@@ -20,8 +20,8 @@ from utils.config import UserError
 from utils.distributed import first_of_a_node
 
 # modules of this folder that decide what a row becomes
-_CODE = ("columns", "comparisons", "dialogues", "examples", "files", "layouts", "sources", "store", "tokens",
-         "validation")
+_CODE = ("arrow_rows", "columns", "comparisons", "dialogues", "examples", "files", "json_rows", "layouts",
+         "sources", "store", "tokens", "unpacking", "validation")
 
 
 def cache_folder() -> Path:

@@ -21,6 +21,7 @@ from utils.data.sources import sources_of
 from utils.data.store import StoredSet
 from utils.data.tokens import TOO_LONG, cannot_fit, token_rows
 from utils.data.validation import read_set, refuse_findings
+from utils.input_files import ROW_BYTES
 
 
 class Tokenised(NamedTuple):
@@ -157,8 +158,8 @@ def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport,
     for field, (value, kind) in named.items():
         if value is not None:
             sources = sources_of(value)
-            sets = [read_set(source, field, kind, **(limits or {} if kind == "rankings" else {}))
-                    for source in sources]
+            own = limits or {} if kind == "rankings" else {}
+            sets = [read_set(source, field, kind, config.max_row_bytes, **own) for source in sources]
             tokens = (tokenizer and [token_rows(stored, tokenizer, config.max_prompt_tokens)
                                      for stored in sets])
             loaded[field] = Rows(sets, tokens, [source.weight for source in sources])
@@ -197,8 +198,8 @@ def load_examples(value, field: str, need_completion: bool = True) -> Rows:
         UserError: naming file and line, for anything that is not an example.
     """
     kind = "examples" if need_completion else "prompts"
-    return load_data(SimpleNamespace(on_bad_rows="error"), {field: NamedSet(value, kind)}, None,
-                     DataReport())[field]
+    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=ROW_BYTES)
+    return load_data(config, {field: NamedSet(value, kind)}, None, DataReport())[field]
 
 
 def load_rankings(value, field: str, max_completions: int, log, min_score_ratio: float = 1.0,
@@ -215,7 +216,7 @@ def load_rankings(value, field: str, max_completions: int, log, min_score_ratio:
     report = DataReport()
     limits = {"max_completions": max_completions, "min_score_ratio": min_score_ratio,
               "max_pairs_per_prompt": max_pairs_per_prompt}
-    config = SimpleNamespace(on_bad_rows="error")
+    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=ROW_BYTES)
     rows = load_data(config, {field: NamedSet(value, "rankings")}, None, report, limits)[field]
     for note in report.notes:
         log(note)

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-
 from utils.config import UserError, find_input, key
+from utils.data.arrow_rows import rows_of
 from utils.data.files import FILE_ENDINGS, BadRow, read_file
+from utils.input_files import ROW_BYTES, open_input, refuse_special
 from utils.paths import find_local, is_hub_name
 from utils.yaml_files import YamlError, parse_yaml
 
@@ -109,19 +109,20 @@ class Opened(NamedTuple):
     rows: Iterator[tuple[int, dict | BadRow]]  # (number, row); numbers start at 1
 
 
-def open_source(source: Source, field: str) -> Opened:
+def open_source(source: Source, field: str, most: int = ROW_BYTES) -> Opened:
     """Open a data set, to be read row by row.
 
     Args:
         field: data key that names it, such as `actor_training_data`. It chooses the split, and messages name
             it.
+        most: bytes of a row (`max_row_bytes`).
 
     Raises:
         UserError: when the data set does not exist, cannot be read, or has no split that the key takes.
     """
     name = source.name
     if _is_on_hub(name):
-        return _open_hub(source, field)
+        return _open_hub(source, field, most)
     path = find_input(name, field)
     hub_only = ["config", "revision", "data_dir", *(["split"] if path.is_file() else [])]
     unusable = [option for option in hub_only if getattr(source, option) is not None]
@@ -129,40 +130,41 @@ def open_source(source: Source, field: str) -> Opened:
         raise UserError(f"{field}: '{name}' is on this disk and has no {' or '.join(unusable)}; leave that "
                         "out")
     if path.is_dir():
-        return _open_saved(path, source.split, field)
+        return _open_saved(path, source.split, field, most)
     # the ending is part of the content, because the same bytes under another ending are other rows
     ending = next(filter(path.name.endswith, FILE_ENDINGS), "")
-    return Opened(str(path), [_digest([path]), ending], read_file(path, field))
+    return Opened(str(path), [_digest([path]), ending], read_file(path, field, most))
 
 
 def _digest(paths: list[Path]) -> str:
     """SHA-256 of the bytes of files."""
     hashes = []
     for path in paths:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _open_saved(path: Path, split: str | None, field: str) -> Opened:
+def _open_saved(path: Path, split: str | None, field: str, most: int) -> Opened:
     """Open a folder that `datasets` has saved."""
     from datasets import DatasetDict, load_from_disk
 
+    refuse_special(path)
     try:
         rows = load_from_disk(str(path))
-    except (OSError, ValueError, RuntimeError, pyarrow.ArrowException):
+    except Exception:  # whatever a damaged state.json or dataset_info.json makes the library raise
         raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one "
                         f"of {', '.join(FILE_ENDINGS)}") from None
     content = [_digest(sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json")))]
     if not isinstance(rows, DatasetDict):
         if split is not None:
             raise UserError(f"{field}: '{path}' has no splits; leave split out")
-        return Opened(str(path), content, _numbered(rows))
+        return Opened(str(path), content, _numbered(rows, most))
     split = _split_of(list(rows), split, field, str(path))
-    return Opened(f"{path}[{split}]", [*content, split], _numbered(rows[split]))
+    return Opened(f"{path}[{split}]", [*content, split], _numbered(rows[split], most))
 
 
-def _open_hub(source: Source, field: str) -> Opened:
+def _open_hub(source: Source, field: str, most: int) -> Opened:
     """Open a data set of the hub."""
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
@@ -180,19 +182,20 @@ def _open_hub(source: Source, field: str) -> Opened:
                         f"reached ({reason}); without a network, name a local copy: a file, or a folder "
                         "saved by `datasets`") from None
     part = "/".join(value for value in (source.name, source.config, source.data_dir) if value)
-    return Opened(f"{part}[{split}]", [_digest_of_rows(rows)], _numbered(rows))
+    return Opened(f"{part}[{split}]", [_digest_of_rows(rows)], _numbered(rows, most))
 
 
 def _digest_of_rows(rows) -> str:
     """SHA-256 of the columns and cells of a data set."""
     digest = hashlib.sha256()
-    for columns in rows.iter(batch_size=1000):
-        digest.update(json.dumps(columns, default=str).encode())
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        digest.update(json.dumps(table.to_pydict(), default=str).encode())
     return digest.hexdigest()
 
 
-def _numbered(rows):
-    return enumerate(rows, start=1)
+def _numbered(rows, most: int):
+    """The rows as they are stored: `datasets` would open images and sounds that stand beside the text."""
+    return enumerate(rows_of(rows.with_format("arrow").iter(batch_size=1000), most), start=1)
 
 
 def _split_of(splits: list[str], asked: str | None, field: str, name: str) -> str:

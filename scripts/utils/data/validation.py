@@ -27,26 +27,29 @@ from utils.data.files import BadRow
 from utils.data.layouts import Example
 from utils.data.sources import Opened, Source, open_source
 from utils.data.store import Pairs, SetWriter, StoredSet
+from utils.input_files import ROW_BYTES
 
 SHOWN = 20  # reasons that a message lists, and numbers of dropped rows that are kept for each reason
 COLUMNS_KEPT = 100  # names of columns that nobody reads
 
 
-def read_set(source: Source, field: str, kind: str, **limits) -> StoredSet:
+def read_set(source: Source, field: str, kind: str, max_row_bytes: int = ROW_BYTES, **limits) -> StoredSet:
     """Read a data set, or take it from the cache if the same content has been read before.
 
     Args:
         field: data key that names the set.
         kind: "examples" (a prompt with its completion), "prompts" (the completion may be missing),
             "rankings", or "ratings" (completions with a number each).
+        max_row_bytes: a larger row is rejected.
         limits: arguments of `_Rankings`, for rankings only.
 
     Raises:
         UserError: when the set does not exist or cannot be read to its end. Rejected rows raise nothing here,
             see `refuse_findings`.
     """
-    opened = open_source(source, field)
-    folder = cached("rows", [opened.content, kind, limits], partial(_build, opened, kind, limits))
+    opened = open_source(source, field, max_row_bytes)
+    key = [opened.content, kind, max_row_bytes, limits]
+    folder = cached("rows", key, partial(_build, opened, kind, limits))
     return StoredSet(folder, opened.label)
 
 
