@@ -208,7 +208,7 @@ MUTATIONS = [
     ]),
     *_of("utils/loop.py", "loop:optimizer_steps_by_their", [
         ("broken weights are saved", None, "Loop._end_of_step",
-         "and not self.divergence.row", "", "loop:between_left_out_steps"),
+         "if self.divergence.row: return", "", "loop:between_left_out_steps"),
         ("broken weights are evaluated", None, "Loop.evaluates",
          "and not self.divergence.row", "", "loop:between_left_out_steps"),
         ("two processes: both take the same rows", 12, "Loop.share",
@@ -637,7 +637,7 @@ MUTATIONS = [
     ]),
     *_of("utils/runs/checkpoints.py", "checkpoints:one_that_is_killed", [
         ("what a killed run left aside gets into the checkpoint", None, "CheckpointFolder.write",
-         "durable.delete(aside) aside.mkdir(parents=True)",
+         "durable.delete(aside) self.folder.mkdir(exist_ok=True) aside.mkdir()",
          "aside.mkdir(parents=True, exist_ok=True)"),
         ("a checkpoint has its name before it is whole", None, "CheckpointFolder.write",
          "write(aside)", "write(aside.rename(self.folder / name)); (self.folder / name).rename(aside)"),

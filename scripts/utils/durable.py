@@ -33,11 +33,19 @@ def fsync_tree(path: Path) -> None:
 def move(temporary: Path, final: Path) -> None:
     """Rename a complete file or folder to its final name, and wait until both are on the disk.
 
-    A file that has the final name is replaced. A folder that has it must be empty.
+    A file that has the final name is replaced. A folder that has it must be empty. Files get the mode that
+    the umask says: safetensors writes weights that nobody else can read.
     """
+    _share_tree(temporary)
     fsync_tree(temporary)
     os.replace(temporary, final)
     fsync(final.parent)
+
+
+def _share_tree(path: Path) -> None:
+    os.umask(umask := os.umask(0o077))  # it can only be read by setting it
+    for file in path.rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
 
 
 def remove(path: Path) -> None:

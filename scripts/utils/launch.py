@@ -12,10 +12,8 @@ once:
 """
 
 import ctypes
-import errno
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -24,6 +22,8 @@ from pathlib import Path
 
 from utils.config import parse_config, refuse_missing
 from utils.errors import UserError, quoted
+from utils.failures import broken_output, errors_of_threads, lost_process
+from utils.screen import outlive_readers
 
 
 def read_config(config_class, default_file: Path | None, description: str):
@@ -34,6 +34,7 @@ def read_config(config_class, default_file: Path | None, description: str):
     Args:
         config_class, default_file, description: see `parse_config`.
     """
+    outlive_readers()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
         signal.signal(signal.SIGINT, _stop_at_once)
     if sys.platform == "win32":
@@ -69,10 +70,20 @@ def _stop_at_once(number, frame) -> None:
     os._exit(130)  # an exception could be caught by what is being imported
 
 
+def _stop(number, frame) -> None:
+    """Until a run catches signals itself nothing is lost, but what was begun is tidied up."""
+    signal.signal(number, signal.SIG_IGN)  # a second one, of a launcher, must not interrupt that
+    os.write(2, b"stopped\n")
+    sys.exit(128 + number)
+
+
 def start(main, config) -> None:
     """Run `main(config)`; a user's mistake becomes one line and exit status 2."""
     if signal.getsignal(signal.SIGINT) is _stop_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
     try:
         _quiet_libraries()
         if getattr(config, "deepspeed", None):
@@ -87,40 +98,17 @@ def start(main, config) -> None:
     except UserError as error:
         _leave(error)
     except Exception as error:
-        if reason := _broken_output(error):
-            _leave(f"{reason}; what was saved so far is intact")
-        if not (reason := _lost_process(error)):
+        if reason := broken_output(error):
+            _leave(reason)
+        if not (reason := lost_process(error)):
             raise
         _leave(f"another process of this run died or hung ({reason}); the last checkpoint is intact: read "
                "what that process printed, then go on with --resume", status=1)
 
 
 def _leave(message, status=2):
-    threading.excepthook = lambda _: None  # experiment trackers write from threads, to the same full disk
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-def _broken_output(error) -> str | None:
-    """Why the output cannot be written; None for any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return f"{error.filename or 'output'}: {error.strerror}"
-    # torch and safetensors raise other types, with the reason in the text only
-    if re.search("No space left|PytorchStreamWriter failed|enforce fail at inline_container", str(error)):
-        return "no space left on the disk"
-    return None
-
-
-def _lost_process(error) -> str | None:
-    """How the communication with another process failed; None for any other error."""
-    import torch
-
-    # gloo raises RuntimeError, with the reason in the text only
-    known = "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting"
-    text = re.search(known, str(error))
-    if text or isinstance(error, torch.distributed.DistError):
-        return text[0] if text else type(error).__name__
-    return None
 
 
 def _quiet_libraries() -> None:
@@ -137,6 +125,7 @@ def _quiet_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     for library in ("transformers", "torch.distributed"):  # meant for the authors of these libraries
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    threading.excepthook = errors_of_threads
     logging.raiseExceptions = False  # else a full disk gives a traceback for each line of train.log
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it searches for one

@@ -63,7 +63,6 @@ class Loop:
         self.run, self.config, self.tokenizer, self.schedule = run, run.config, tokenizer, schedule
         self.accelerator = build_accelerator(run.config, run.folder, deepspeed)
         run.use_trackers(self.accelerator)
-        run.catch_signals()
         self.module = model
         self.model, self.optimizer = self.accelerator.prepare(model.train(), _optimizer(model, run.config))
         use_engine(self.model)
@@ -101,6 +100,7 @@ class Loop:
         After the body of each step: stop when a signal asked for it, and save when it is time.
         """
         self.first_step = self.step
+        self.run.catch_signals()
         with progress_bar(total=self.schedule.steps, initial=self.step, desc=self.run.stage,
                           unit=self.run.unit, shown=self.accelerator.is_main_process) as self.bar:
             while self.step < self.schedule.steps:
@@ -113,12 +113,14 @@ class Loop:
                 self.bar.update(1)
                 self._end_of_step()
         self.divergence.end()
+        self.run.finish()
 
     def _end_of_step(self) -> None:
         self.run.stop_signal = max_over_ranks(self.run.stop_signal)
         due = self.step % self.config.save_steps == 0 or self.step == self.schedule.steps
-        # between left-out steps weights may be broken
-        if (due or self.run.stop_signal) and not self.divergence.row:
+        if self.divergence.row:  # between left-out steps weights may be broken
+            return
+        if due or self.run.stop_signal:
             self.save()
         if self.run.stop_signal:
             self.bar.close()

@@ -20,11 +20,14 @@ class Toy(StageConfig):
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c():
-    """Ctrl-C as a new process has it; then as it was."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals():
+    """As in a new process, and afterwards as they were."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+             signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("module", ["utils.config", "utils.launch", "utils.paths", "utils.stage_keys",
@@ -36,6 +39,12 @@ def test_importing_the_ground_loads_no_heavy_library(module):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=PROJECT / "scripts", capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+@pytest.fixture(autouse=True)
+def no_run(monkeypatch):
+    """No run has claimed a folder in this process."""
+    monkeypatch.setattr("utils.failures.claimed", lambda: None)
 
 
 def started(error, monkeypatch, capsys):
@@ -50,17 +59,70 @@ def started(error, monkeypatch, capsys):
     return left.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"),
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
-    RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+def torch_error():
+    """What torch.save raises when the file that it was given cannot take more."""
+    try:
+        try:
+            raise OSError(errno.EFBIG, "File too large")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), "metrics.jsonl: No space left"),
+    (OSError(errno.EFBIG, "File too large", "metrics.jsonl"), "metrics.jsonl: File too large"),
+    (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    (OSError(errno.ENOENT, "No such file or directory", b"x"), "No such file"),
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+     ": No space left on device;"),
+    (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+     ": File too large;"),
+    (Exception("Permission denied (os error 13)"), "Permission denied"),
+    (torch_error(), "File too large"),
+    (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+     "a limit on the size of files"),
+    (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+     "no space left on the disk"),
+    (RuntimeError("basic_ios::clear: iostream error"), "no space left on the disk"),
+    (RuntimeError("Parent directory /x/checkpoints does not exist."), "x/checkpoints does not exist"),
 ])
-def test_a_full_disk_is_one_line(error, monkeypatch, capsys):
+def test_a_file_that_cannot_be_written_is_one_line(error, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("utils.failures.claimed", lambda: tmp_path)
     code, said = started(error, monkeypatch, capsys)
-    assert code == 2 and said.count("\n") == 1
-    assert said.startswith("error: ") and "o space left on" in said
-    assert said.endswith("what was saved so far is intact\n")
+    assert code == 2 and said.count("\n") == 1 and reason in said
+    assert said.startswith("error: ") and said.endswith("what was saved so far is intact\n")
+
+
+def test_before_a_run_has_its_folder_nothing_is_said_of_what_was_saved(monkeypatch, capsys):
+    code, said = started(OSError(errno.EIO, "Input/output error", "rows.jsonl"), monkeypatch, capsys)
+    assert (code, said) == (2, "error: rows.jsonl: Input/output error\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_training_tidies_up_and_leaves(number, monkeypatch, capfd):
+    tidied = []
+
+    def main(config):
+        try:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # a launcher's second one does not interrupt this
+            tidied.append(True)
+
+    monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+    config = read_config(Toy, None, "")
+    with pytest.raises(SystemExit) as left:
+        start(main, config)
+    assert left.value.code == 128 + number and tidied == [True] and capfd.readouterr().err == "stopped\n"
+
+
+def test_nohup_keeps_its_meaning(monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+    start(lambda config: signal.raise_signal(signal.SIGHUP), read_config(Toy, None, ""))
 
 
 def test_ctrl_c_leaves_without_a_traceback(monkeypatch, capsys):

@@ -256,7 +256,7 @@ ALLOWED = {
     "own names of a base": "class X:\n    def _a(self): pass\nclass Y(X):\n    def f(self): "
                            "super()._a(); self._a()",
     "own names of an imported base":
-        "from utils.runs.run import Run\nclass X(Run):\n    def f(self): return self._tracker",
+        "from utils.runs.run import Run\nclass X(Run):\n    def f(self): return self._trackers",
     "own names beside a library's":
         "from torch import nn\nclass X(nn.Module):\n    def _mine(self): return self._mine",
     "names of Python": "class X(Exception):\n    def f(self): return self.__dict__, type(self).__name__",

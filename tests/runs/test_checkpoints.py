@@ -424,6 +424,7 @@ def dying(monkeypatch, last):
 def test_a_kill_while_one_is_removed_leaves_it_whole_or_not_there(tmp_path, monkeypatch):
     """At each moment of the removal."""
     for last in itertools.count():
+        (tmp_path / str(last)).mkdir()
         ours, killed = written(tmp_path / str(last), [1, 2]), True
         with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
             dying(patched, last)

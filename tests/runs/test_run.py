@@ -247,13 +247,44 @@ def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
 
 
 class Tracker:
-    """An accelerator whose trackers keep what they are sent."""
+    """An accelerator with one tracker, which keeps what it is sent."""
+
+    name = "tracker"
 
     def __init__(self):
-        self.log_with, self.sent = [], []
+        self.trackers, self.log_with, self.sent = [self], [], []
 
     def log(self, values, step):
         self.sent.append((step, values))
+
+    def finish(self):
+        self.sent.append("end")
+
+    def end_training(self):
+        assert not self.trackers
+
+
+class Broken(Tracker):
+    """A tracker that cannot write."""
+
+    name = "broken"
+
+    def log(self, values, step):
+        raise OSError(27, "File too large")
+
+    finish = log
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys):
+    run, tracker = start(tmp_path), Tracker()
+    tracker.trackers.append(Broken())
+    run.use_trackers(tracker)
+    run.metrics(1, {"a": 1.0})
+    run.metrics(2, {"a": 1.0})
+    run.end_tracking()
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "stopped" in line]
+    assert said.startswith("broken stopped ([Errno 27] File too large); training goes on")
+    assert len(run.read_metrics()) == 2 and tracker.sent == [(1, {"a": 1.0}), (2, {"a": 1.0}), "end"]
 
 
 def test_metrics_and_samples_append_one_json_object_a_line(tmp_path):

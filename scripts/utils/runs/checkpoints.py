@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from utils import durable
 from utils.config import UserError
 from utils.distributed import world
+from utils.runs.folder import refuse_lost
 from utils.runs.run import Run
 from utils.zero import full_shape, gathered, gathered_copy, in_files
 
@@ -89,8 +90,10 @@ class CheckpointFolder:
         """`write(folder)`, called on all ranks, fills a checkpoint; it gets its name when it is complete."""
         aside = self.folder / f"{name}.tmp"
         if world().is_main_process:
+            refuse_lost(self.run.folder)
             durable.delete(aside)
-            aside.mkdir(parents=True)
+            self.folder.mkdir(exist_ok=True)  # not its parents: a run's folder that is gone stays gone
+            aside.mkdir()
         world().wait_for_everyone()
         write(aside)
         world().wait_for_everyone()

@@ -9,7 +9,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from utils.config import UserError
+from utils.errors import UserError
 
 LOCK = "run.lock"
 FILES = ("config.yaml", "config.tmp", "data.json", "data.tmp", "metrics.jsonl", "samples.jsonl",
@@ -17,7 +17,7 @@ FILES = ("config.yaml", "config.tmp", "data.json", "data.tmp", "metrics.jsonl", 
          "rejected_rows.tmp", "broken_batch.jsonl", "wandb_id", LOCK)
 FOLDERS = ("plots", "checkpoints", "tensorboard", "wandb", "final.tmp")
 _SECONDS = 2.0  # a start that only looks holds the lock for a moment
-_held: dict[Path, tuple[int, int]] = {}  # process and descriptor, by folder
+_held: dict[str, object] = {}  # of the last claim: folder, process, descriptor
 
 
 class _NoLocksError(Exception):
@@ -45,7 +45,7 @@ def refuse_other_kinds(folder: Path) -> None:
 
 def refuse_running(folder: Path) -> None:
     """Raise UserError when another process has claimed the folder. Nothing is written."""
-    if folder in _mine() or not (folder / LOCK).is_file():
+    if folder == claimed() or not (folder / LOCK).is_file():
         return  # closing the file would drop this process's own lock
     try:
         descriptor = _open(folder / LOCK, os.O_RDONLY)
@@ -61,7 +61,7 @@ def refuse_running(folder: Path) -> None:
 
 
 def claim(folder: Path) -> str | None:
-    """Keep other runs out of the folder until this process ends, however it ends.
+    """Keep other runs out of the folder until this process ends, however it ends, or claims another.
 
     The lock is a POSIX record lock: it also works on NFS, and a forked child does not inherit it. It is lost
     when any descriptor of the file is closed, so nothing in the process may open the file again.
@@ -74,10 +74,11 @@ def claim(folder: Path) -> str | None:
         OSError: when the file cannot be written.
     """
     path = folder / LOCK
-    if folder in _mine():
-        if _same(path, _held[folder][1]):
+    if claimed() is not None:
+        if folder == claimed() and _same(path, _held["descriptor"]):
             return None
-        os.close(_held.pop(folder)[1])  # the folder was removed and made again
+        os.close(_held["descriptor"])  # of another folder, or of one that was removed and made again
+        _held.clear()
     until = time.monotonic() + _SECONDS
     while True:
         descriptor = _open(path, os.O_RDWR | os.O_CREAT)
@@ -93,7 +94,7 @@ def claim(folder: Path) -> str | None:
         if refusal and time.monotonic() > until:
             raise refusal
         time.sleep(0.05)
-    _held[folder] = os.getpid(), descriptor
+    _held.update(folder=folder, process=os.getpid(), descriptor=descriptor)
     who = {"process": os.getpid(), "host": socket.gethostname(),
            "since": datetime.now().isoformat(" ", "seconds")}
     os.ftruncate(descriptor, 0)
@@ -103,14 +104,14 @@ def claim(folder: Path) -> str | None:
 
 def refuse_lost(folder: Path) -> None:
     """Raise UserError when the folder that this process has claimed is gone, or is another one by now."""
-    if folder in _mine() and not _same(folder / LOCK, _held[folder][1]):
+    if folder == claimed() and not _same(folder / LOCK, _held["descriptor"]):
         raise UserError(f"output_dir: '{folder}' was removed or replaced during the run, so what it saved is "
                         "lost; start again")
 
 
-def _mine() -> list[Path]:
-    """What this process has claimed; a forked one has claimed nothing."""
-    return [folder for folder, (process, _) in _held.items() if process == os.getpid()]
+def claimed() -> Path | None:
+    """The folder that this process has claimed. A forked one has claimed nothing."""
+    return _held["folder"] if _held.get("process") == os.getpid() else None
 
 
 def _open(path: Path, flags: int) -> int:

@@ -10,7 +10,6 @@ import os
 import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -31,7 +30,8 @@ from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
 from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
 from utils.runs.records import append_rows, broken_lines, end_line, read_whole_rows, write_json
-from utils.runs.tracking import start_trackers
+from utils.runs.signals import catch_signals, time_for_saving
+from utils.runs.tracking import Trackers
 from utils.yaml_files import read_yaml
 from utils.zero import resumable, save_pretrained
 
@@ -59,7 +59,7 @@ class Run:
             write_json(self.folder / "data.json", report.figures)
             self._write_all("rejected_rows.jsonl", report.rejected())
         self.stop_signal = None
-        self._tracker = None
+        self._trackers = None
 
     def _open(self) -> list[str]:
         """Make the folder, for this run alone. Returns lines for the log."""
@@ -107,18 +107,17 @@ class Run:
         if self.is_main:
             refuse_lost(self.folder)
             append_rows(self.folder / "metrics.jsonl", [{"step": step, **values}])
-            if self._tracker:
-                self._tracker.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+            if self._trackers:
+                self._trackers.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
     def use_trackers(self, accelerator) -> None:
         """Send metrics and samples to the accelerator's trackers too."""
-        start_trackers(accelerator, self.config, self.folder)
-        self._tracker = accelerator
+        self._trackers = Trackers(accelerator, self.config, self.folder, self.log)
 
     def end_tracking(self) -> None:
         """Let the trackers write what they hold back."""
-        if self._tracker:
-            self._tracker.end_training()
+        if self._trackers:
+            self._trackers.end()
 
     def samples(self, step: int, posts: str, rows: list[dict]) -> None:
         """Add what the model wrote for some posts to samples.jsonl and, as text, to the trackers.
@@ -129,17 +128,17 @@ class Run:
         if self.is_main:
             written = [{"step": step, "posts": posts, **row} for row in rows]
             append_rows(self.folder / "samples.jsonl", written)
-            if self._tracker:
+            if self._trackers:
                 text = "\n\n---\n\n".join("\n\n".join(f"**{name}**: {value}" for name, value in row.items())
                                          for row in rows)
-                self._tracker.log({f"samples/{posts}": text}, step=step)
+                self._trackers.log({f"samples/{posts}": text}, step=step)
 
     def rewind_samples(self, step: int) -> None:
         """Forget the samples after a step, and those of the end: the run is going to write them again."""
         path = self.folder / "samples.jsonl"
         if self.is_main and path.exists():
             self._write_all(path.name, [row for row in read_whole_rows(path)
-                                        if row["posts"] != "test" and row["step"] <= step])
+                                        if row.get("posts") != "test" and row["step"] <= step])
 
     def _write_all(self, name: str, rows: Iterable[dict]) -> None:
         """A whole file of rows, none when there is no row; one of the run that this one goes on with is
@@ -215,20 +214,26 @@ class Run:
         write_json(temporary / "stage.json", stage)
         if self.stage == "reward":
             shutil.copyfile(Path(__file__).with_name("reward_card.md"), temporary / "README.md")
+        refuse_lost(self.folder)
         durable.move(temporary, self.folder / "final")
 
     def catch_signals(self) -> None:
-        """Ctrl-C and SIGTERM ask the run to save and stop; a second Ctrl-C stops at once."""
-        asked = []  # of this rank; `stop_signal` may have come from another
+        """From here on Ctrl-C, SIGTERM and SIGHUP ask the run to save and stop."""
+        what = "a checkpoint is saved" if resumable() else "the run ends, without a checkpoint,"
+        self._when_asked = (f"stopping: {what} after this {self.unit} (Ctrl-C again, some seconds later, "
+                            f"stops at once){time_for_saving()}")
+        catch_signals(self._ask)
 
-        def ask(number, frame):
-            if asked:
-                raise KeyboardInterrupt
-            asked.append(number)
-            self.stop_signal = number
-            self.log("stopping: saving a checkpoint first (press Ctrl-C again to stop at once)")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask)
+    def _ask(self, number: int) -> None:
+        self.stop_signal = number
+        self.log(self._when_asked)
+
+    def finish(self) -> None:
+        """All steps are done and saved: a signal comes too late to stop them."""
+        self._when_asked = (f"all {self.unit}s are done and saved; the final figures and final/ follow (a "
+                            "run that is stopped before its end goes on there with --resume)")
+        if self.stop_signal is not None:  # after the last step had looked
+            self.log(self._when_asked)
 
     def stopped(self) -> None:
         """Say how to go on, and leave with the signal's exit status."""

@@ -1,7 +1,11 @@
-"""Experiment trackers: one project for all stages, the run's settings, and one W&B run for all its starts."""
+"""Experiment trackers: one project for all stages, the run's settings, and one W&B run for all its starts.
+
+A tracker that fails is left out, and training goes on: metrics.jsonl has everything.
+"""
 
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +13,37 @@ from accelerate import Accelerator
 
 PROJECT = "opt-rlhf"
 _WANDB_ID = "wandb_id"  # file in the run's folder
+
+
+class Trackers:
+    """The trackers of an accelerator, opened for a run.
+
+    Args:
+        log: takes lines for people.
+    """
+
+    def __init__(self, accelerator: Accelerator, config, folder: Path, log: Callable[[str], None]):
+        start_trackers(accelerator, config, folder)
+        self.accelerator, self.say = accelerator, log
+
+    def log(self, values: dict, step: int) -> None:
+        self._each(lambda tracker: tracker.log(values, step=step))
+
+    def end(self) -> None:
+        """Let them write what they hold back, and leave the group of processes."""
+        self._each(lambda tracker: tracker.finish())
+        self.accelerator.trackers.clear()
+        self.accelerator.end_training()
+
+    def _each(self, call) -> None:
+        for tracker in list(self.accelerator.trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # a disk, a network, whatever the tracker's library raises
+                self.accelerator.trackers.remove(tracker)
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.say(f"{tracker.name} stopped ({reason:.200}); training goes on, and metrics.jsonl has "
+                         "everything")
 
 
 def start_trackers(accelerator: Accelerator, config, folder: Path) -> None:
