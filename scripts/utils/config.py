@@ -95,6 +95,9 @@ def parse_config(config_class, default_file: Path | None, argv: list[str], descr
         UserError: naming file, line and key, when anything does not fit.
     """
     options = _first_options()
+    for word in argv:
+        if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UserError(f"{LINE}: {quoted(word)} is not UTF-8; rename the file, or correct the text")
     # the deepspeed launcher adds its --local_rank
     argv = [word for word in argv if not re.fullmatch("--local[_-]rank=-?[0-9]+", word)]
     first, words = _parsed(options, argv, LINE)

@@ -44,12 +44,18 @@ def _special(path) -> str | None:
     return kind and f"is {kind}; a regular file is needed"
 
 
-def refuse_special(folder: Path) -> None:
-    """Raise UserError when something below a folder is neither a folder nor a regular file that can be read.
+def refuse_special(folder: Path, pattern: str) -> None:
+    """Raise UserError for something in a folder that is neither a folder nor a regular file that can be read.
+
+    Args:
+        pattern: of the paths from there that a library is going to open; "**/*" are all.
     """
-    for path in sorted(folder.rglob("*")):
-        if path.exists() and not path.is_dir():
-            open_input(path).close()
+    try:
+        paths = sorted(path for path in folder.glob(pattern) if path.exists() and not path.is_dir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    for path in paths:
+        open_input(path).close()
 
 
 def read_bytes(path: Path, most: int = SMALL) -> bytes:

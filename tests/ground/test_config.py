@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -682,3 +683,11 @@ def test_a_name_that_is_put_together_is_noticed(text):
 ])
 def test_other_names_and_texts_are_left_alone(text):
     assert names_put_together(text, {"rlhf_validation_data"}) == []
+
+
+def test_a_name_that_is_not_utf8_is_one_line():
+    """Python hands it on with surrogates, which no file that a run writes can hold."""
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    assert one_line(lambda: parse_config(Toy, None, ["--note", name])) == (
+        r"command line: 'caf\udce9.jsonl' is not UTF-8; rename the file, or correct the text")
+    assert parse_config(Toy, None, ["--note", "café 🙂\t"]).note == "café 🙂\t"

@@ -4,6 +4,7 @@ it.
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -135,3 +136,30 @@ def test_the_task_is_template_vocabulary_and_ends():
                     "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest()}
     tokenizer.add_tokens(["<new>"])
     assert task_of(tokenizer)["tokenizer_sha256"] != task["tokenizer_sha256"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "stage.json"])
+@pytest.mark.parametrize("kind", ["a named pipe", "a device", "unreadable"])
+def test_a_file_of_a_model_that_cannot_be_read_is_named(name, kind, tmp_path, monkeypatch):
+    """safetensors calls weights without the right to read them "No such file or directory"."""
+    folder = save_opt(tmp_path / "model")
+    victim, opened = folder / name, os.open
+    victim.unlink(missing_ok=True)
+    if kind == "a named pipe":
+        os.mkfifo(victim)
+    elif kind == "a device":
+        victim.symlink_to("/dev/zero")
+    else:
+        victim.write_bytes(b"")
+
+        def refuse(path, *more, **options):
+            if os.fspath(path) == str(victim):
+                raise PermissionError(13, "Permission denied", path)
+            return opened(path, *more, **options)
+
+        monkeypatch.setattr(os, "open", refuse)
+    reason = "cannot be read (Permission denied)" if kind == "unreadable" else (
+        f"is {kind}; a regular file is needed")
+    with pytest.raises(UserError) as caught:
+        Parent("model", str(folder))
+    assert str(caught.value) == f"{victim}: {reason}"

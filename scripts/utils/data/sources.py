@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+
 from utils.config import UserError, find_input, key
 from utils.data.arrow_rows import rows_of
 from utils.data.files import FILE_ENDINGS, BadRow, read_file
@@ -149,19 +151,22 @@ def _open_saved(path: Path, split: str | None, field: str, most: int) -> Opened:
     """Open a folder that `datasets` has saved."""
     from datasets import DatasetDict, load_from_disk
 
-    refuse_special(path)
+    refuse_special(path, "**/*")
     try:
         rows = load_from_disk(str(path))
-    except Exception:  # whatever a damaged state.json or dataset_info.json makes the library raise
+    except Exception as error:  # the library raises anything for a damaged state.json or dataset_info.json
+        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            raise UserError(f"{field}: '{path}' was saved by `datasets` and is damaged "
+                            f"({type(error).__name__}: {error}); save it again") from None
         raise UserError(f"{field}: '{path}' is a folder that `datasets` did not save; name a file in it, one "
                         f"of {', '.join(FILE_ENDINGS)}") from None
     content = [_digest(sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json")))]
     if not isinstance(rows, DatasetDict):
         if split is not None:
             raise UserError(f"{field}: '{path}' has no splits; leave split out")
-        return Opened(str(path), content, _numbered(rows, most))
+        return Opened(str(path), content, _numbered(rows, most, path))
     split = _split_of(list(rows), split, field, str(path))
-    return Opened(f"{path}[{split}]", [*content, split], _numbered(rows[split], most))
+    return Opened(f"{path}[{split}]", [*content, split], _numbered(rows[split], most, path))
 
 
 def _open_hub(source: Source, field: str, most: int) -> Opened:
@@ -182,7 +187,7 @@ def _open_hub(source: Source, field: str, most: int) -> Opened:
                         f"reached ({reason}); without a network, name a local copy: a file, or a folder "
                         "saved by `datasets`") from None
     part = "/".join(value for value in (source.name, source.config, source.data_dir) if value)
-    return Opened(f"{part}[{split}]", [_digest_of_rows(rows)], _numbered(rows, most))
+    return Opened(f"{part}[{split}]", [_digest_of_rows(rows)], _numbered(rows, most, part))
 
 
 def _digest_of_rows(rows) -> str:
@@ -193,9 +198,17 @@ def _digest_of_rows(rows) -> str:
     return digest.hexdigest()
 
 
-def _numbered(rows, most: int):
+def _numbered(rows, most: int, name):
     """The rows as they are stored: `datasets` would open images and sounds that stand beside the text."""
-    return enumerate(rows_of(rows.with_format("arrow").iter(batch_size=1000), most), start=1)
+    def tables():
+        try:
+            for table in rows.with_format("arrow").iter(batch_size=1000):
+                table.validate(full=True)  # a damaged number could point anywhere into the memory
+                yield table
+        except (pyarrow.ArrowException, OSError, IndexError) as error:
+            raise UserError(f"{name}: is damaged ({error}); save it again") from None
+
+    return enumerate(rows_of(tables(), most), start=1)
 
 
 def _split_of(splits: list[str], asked: str | None, field: str, name: str) -> str:

@@ -6,13 +6,13 @@ not have: it shows whether a rising reward means better summaries. A data set br
 without that key nothing here is used.
 """
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
 from utils.config import UserError, find_input
+from utils.input_files import read_json
 from utils.judge.evaluation import Summaries
 from utils.judge.metrics import label_ceiling, length_controlled_win_rate, reliability, win_rate
 from utils.judge.rankings import confidence, gaps_of
@@ -99,7 +99,7 @@ def load_rules(path: str) -> dict:
     try:
         rules = load_gold(file)
         gold_score("", dict.fromkeys(rules["slots"], ""), rules)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"gold_rules: '{file}' holds no rules of a gold score ({type(error).__name__}: "
                         f"{error}); make it "
                         "again with data/tldr_mini/generate.py, or leave gold_rules out") from None
@@ -121,7 +121,7 @@ def refuse_missing_facts(rules: dict, examples: list) -> None:
 
 def load_gold(path: str | Path) -> dict:
     """Read `gold.json` and index its values by their first word, so that a summary is scanned once."""
-    gold = json.loads(Path(path).read_text(encoding="utf-8"))
+    gold = read_json(Path(path))
     index = defaultdict(list)
     for slot, spec in gold["slots"].items():
         for value in spec["values"]:

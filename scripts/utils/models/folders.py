@@ -5,6 +5,7 @@ from pathlib import Path
 
 from utils.config import key
 from utils.errors import UserError
+from utils.input_files import refuse_special
 from utils.paths import find_local, is_hub_name, nearest
 
 
@@ -30,6 +31,7 @@ def model_folder(field: str, name: str) -> Path | None:
         raise UserError(f"{field}: no model folder at '{name}'; {_instead_of_nothing(name)}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{field}: '{folder}' is not a model folder ({_instead_of(folder, field)})")
+    refuse_special(folder, "*")  # the libraries call weights that cannot be read "No such file"
     return folder
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from utils.config import UserError
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.distributed import world
+from utils.input_files import read_json
 from utils.models.folders import model_folder
 from utils.models.vocabulary import give_pad
 
@@ -146,8 +147,8 @@ class Parent:
         if self.folder is None or not (self.folder / "stage.json").exists():
             return None
         try:
-            stage = json.loads((self.folder / "stage.json").read_text(encoding="utf-8"))
-        except ValueError:
+            stage = read_json(self.folder / "stage.json")
+        except UserError:
             stage = None
         if not isinstance(stage, dict):
             raise UserError(f"{self.key}: '{self.folder / 'stage.json'}' is no JSON object; train "

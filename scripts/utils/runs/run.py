@@ -3,7 +3,6 @@ final.
 """
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ from utils.config import PROJECT, UserError, find_input, save_config
 from utils.console import AboveBars
 from utils.data.report import DataReport
 from utils.distributed import on_main, world
+from utils.input_files import read_json
 from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
 from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
@@ -346,12 +346,12 @@ def finished_run(name: str, stage: str, field: str) -> tuple[Path, dict]:
         UserError: naming the key `field`, when it is not there or not finished.
     """
     folder = find_input(name, field) / stage
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except OSError:
+    if not (folder / "summary.json").exists():
         raise UserError(f"{field}: no finished run in '{folder}' (it has no summary.json); train "
-                        f"it to its end first") from None
-    except ValueError:
+                        f"it to its end first")
+    try:
+        summary = read_json(folder / "summary.json")
+    except UserError:
         summary = None
     if not isinstance(summary, dict):
         raise UserError(f"{field}: '{folder / 'summary.json'}' is no JSON object; train that stage again")
