@@ -47,7 +47,8 @@ class PrepareConfig:
                                            unit="pairs", source="SHP", low=1, high=10**6)
     max_row_bytes: int = key(ROW_BYTES, "A larger row of a data file is a bad row.", unit="bytes", low=1000,
                              high=10**9)
-    on_bad_rows = "skip"  # not a key: this script shows the bad rows
+    on_bad_rows = "skip"  # not keys: this script shows what is bad and what is dropped
+    max_dropped_share = 1.0
 
 
 if __name__ == "__main__":  # before the libraries, which take seconds to import

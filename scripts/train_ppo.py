@@ -462,7 +462,8 @@ def load_posts(config: PPOStageConfig, tokenizer, report: DataReport) -> Posts:
         "rlhf_test_data": NamedSet(config.rlhf_test_data, "prompts"),
     }
     if config.ptx_coef:
-        named["actor_training_data"] = NamedSet(config.actor_training_data, "examples")
+        named["actor_training_data"] = NamedSet(config.actor_training_data, "examples",
+                                                config.max_completion_tokens)
     loaded = load_data(config, named, tokenizer, report)
     names = ("rlhf_training_data", "rlhf_validation_data", "rlhf_test_data")
     training, validation, test = split_rows(config, loaded, *names, report)
@@ -470,7 +471,7 @@ def load_posts(config: PPOStageConfig, tokenizer, report: DataReport) -> Posts:
     supervised = loaded.get("actor_training_data")
     if supervised is not None:
         supervised = supervised_examples(config, supervised, [validation, test], report)
-    training, validation, test = (tokenised(rows, None, report.log) for rows in (training, validation, test))
+    training, validation, test = (tokenised(rows, prompts_only=True) for rows in (training, validation, test))
     return Posts(training.prompts, validation, test, supervised)
 
 
@@ -486,7 +487,7 @@ def supervised_examples(config, examples: Rows, held_out: list[Rows], report) ->
         raise UserError(f"actor_training_data: every prompt in '{config.actor_training_data}' is held out "
                         f"for validation or "
                         "test; name the data that train_sft.py learnt from")
-    return tokenised(kept.weighed(config.seed), config.max_completion_tokens, report.log)
+    return tokenised(kept.weighed(config.seed))
 
 
 def refuse_contradictions(config: PPOStageConfig) -> None:

@@ -236,40 +236,28 @@ def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
     """Training, validation and test rankings as tokens, no prompt in two; references for centring; rated
     answers.
     """
+    longest = config.max_completion_tokens
     loaded = load_data(config, {
-        "reward_training_data": NamedSet(config.reward_training_data, "rankings"),
-        "reward_validation_data": NamedSet(config.reward_validation_data, "rankings"),
-        "reward_test_data": NamedSet(config.reward_test_data, "rankings"),
-        "centring_data": NamedSet(config.centring_data, "examples"),
-        "rating_data": NamedSet(config.rating_data, "ratings"),
+        "reward_training_data": NamedSet(config.reward_training_data, "rankings", longest),
+        "reward_validation_data": NamedSet(config.reward_validation_data, "rankings", longest),
+        "reward_test_data": NamedSet(config.reward_test_data, "rankings", longest),
+        "centring_data": NamedSet(config.centring_data, "examples", longest),
+        "rating_data": NamedSet(config.rating_data, "ratings", longest),
     }, tokenizer, report, {"max_completions": config.max_completions,
                            "min_score_ratio": config.min_score_ratio,
                            "max_pairs_per_prompt": config.max_pairs_per_prompt})
     names = ("reward_training_data", "reward_validation_data", "reward_test_data")
     parts = split_rows(config, loaded, *names, report)
-    parts = [usable(rows, config, name, report) for name, rows in zip(names, parts, strict=True)]
     report.groups("reward_training_data", parts[0])
     references = loaded.get("centring_data")
     if references is not None:
-        references = tokenised(references.first(config.test_rows), config.max_completion_tokens, report.log)
+        references = tokenised(references.first(config.test_rows))
     ratings = loaded.get("rating_data")
     if ratings is not None:
         refuse_overlap({"reward_training_data": parts[0], "rating_data": ratings}, config.allow_overlap,
                        report.log)
-        ratings = usable(ratings, config, "rating_data", report).dataset()
+        ratings = ratings.dataset()
     return *(rows.dataset() for rows in parts), references, ratings
-
-
-def usable(rows, config, name, report):
-    """Rankings or ratings without those that have a completion over the limit, which are counted."""
-    kept = rows.select(rows.token_column("longest") <= config.max_completion_tokens)
-    if len(kept) < len(rows):
-        report.log(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} groups with a completion of more "
-                   f"than {config.max_completion_tokens} tokens")
-    if not len(kept):
-        raise UserError(f"{name}: no group is left; raise max_completion_tokens "
-                        f"({config.max_completion_tokens})")
-    return kept
 
 
 def main(config: RewardStageConfig) -> None:

@@ -162,14 +162,15 @@ def evaluate(loop: Loop, validation: Tokenised, step: int) -> dict[str, float]:
 
 def load_splits(config: SFTStageConfig, tokenizer, report: DataReport) -> list[Tokenised]:
     """Training, validation and test examples as tokens, no prompt in two of them."""
+    longest = config.max_completion_tokens
     loaded = load_data(config, {
-        "actor_training_data": NamedSet(config.actor_training_data, "examples"),
-        "actor_validation_data": NamedSet(config.actor_validation_data, "examples"),
-        "actor_test_data": NamedSet(config.actor_test_data, "examples"),
+        "actor_training_data": NamedSet(config.actor_training_data, "examples", longest),
+        "actor_validation_data": NamedSet(config.actor_validation_data, "examples", longest),
+        "actor_test_data": NamedSet(config.actor_test_data, "examples", longest),
     }, tokenizer, report)
     parts = split_rows(config, loaded, "actor_training_data", "actor_validation_data", "actor_test_data",
                        report)
-    return [tokenised(rows, config.max_completion_tokens, report.log) for rows in parts]
+    return list(map(tokenised, parts))
 
 
 def main(config: SFTStageConfig) -> None:

@@ -393,9 +393,11 @@ MUTATIONS = [
         ("rows, not prompts, are held out", 7, "split_off",
          "np.array([mark in held for mark in marks])", "np.arange(len(marks)) < len(held)"),
         ("a prompt in two splits is accepted", 7, "refuse_overlap", "first != name", "False"),
-        ("completions over the limit stay", 3, "tokenised",
-         'rows.select(rows.token_column("longest") <= max_completion_tokens)', "rows",
-         "judging:examples_whose_completion"),
+    ]),
+    *_of("utils/data/drops.py", "drops", [
+        ("completions over the limit stay", 3, "drop_long", "rows.select(longest <= limit)", "rows"),
+        ("a set may lose any number of rows", 6, "drop_long", "count > most * total", "False"),
+        ("a set may lose any number of pairs", 6, "refuse_many_dropped", "count > most * read", "False"),
     ]),
     *_of("utils/data/tokens.py", "data", [
         ("an EOS that somebody wrote ends a post that is cut", 4, "_ids",

@@ -385,6 +385,8 @@ class StageConfig:
                            "skip them and write them to rejected_rows.jsonl.", choices=["error", "skip"])
     max_row_bytes: int = key(ROW_BYTES, "A larger row of a data file is a bad row. It is not kept in memory.",
                              unit="bytes", low=1000, high=10**9)
+    max_dropped_share: float = key(0.2, "Stop when a larger share of a data set is dropped: completions that "
+                                   "are too long, pairs of equal answers, and so on.", low=0.0, high=1.0)
     allow_overlap: bool = key(False, "Accept a prompt that is in two of training, validation and test data.",
                               source="detail 7")
     max_prompt_tokens: int = key(512, "Longer prompts are cut.", unit="tokens", source="detail 1",

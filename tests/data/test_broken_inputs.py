@@ -513,7 +513,8 @@ SETS = {  # what is made, role, words, parts of the message
                                       ["the same prompt stands in reward_training_data and in "
                                        "reward_test_data: 'P5' (rows.jsonl:6 and held.jsonl:2)"]),
     "equal pairs alone": (equal_pairs, "reward", "--reward_training_data equal.jsonl",
-                          ["reward_training_data: 'equal.jsonl' holds no usable comparison"]),
+                          ["reward_training_data: 'equal.jsonl' holds no usable comparison; they are "
+                           "dropped: equal answers"]),
     "a prompt that cannot fit": (long_title, "rlhf", "--rlhf_training_data long.jsonl --max_prompt_tokens 64",
                                  ["long.jsonl:1 and 8 more such rows: the prompt cannot fit into "
                                   "max_prompt_tokens=64 even without its"]),
@@ -538,7 +539,13 @@ SETS = {  # what is made, role, words, parts of the message
                                          ["rlhf_training_data: 'no.jsonl' does not exist"]),
     "no completion that is short enough": (wordy, "actor",
                                            "--actor_training_data wordy.jsonl --max_completion_tokens 2", [
-        "max_completion_tokens: no completion has 2 tokens or fewer; raise it"]),
+        "actor_training_data: 9 of the 9 rows of 'wordy.jsonl' (100.0%) have a completion of more than "
+        "max_completion_tokens (2); the longest has ",
+        "raise max_completion_tokens, or accept it with max_dropped_share: 1.0"]),
+    "no completion that is short enough, and that accepted": (
+        wordy, "actor", "--actor_training_data wordy.jsonl --max_completion_tokens 2 --max_dropped_share 1", [
+            "actor_training_data: nothing is left, since the shortest completion has ",
+            "; raise max_completion_tokens (2)"]),
     "a broken validation set": (two_sets, "rlhf", "--rlhf_training_data rows.jsonl "
                                                   "--rlhf_validation_data held.jsonl.gz",
                                 ["rlhf_validation_data: 'held.jsonl.gz' does not exist"]),

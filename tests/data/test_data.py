@@ -138,9 +138,8 @@ def test_small_ratios_and_too_many_pairs_of_a_prompt_are_dropped_and_counted(tmp
     found = load_rankings(path, "reward_training_data", 9, said.append, min_score_ratio=2.0,
                           max_pairs_per_prompt=3)
     assert {group.prompt: len(group.pairs) for group in found} == {"Why is the sky blue?": 3, "Q": 1}
-    assert said[1:] == [f"{path}: dropped 2 rows (1 a score_ratio that is too small, 1 more pairs "
-                    f"of one prompt than "
-                    "max_pairs_per_prompt)"]
+    assert said[1:] == [f"reward_training_data: dropped 2 of the 6 rows of '{path}' (33.3%): 1 a score_ratio "
+                        "that is too small, 1 more pairs of one prompt than max_pairs_per_prompt"]
     assert sum(len(group.pairs) for group in rankings(path)) == 6  # by default every row counts
 
 
@@ -200,7 +199,8 @@ def test_every_real_dialogue_is_a_pair_or_counted():
         pytest.skip(f"no dialogues at {path}; set TLDR_DATA_DIR")
     said = []
     found = rankings(str(path), said=said)
-    assert said == [f"{path}: dropped 9 rows (4 an empty answer, 5 share no prompt)"]
+    assert said == [f"reward_training_data: dropped 9 of the 2312 rows of '{path}' (0.4%): 4 an empty "
+                    "answer, 5 share no prompt"]
     assert sum(len(group.pairs) for group in found) == 2312 - 9
     assert all(group.prompt.startswith("Human:") and group.prompt.endswith("\n\nAssistant:")
                for group in found)
@@ -385,7 +385,7 @@ def test_rankings_of_ties_alone_are_dropped_and_counted(cap, tmp_path):
             for n, rank in enumerate((1, 2, 1))]
     path, said = write(tmp_path, *rows), []
     assert {row.prompt for row in rankings(path, cap, said)} == {"P1"}
-    assert said == [f"{path}: dropped 2 rows (2 ties alone)"]
+    assert said == [f"reward_training_data: dropped 2 of the 3 rows of '{path}' (66.7%): 2 ties alone"]
     assert [row.prompt for row in load_examples(path, "x", need_completion=False)] == ["P0", "P1", "P2"]
 
 
@@ -398,7 +398,8 @@ def test_dropped_pairs_are_counted_with_their_reason(tmp_path):
     )
     said = []
     assert all_pairs(rankings(path, said=said)) == [(" a", " b")]
-    assert said == [f"{path}: dropped 5 rows (2 equal answers, 2 an empty answer, 1 share no prompt)"]
+    assert said == [f"reward_training_data: dropped 5 of the 6 rows of '{path}' (83.3%): 2 equal answers, "
+                    "2 an empty answer, 1 share no prompt"]
     rankings(write(tmp_path, pair("a", "b")), said=said)
     assert len(said) == 1, "nothing dropped, nothing said"
 

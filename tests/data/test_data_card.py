@@ -49,7 +49,7 @@ def test_a_row_becomes_what_the_card_says(heading, row, made, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if "ratings" in made:
         named = {"rating_data": NamedSet(str(path), "ratings")}
-        config = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6)
+        config = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6, max_dropped_share=1.0)
         [rated] = load_data(config, named, None, DataReport())["rating_data"]
         ratings = [list(pair) for pair in zip(rated.completions, rated.label_scores, strict=True)]
         assert {"prompt": rated.prompt, "ratings": ratings} == made

@@ -90,7 +90,7 @@ def test_ratings_are_counted_and_load_again_to_the_same(tmp_path):
     assert (figures["key"] == "rating_data" and figures["rows"] == COUNT and figures["sources"][0]["read"]
             == 4 * COUNT)
     assert figures["sources"][0]["dropped"]["no overall rating"]["rows"] == COUNT
-    limits = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6)
+    limits = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6, max_dropped_share=1.0)
     for path in (data, str(tmp_path / "out" / "rows.jsonl")):
         named = {"rating_data": NamedSet(path, "ratings")}
         found = load_data(limits, named, None, DataReport())["rating_data"]

@@ -113,8 +113,8 @@ def test_skipped_rows_are_counted_and_written_down(tmp_path):
     assert (rejected[0]["row"] == {"prompt": "P", "completion": ""} and rejected[4]["row"]
             == '{"prompt": "P", "comp')
     log = (tmp_path / "run" / "train.log").read_text()
-    assert (f"actor_training_data: left out 7 bad rows (on_bad_rows: skip), see rejected_rows.jsonl; the "
-            f"first is {path}:2" in log)
+    assert (f"actor_training_data: left out 7 bad rows of 14 (on_bad_rows: skip), see rejected_rows.jsonl; "
+            f"the first is {path}:2" in log)
     figures = json.loads((tmp_path / "run" / "data.json").read_text())["actor_training_data"]["sources"][0]
     assert (figures["read"], figures["rejected"], figures["rows"]) == (14, 7, 7)
 
@@ -384,13 +384,12 @@ def test_the_rows_of_a_reward_run_are_those_of_its_sets(tmp_path):
         write_rows(tmp_path / f"{name}.jsonl",
                    [{"prompt": f"{name} {n}", "chosen": f"{name}{n} c", "rejected": "d"}
                     for n in range(5)])
-    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6, max_prompt_tokens=32)
+    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6, max_dropped_share=1.0, max_prompt_tokens=32)
     named = {"data": NamedSet([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], "rankings")}
     limits = {"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": None}
     rows = load_data(config, named, tokenizer, DataReport(), limits)["data"].select([7, 2, 9])
     assert [row.prompt for row in rows] == ["b 2", "a 2", "b 4"]
-    table = train_reward.usable(rows, SimpleNamespace(max_completion_tokens=99), "data",
-                                DataReport()).dataset()
+    table = rows.dataset()
     for row, prompt, completions in zip(rows, table["prompt"], table["completions"], strict=True):
         assert tokenizer.decode(prompt, skip_special_tokens=True).strip() == row.prompt
         assert tokenizer.decode(completions[0][:-1]) == row.completions[0]

@@ -2,7 +2,6 @@
 asked for.
 """
 
-import json
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,10 +11,7 @@ import torch
 
 import train_ppo
 from families import EOS, PAD, policy, random_groups, scalar_model
-from tiny_models import mini_tokenizer
-from utils.config import UserError
-from utils.data.report import DataReport
-from utils.data.rows import NamedSet, Tokenised, load_data, tokenised
+from utils.data.rows import Tokenised
 from utils.judge import evaluation
 from utils.judge.judging import Judge
 from utils.models.policy_value import Models, PolicyAndValue
@@ -134,19 +130,3 @@ def test_an_evaluations_kl_and_score_are_of_the_right_summaries():
 def test_a_policy_beyond_the_kl_budget_is_never_chosen(kl, kept):
     """Detail 33. The budget is 20."""
     assert bool(evaluated(policy("opt"), Recorded(kl))[1]) == kept
-
-
-def test_examples_whose_completion_is_too_long_are_dropped_and_counted(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "p q", "completion": text}) + "\n"
-                            for text in (" a a a", " a a", " a a a a")))
-    tokenizer = mini_tokenizer()
-    config = SimpleNamespace(max_prompt_tokens=9, on_bad_rows="error", max_row_bytes=10**6)
-    rows = load_data(config, {"data": NamedSet(str(path), "examples")}, tokenizer, DataReport())["data"]
-    said, word = [], tokenizer(" a", add_special_tokens=False)["input_ids"]
-    found = tokenised(rows, 3 * len(word) + 1, said.append)
-    assert list(found.completions) == [3 * word + [EOS], 2 * word + [EOS]] and len(found.prompts) == 2
-    assert [example.completion for example in found.examples] == [" a a a", " a a"]
-    assert said == [f"dropped 1 of 3 examples with more than {3 * len(word) + 1} completion tokens"]
-    with pytest.raises(UserError, match="^max_completion_tokens: no completion has 2 tokens"):
-        tokenised(rows, 2, said.append)

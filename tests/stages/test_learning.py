@@ -125,7 +125,7 @@ def test_sft_learns_eight_rows_by_heart(base, tmp_path):
     final = Parent("model", str(tmp_path / "sft" / "final"))
     named = {"actor_training_data": NamedSet(files["training"], "examples")}
     found = load_data(config, named, final.tokenizer, DataReport())
-    learnt = tokenised(found["actor_training_data"], None, print)
+    learnt = tokenised(found["actor_training_data"], prompts_only=True)
     loop = epoch_loop(config, load_policy(final), 8)
     loop.tokenizer = final.tokenizer
     figures, _ = train_sft.rouge_of(loop, learnt, "")

@@ -193,10 +193,10 @@ def load_ratings(tmp_path, rows, **more):
 def test_ratings_of_a_post_are_one_group_and_those_of_one_answer_their_mean(tmp_path):
     rows = [rating("p", "One.", 7), rating("q", "Two.", 1), rating("p", "Three.", 2),
             rating("p", " One. ", 4), rating("p", "Four.", None), rating("r", "word " * 200, 3)]
-    table, report = load_ratings(tmp_path, rows)
+    table, report = load_ratings(tmp_path, rows, max_dropped_share=0.5)
     assert table["label_scores"] == [[5.5, 2], [1]] and list(map(len, table["completions"])) == [2, 1]
-    assert any("dropped 1 rows (1 no overall rating)" in note for note in report.notes)
-    assert any(note.startswith("rating_data: dropped 1 of 3 groups") for note in report.notes)
+    assert any("(16.7%): 1 no overall rating" in note for note in report.notes)
+    assert any(note.startswith("rating_data: dropped 1 of the 3 groups") for note in report.notes)
 
 
 @pytest.mark.parametrize(("found", "agreement"), [([[0.1, 0.3], [0.2, 0.9]], "1.000"),

@@ -31,13 +31,16 @@ class DataReport:
             counts = {reason: dropped["rows"] for reason, dropped in stored.meta["dropped"].items()}
             if counts:
                 why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-                self.log(f"{stored.label}: dropped {sum(counts.values())} rows ({why})")
+                total, read = sum(counts.values()), stored.meta["read"]
+                self.log(f"{field}: dropped {total} of the {read} rows of '{stored.label}' "
+                         f"({total / read:.1%}): {why}")
 
     def leave_out(self, field: str, count: int, findings: Callable[[], Iterator[dict]]) -> None:
         """Record rows that `on_bad_rows: skip` leaves out."""
         first = next(findings())
-        self.log(f"{field}: left out {count} bad rows (on_bad_rows: skip), see rejected_rows.jsonl; the "
-                 f"first is {first['place']}: {first['reason']}")
+        read = sum(source["read"] for source in self.figures[field]["sources"])
+        self.log(f"{field}: left out {count} bad rows of {read} (on_bad_rows: skip), see "
+                 f"rejected_rows.jsonl; the first is {first['place']}: {first['reason']}")
         self._left_out.append((field, findings))
 
     def rejected(self) -> Iterator[dict]:

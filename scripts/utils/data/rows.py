@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from utils.config import UserError
+from utils.data.drops import drop_long, refuse_many_dropped
 from utils.data.layouts import Example, Ranking
 from utils.data.report import DataReport
 from utils.data.sources import sources_of
@@ -22,6 +23,8 @@ from utils.data.store import StoredSet
 from utils.data.tokens import TOO_LONG, cannot_fit, token_rows
 from utils.data.validation import read_set, refuse_findings
 from utils.input_files import ROW_BYTES
+
+FEW = 10  # held-out rows whose figures say little
 
 
 class Tokenised(NamedTuple):
@@ -59,7 +62,7 @@ class Rows(Sequence):
         """The first rows, at most so many; of a mixture the first of each set, in proportion to what there is
         of it.
         """
-        owners = np.searchsorted(self.starts, self.indices, side="right") - 1
+        owners = self.owners()
         ends = np.cumsum(np.bincount(owners, minlength=len(self.sets)))
         shares = np.diff(ends * min(count, len(self)) // len(self), prepend=0)
         return (self.select(np.concatenate([np.flatnonzero(owners == owner)[:share]
@@ -68,6 +71,10 @@ class Rows(Sequence):
     def once(self) -> "Rows":
         """Each of these rows once, whatever the weight of its set."""
         return Rows(self.sets, self.tokens, self.weights, np.unique(self.indices))
+
+    def owners(self) -> np.ndarray:
+        """(N,) the number of the set that each row is from."""
+        return np.searchsorted(self.starts, self.indices, side="right") - 1
 
     def __len__(self):
         return len(self.indices)
@@ -138,6 +145,7 @@ class NamedSet(NamedTuple):
 
     value: object
     kind: str
+    max_completion_tokens: int | None = None  # rows with a longer completion are dropped; None: none is
 
 
 def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport,
@@ -152,10 +160,10 @@ def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport,
 
     Raises:
         UserError: with the findings in all of them, unless `on_bad_rows` is skip; or when nothing is left of
-            one.
+            one, or more is dropped of it than `max_dropped_share`.
     """
     loaded = {}
-    for field, (value, kind) in named.items():
+    for field, (value, kind, _) in named.items():
         if value is not None:
             sources = sources_of(value)
             own = limits or {} if kind == "rankings" else {}
@@ -166,10 +174,11 @@ def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport,
     if config.on_bad_rows == "error":
         refuse_findings((one for rows in loaded.values() for one in rows.findings(config)),
                         sum(rows.finding_count() for rows in loaded.values()))
-    return {field: _usable(rows, field, config, report) for field, rows in loaded.items()}
+    return {field: _usable(rows, field, named[field].max_completion_tokens, config, report)
+            for field, rows in loaded.items()}
 
 
-def _usable(rows: Rows, field: str, config, report: DataReport) -> Rows:
+def _usable(rows: Rows, field: str, max_completion_tokens: int | None, config, report: DataReport) -> Rows:
     """The rows without those that cannot be used; what is left out is reported."""
     whole = rows
     report.read(field, rows)
@@ -180,10 +189,18 @@ def _usable(rows: Rows, field: str, config, report: DataReport) -> Rows:
     if not len(rows):
         what = "comparison" if rows.sets[0].meta["kind"] == "rankings" else "row"
         names = ", ".join(stored.label for stored in rows.sets)
-        why = (f"; the first is {bad['place']}: {bad['reason']}"
-               if (bad := next(whole.findings(config), None)) else "")
+        bad, dropped = next(whole.findings(config), None), [*rows.sets[0].meta["dropped"]]
+        why = (f"; the first is {bad['place']}: {bad['reason']}" if bad
+               else f"; they are dropped: {', '.join(dropped)}" if dropped else "")
         raise UserError(f"{field}: '{names}' holds no usable {what}{why}")
+    refuse_many_dropped(rows, field, config.max_dropped_share)
+    if max_completion_tokens is not None:
+        rows = drop_long(rows, field, max_completion_tokens, config.max_dropped_share, report)
     return rows
+
+
+# the keys that decide what is read, for those who want its text
+_TEXT_ONLY = SimpleNamespace(on_bad_rows="error", max_row_bytes=ROW_BYTES, max_dropped_share=1.0)
 
 
 def load_examples(value, field: str, need_completion: bool = True) -> Rows:
@@ -198,8 +215,7 @@ def load_examples(value, field: str, need_completion: bool = True) -> Rows:
         UserError: naming file and line, for anything that is not an example.
     """
     kind = "examples" if need_completion else "prompts"
-    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=ROW_BYTES)
-    return load_data(config, {field: NamedSet(value, kind)}, None, DataReport())[field]
+    return load_data(_TEXT_ONLY, {field: NamedSet(value, kind)}, None, DataReport())[field]
 
 
 def load_rankings(value, field: str, max_completions: int, log, min_score_ratio: float = 1.0,
@@ -216,8 +232,7 @@ def load_rankings(value, field: str, max_completions: int, log, min_score_ratio:
     report = DataReport()
     limits = {"max_completions": max_completions, "min_score_ratio": min_score_ratio,
               "max_pairs_per_prompt": max_pairs_per_prompt}
-    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=ROW_BYTES)
-    rows = load_data(config, {field: NamedSet(value, "rankings")}, None, report, limits)[field]
+    rows = load_data(_TEXT_ONLY, {field: NamedSet(value, "rankings")}, None, report, limits)[field]
     for note in report.notes:
         log(note)
     return rows
@@ -241,7 +256,19 @@ def split_rows(config, loaded: dict[str, Rows], training: str, validation: str, 
     train = train.weighed(config.seed)
     if not len(train):
         raise UserError(f"{training}: its weights leave no row to train on; raise them")
+    _log_sizes(loaded, {training: train, **held}, training, report)
     return train, *held.values()
+
+
+def _log_sizes(loaded: dict[str, Rows], parts: dict[str, Rows], training: str, report: DataReport) -> None:
+    """Say how many rows each part has, and which were held out of the training data."""
+    said = []
+    for field, rows in parts.items():
+        count = f"{len(rows)} row{'s' if len(rows) != 1 else ''}"
+        origin = "" if field in loaded else f" held out of {training}"
+        few = ", too few for figures that say much" if field != training and len(rows) < FEW else ""
+        said.append(f"{field}: {count}{origin}{few}")
+    report.log("; ".join(said))
 
 
 def split_off(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
@@ -283,20 +310,7 @@ def refuse_overlap(splits: dict[str, Rows], allow: bool, log) -> None:
         raise UserError("; ".join(lines) + "; remove it from one, or accept it with allow_overlap: true")
 
 
-def tokenised(rows: Rows, max_completion_tokens: int | None, log) -> Tokenised:
-    """Examples with their tokens; those whose completion is longer than the limit are dropped and counted.
-
-    Args:
-        max_completion_tokens: None: only the prompts are wanted.
-    """
-    if max_completion_tokens is None:
-        return Tokenised(rows, rows.dataset()["prompt"], None)
-    kept = rows.select(rows.token_column("longest") <= max_completion_tokens)
-    if len(kept) < len(rows):
-        log(f"dropped {len(rows) - len(kept)} of {len(rows)} examples with more than {max_completion_tokens} "
-            f"completion tokens")
-    if not len(kept):
-        raise UserError(f"max_completion_tokens: no completion has {max_completion_tokens} tokens "
-                        f"or fewer; raise it")
-    table = kept.dataset()
-    return Tokenised(kept, table["prompt"], table["completion"])
+def tokenised(rows: Rows, prompts_only: bool = False) -> Tokenised:
+    """Examples with their tokens."""
+    table = rows.dataset()
+    return Tokenised(rows, table["prompt"], None if prompts_only else table["completion"])
