@@ -149,7 +149,7 @@ def test_both_labels_for_a_prompt_are_comparisons(tmp_path):
     said = []
     assert pairs(tmp_path, *rows, said=said) == [("P", good, bad) for good in ("fine", "good")
                                                  for bad in ("bad", "worse")]
-    assert "dropped 4 rows" in said[-1] and "2 no unwanted answer to the same prompt" in said[-1]
+    assert "dropped 4 of the 8 rows" in said[-1] and "2 no unwanted answer to the same prompt" in said[-1]
     chat = [{"messages": [CHAT[0], {"role": "assistant", "content": text}], "label": label}
             for text, label in (("good", True), ("bad", False))]
     assert pairs(tmp_path, *chat) == [("Human: Q\n\nAssistant:", "good", "bad")]

@@ -258,7 +258,8 @@ def test_cut_prompts_are_counted(own_cache, tmp_path):
     rows = ["Why?", dialogue(6), "word " * 99, TLDR_TEMPLATE.format(subreddit="a", title="b",
                                                                     post="c d e.\n" * 30)]
     path.write_text("".join(f'{{"prompt": {text!r}}}\n'.replace("'", '"') for text in rows))
-    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6, max_dropped_share=1.0, max_prompt_tokens=60)
+    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6, max_dropped_share=1.0,
+                             max_prompt_tokens=60)
     report = DataReport()
     found = load_data(config, {"data": NamedSet(str(path), "prompts")}, mini_tokenizer(), report)["data"]
     report.tokens("data", found.dataset())

@@ -384,7 +384,8 @@ def test_the_rows_of_a_reward_run_are_those_of_its_sets(tmp_path):
         write_rows(tmp_path / f"{name}.jsonl",
                    [{"prompt": f"{name} {n}", "chosen": f"{name}{n} c", "rejected": "d"}
                     for n in range(5)])
-    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6, max_dropped_share=1.0, max_prompt_tokens=32)
+    config = SimpleNamespace(on_bad_rows="error", max_row_bytes=10**6, max_dropped_share=1.0,
+                             max_prompt_tokens=32)
     named = {"data": NamedSet([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], "rankings")}
     limits = {"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": None}
     rows = load_data(config, named, tokenizer, DataReport(), limits)["data"].select([7, 2, 9])
