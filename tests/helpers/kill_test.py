@@ -1,57 +1,75 @@
 """Does a run survive a kill at any moment? Tiny runs are killed, go on with --resume, and must end alike.
 
-    python tests/helpers/kill_test.py --stage ppo --kills 3                    # a minute on one core
-    python tests/helpers/kill_test.py --output outputs/kills.json              # 30 kills of each stage
+    python tests/helpers/kill_test.py --stage ppo --kills 20                   # a minute on one core
+    python tests/helpers/kill_test.py --output outputs/kills.json              # at every operation
 
-Each stage trains a random OPT of two layers on data/tldr_mini, with a checkpoint every step or two: SFT
-with dropout, PPO with every option that hands something on from update to update. The best weights change
-during the run and are not the last ones. Two undisturbed runs come first; the second must equal the first
-and says how long a run is. Then, again and again, a new run is killed with SIGKILL at a moment drawn from
-all of that time and resumed (started again when it had not written config.yaml yet; left alone when it had
-final/). In the end its metrics.jsonl without `time/*`, its samples.jsonl and every file in final/ must be
-the undisturbed run's, bit for bit.
+Each stage trains a random OPT of two layers on a few rows of data/tldr_mini for several epochs, with a
+checkpoint every step or two: SFT with dropout, PPO with every option that hands something on from update to
+update. Two undisturbed runs come first; the second must equal the first and says which files a run opens,
+renames and removes. In these runs every branch must move (`moves`): else a kill there would show nothing.
+
+Then, again and again, a new run dies before one of these operations, in one of three ways in turn: by
+SIGKILL; by SIGKILL while it wrote the file before, half of which is there; or by a loss of power, after which
+nothing is left of what was not synced. It is resumed (started again when it had not written config.yaml yet;
+left alone when it had final/). Every fourth run is killed once more while it resumes. In the end its
+metrics.jsonl and summary.json without times, its samples.jsonl, every file in final/ and the names in its
+folder must be the undisturbed run's, bit for bit, and nothing may have ended in a traceback.
 
 Runs are forks of this process, which has imported what they need, so that most of a run is its own work. It
 does not try several processes or DeepSpeed. Exit status 1 when a run ended in another way.
 """
 
+import gzip
+import itertools
 import json
 import multiprocessing
 import os
-import random
+import re
 import runpy
+import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets.config
+import deepspeed  # noqa: F401  what the libraries import late, once for all runs
+import torch.utils.tensorboard  # noqa: F401
+from matplotlib.figure import Figure
 
 import environment  # noqa: F401  where the scripts are, and no network
 import train_ppo  # noqa: F401  what the stages import, once for all runs
 import train_reward  # noqa: F401
 import train_sft  # noqa: F401
-from run_folders import checkpoints
+from file_operations import HOW, KILLED, TORN, Operation, Operations
+from run_folders import checkpoints, metrics
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, key
 from utils.launch import read_config, start
-from utils.runs.checkpoints import checksums
+from utils.runs.checkpoints import checksums, number_of
 from utils.runs.records import read_whole_rows
 from utils.runs.run import output_file
 
+# (rows of training data, words of the command line): rows do not divide by a step's, so epochs end within one
 STAGES = {
-    "sft": "--model {models}/base --max_steps 16 --eval_steps 2 --save_steps 2 --logging_steps 3 "
-           "--max_new_tokens 8 --eval_temperature 1.0 --learning_rate 0.01",
-    "reward": "--model {models}/base --max_steps 24 --eval_steps 3 --save_steps 2 --logging_steps 3",
-    "ppo": "--model {models}/base --reward_model {models}/reward --total_episodes 80 --prompts_per_update 4 "
-           "--responses_per_prompt 2 --ppo_epochs 2 --eval_steps 2 --save_steps 1 --max_new_tokens 8 "
-           "--kl_target 0.01 --kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
-           "--actor_training_data data/tldr_mini/actor_train.jsonl.gz --learning_rate 0.003 "
-           "--eval_temperature 1.0 --kl_budget 99",
+    "sft": (10, "--model {inputs}/base --actor_training_data {inputs}/sft.jsonl --max_steps 8 --eval_steps 1 "
+                "--save_steps 2 --logging_steps 3 --per_device_batch_size 4 --max_new_tokens 8 "
+                "--eval_temperature 1.0 --learning_rate 0.03"),
+    "reward": (10, "--model {inputs}/base --reward_training_data {inputs}/reward.jsonl --max_steps 8 "
+                   "--eval_steps 3 --save_steps 2 --logging_steps 3 --per_device_batch_size 4"),
+    "ppo": (6, "--model {inputs}/base --reward_model {inputs}/reward --rlhf_training_data {inputs}/ppo.jsonl "
+               "--total_episodes 48 --prompts_per_update 4 --responses_per_prompt 2 --ppo_epochs 2 "
+               "--eval_steps 1 --save_steps 1 --per_device_batch_size 4 --max_new_tokens 8 --kl_target 0.01 "
+               "--kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
+               "--actor_training_data {inputs}/sft.jsonl --learning_rate 0.006 --eval_temperature 1.0 "
+               "--kl_budget 99 --seed 4"),
 }
 SAVE_STEPS = {"sft": 2, "reward": 2, "ppo": 1}
-FIRST_OFFER = {"sft": 2, "ppo": 0}  # the step after which weights may first be the best ones
+DATA = {"sft": "actor_train", "reward": "reward_train", "ppo": "rlhf_train"}
+TIMES = re.compile("time/.*|seconds|.*_per_second|peak_memory_mb")
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -60,42 +78,51 @@ class KillConfig:
     """What is killed, and how often."""
 
     stage: str = key("all", "Stage whose runs are killed.", choices=[*STAGES, "all"])
-    kills: int = key(30, "Runs of each stage that are killed.", unit="runs", low=1, high=10_000)
-    seed: int = key(0, "Seed of the moments.", low=0, high=2**32 - 1)
+    kills: int | None = key(None, "Runs of each stage that are killed, spread evenly over all operations; "
+                                  "none: one at each operation.", unit="runs", low=1, high=10_000)
+    seed: int = key(0, "Which of the three ways comes first.", low=0, high=2)
     output: str | None = key(None, "Every kill with its moment and what came of it: a .json file.")
 
 
 # ------------------------------------------------------------------------------------------------- one run
 
 
-def make_models(folder: Path) -> None:
-    """base/ and reward/ in `folder`, with random weights. Some responses end, and scores differ."""
+def make_inputs(folder: Path) -> None:
+    """base/ and reward/ with random weights, and the training data of each stage.
+
+    Some responses end, and scores differ.
+    """
     save_opt(folder / "base", eos_logit=3.0)
     save_opt(folder / "reward", "reward", head_scale=50)
+    for stage, (count, _) in STAGES.items():
+        with gzip.open(PROJECT / "data" / "tldr_mini" / f"{DATA[stage]}.jsonl.gz", "rt") as rows:
+            (folder / f"{stage}.jsonl").write_text("".join(itertools.islice(rows, count)))
 
 
-def train(stage: str, models: Path, out: Path, more: list[str]) -> None:
-    """The stage's script, as a user starts it; what it says goes to a file beside `out`."""
+def train(stage: str, inputs: Path, out: Path, more: list[str], dies_at: int | None, how: str) -> None:
+    """The stage's script, as a user starts it; what it says and its operations go to files beside `out`."""
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(b"a plot")  # half a second less
     script = str(PROJECT / "scripts" / f"train_{stage}.py")
-    words = STAGES[stage].format(models=models) + " --per_device_batch_size 4 --eval_rows 4 --test_rows 8"
+    words = STAGES[stage][1].format(inputs=inputs) + " --eval_rows 4 --test_rows 4"
     sys.argv = [script, *words.split(), "--output_dir", str(out), *more]
+    operations = Operations(out, dies_at, how)
     runpy.run_path(script, run_name="__main__")
+    Path(f"{out}.operations").write_text(json.dumps(operations.done))
 
 
-def started(stage, models, out, *more):
-    """A process that trains: this one must not have used torch's threads, which a fork has not."""
-    process = _FORK.Process(target=train, args=(stage, models, out, more))
+def run(stage: str, inputs: Path, out: Path, more=(), dies_at: int | None = None, how: str = KILLED) -> int:
+    """A process that trains: this one must not have used torch's threads, which a fork has not.
+
+    Returns:
+        Its exit status; -9: it was killed.
+    """
+    process = _FORK.Process(target=train, args=(stage, inputs, out, list(more), dies_at, how))
     process.start()
-    return process
-
-
-def finished(process, out: Path) -> None:
     process.join()
-    if process.exitcode != 0:
-        raise UserError(f"a run failed; the last that it said: {Path(f'{out}.log').read_text()[-2000:]}")
+    return process.exitcode
 
 
 # ------------------------------------------------------------------------------------------ what a run leaves
@@ -103,73 +130,152 @@ def finished(process, out: Path) -> None:
 
 def outcome(out: Path) -> dict:
     """What two runs must have in common, by the name that a difference is reported under."""
-    rows = [{name: value for name, value in row.items() if not name.startswith("time/")}
-            for row in read_whole_rows(out / "metrics.jsonl")]
-    return {"metrics.jsonl": rows, "samples.jsonl": (out / "samples.jsonl").read_text(),
-            "final": checksums(out / "final")}
+    summary = json.loads((out / "summary.json").read_text())
+    return {"metrics.jsonl": metrics(out), "samples.jsonl": (out / "samples.jsonl").read_text(),
+            "summary.json": {name: value for name, value in summary.items() if not TIMES.fullmatch(name)},
+            "final": checksums(out / "final"),
+            "names": sorted(path.name for path in [*out.iterdir(), *(out / "checkpoints").iterdir()]),
+            "traceback": "Traceback" in Path(f"{out}.log").read_text()}
 
 
-def progress(out: Path) -> tuple[int, int]:
-    """The last step in the metrics, and that of the newest checkpoint."""
-    logged = [row["step"] for row in read_whole_rows(out / "metrics.jsonl")]
-    saved = [int(path.name.split("-")[1]) for path in checkpoints(out)]
-    return max(logged, default=0), max(saved, default=0)
+def moves(stage: str, out: Path, operations: list[Operation]) -> dict[str, bool]:
+    """What must happen in an undisturbed run, or a kill there would show nothing."""
+    removed = [operation.path for operation in operations if operation.event == "os.rename"]
+    removed = Counter(path.split("/")[1].split("-")[0] for path in removed
+                      if re.fullmatch("checkpoints/(step|update|best)-[0-9]+", path))
+    rows = metrics(out)
+    found = {"old checkpoints are removed": removed["step"] + removed["update"] > 1}
+    if stage == "reward":
+        return found
+    best, last = json.loads((out / "summary.json").read_text())["best_step"], rows[-1]["step"]
+    ended = [row["eval/ended"] for row in rows if "eval/ended" in row]
+    found |= {"best weights give way to better ones, twice": removed["best"] > 1,
+              "the best weights are neither the first nor the last": 0 < best < last,
+              "some summaries end and some do not": any(0 < share < 1 for share in ended)}
+    if stage == "ppo":
+        scores = {row["eval/score"] for row in rows if "eval/score" in row}
+        found |= {"scores differ": len(scores) > 2,
+                  "kl_coef adapts": len({row.get("objective/kl_coef") for row in rows}) > 3}
+    return found
 
 
-def refuse_one_best(stage: str, out: Path) -> None:
-    """Raise UserError when the best weights are the first ones or the last: no resume brings those back."""
-    left = json.loads((checkpoints(out)[-1] / "progress.json").read_text())
-    if stage in FIRST_OFFER and not FIRST_OFFER[stage] < left["best"]["step"] < left["step"]:
-        raise UserError(f"{stage}: the best weights are those of step {left['best']['step']} of "
-                        f"{left['step']}; give the tiny models scores that move")
+def left(out: Path) -> set[str]:
+    """What a run that was killed has left to go on from."""
+    if not (out / "config.yaml").exists():
+        return {"no configuration"}
+    if (out / "final").exists():
+        return {"final/"}
+    names = [path.name for path in out.glob("checkpoints/*")]
+    rows, saved = read_whole_rows(out / "metrics.jsonl"), checkpoints(out)
+    found = {"final/ in part"} if (out / "final.tmp").exists() else set()
+    if any(name.endswith(".old.tmp") for name in names):
+        found.add("a checkpoint that is being removed")
+    if any(name.endswith(".tmp") and not name.endswith(".old.tmp") for name in names):
+        found.add("a checkpoint that is being written")
+    if not saved:
+        return found | {"no checkpoint"}
+    step = number_of(saved[-1])
+    bests = [number_of(path) for path in out.glob("checkpoints/best-*") if path.suffix != ".tmp"]
+    if any(row["step"] > step for row in rows):
+        found.add("metrics of later steps")
+    if any(best > step for best in bests):
+        found.add("best weights of later steps")
+    if any(best < step for best in bests):
+        found.add("best weights of earlier steps")
+    return found | {"a checkpoint"}
 
 
-def killed(stage: str, models: Path, out: Path, moment: float, expected: dict) -> dict:
-    """One run that is killed `moment` seconds after its start, and resumed. Its row of the report."""
-    process = started(stage, models, out)
-    process.join(moment)
-    process.kill()
-    process.join()
-    (logged, saved), complete = progress(out), (out / "final").exists()
-    if not complete:
-        resume = ["--resume"] if (out / "config.yaml").exists() else []
-        process = started(stage, models, out, *resume)
-        process.join()
-    found = outcome(out) if process.exitcode == 0 or complete else {}
+# ----------------------------------------------------------------------------------------------------- kills
+
+
+class Kill(NamedTuple):
+    """When and how a run dies, and its resumed run once more; -1: that does not."""
+
+    operation: int
+    how: str
+    again: int
+
+
+def kills_of(operations: list[Operation], count: int | None, seed: int) -> list[Kill]:
+    """So many kills, spread evenly over the operations, in each way in turn; None: one at each operation.
+
+    Of every fourth run the resumed one is killed, too, in its first half.
+    """
+    count = min(count or len(operations), len(operations))
+    kills = []
+    for turn in range(count):
+        place = turn * len(operations) // count
+        how = HOW[(turn + seed) % len(HOW)]
+        kills.append(Kill(place, KILLED if how == TORN and not operations[place].written else how,
+                          again=place // 2 if turn % 4 == 3 else -1))
+    return kills
+
+
+def killed(stage: str, inputs: Path, out: Path, kill: Kill, expected: dict) -> dict:
+    """One run that is killed and resumed. Its row of the report."""
+    status = run(stage, inputs, out, dies_at=kill.operation, how=kill.how)
+    states = left(out) if status == -9 else {"a run that was not killed"}
+    if kill.again >= 0 and not (out / "final").exists():
+        if run(stage, inputs, out, resume(out), kill.again, kill.how) == -9:
+            states |= {f"then {state}" for state in left(out)}
+    if not (out / "final").exists():
+        status = run(stage, inputs, out, resume(out))
+    try:
+        found = outcome(out)
+    except (OSError, ValueError):  # it has not come to its end
+        found = {}
     differs = [name for name in expected if found.get(name) != expected[name]]
-    return {"moment": round(moment, 3), "finished": complete, "logged": logged, "saved": saved,
-            "lost": 0 if complete else logged - saved, "differs": differs}
+    said = Path(f"{out}.log").read_text()[-1000:] if differs else ""
+    return {**kill._asdict(), "left": sorted(states), "differs": differs, "said": said}
 
 
-def kill_runs(stage: str, kills: int, seed: int, folder: Path):
-    """Rows of `killed`, one for each kill, at moments drawn from all of an undisturbed run's time."""
-    models = folder / "models"
-    if not models.exists():
-        process = _FORK.Process(target=make_models, args=(models,))
-        process.start()
-        process.join()
-    expected, seconds = None, 0.0
-    for number in range(2):
-        out, began = folder / f"{stage}-undisturbed-{number}", time.time()
-        finished(started(stage, models, out), out)
-        seconds = time.time() - began  # the second finds tokens in the cache, as those that are killed do
+def resume(out: Path) -> list[str]:
+    return ["--resume"] if (out / "config.yaml").exists() else []
+
+
+def undisturbed(stage: str, inputs: Path, folder: Path) -> tuple[dict, list[Operation]]:
+    """The outcome of a run, and its operations.
+
+    Raises:
+        UserError: when a second one ends otherwise, or something does not move in it.
+    """
+    expected = None
+    for number in range(2):  # the second finds tokens in the cache, as those that are killed do
+        out = folder / f"{stage}-undisturbed-{number}"
+        if run(stage, inputs, out):
+            raise UserError(f"{stage}: a run failed; the last that it said: "
+                            f"{Path(f'{out}.log').read_text()[-2000:]}")
         if expected not in (None, outcome(out)):
             raise UserError(f"{stage}: two undisturbed runs differ, so nothing can be said of killed ones")
         expected = outcome(out)
-    refuse_one_best(stage, out)
-    draw = random.Random(f"{seed}-{stage}")
-    for number in range(kills):
-        yield killed(stage, models, folder / f"{stage}-{number}", draw.random() * seconds, expected)
+    operations = [Operation(*row) for row in json.loads(Path(f"{out}.operations").read_text())]
+    if still := [name for name, moved in moves(stage, out, operations).items() if not moved]:
+        raise UserError(f"{stage}: {'; '.join(still)}: not so in the undisturbed run")
+    return expected, operations
+
+
+def kill_runs(stage: str, count: int | None, seed: int, folder: Path):
+    """Rows of `killed`, for so many kills of all, spread evenly."""
+    inputs = folder / "inputs"
+    if not inputs.exists():
+        inputs.mkdir()
+        process = _FORK.Process(target=make_inputs, args=(inputs,))
+        process.start()
+        process.join()
+    expected, operations = undisturbed(stage, inputs, folder)
+    for number, kill in enumerate(kills_of(operations, count, seed)):
+        row = killed(stage, inputs, folder / f"{stage}-{number}", kill, expected)
+        yield {"operations": len(operations), "before": " ".join(operations[kill.operation][:2]), **row}
+        shutil.rmtree(folder / f"{stage}-{number}")
 
 
 # ----------------------------------------------------------------------------------------------------- report
 
 
 def table_line(stage: str, rows: list[dict]) -> str:
-    moments = [row["moment"] for row in rows]
-    equal, lost = sum(not row["differs"] for row in rows), max(row["lost"] for row in rows)
-    return (f"{stage:6}  {len(rows):5}  {min(moments):6.2f} .. {max(moments):5.2f} s  {equal:5}  {lost:10}"
-            f"  {SAVE_STEPS[stage]:10}")
+    equal = sum(not row["differs"] for row in rows)
+    again = sum(row["again"] >= 0 for row in rows)
+    return f"{stage:6}  {rows[0]['operations']:10}  {len(rows):5}  {again:5}  {equal:5}"
 
 
 def main(config: KillConfig) -> None:
@@ -182,9 +288,12 @@ def main(config: KillConfig) -> None:
             for row in kill_runs(stage, config.kills, config.seed, Path(folder)):
                 report[stage].append(row)
                 print(json.dumps({"stage": stage, **row}), flush=True)
-    print("stage   kills            moments  equal  steps lost  save_steps")
+    print("stage   operations  kills  again  equal")
     for stage, rows in report.items():
         print(table_line(stage, rows))
+    for stage, rows in report.items():
+        for state, count in sorted(Counter(state for row in rows for state in row["left"]).items()):
+            print(f"{stage:6}  {count:5}  {state}")
     print(f"{time.time() - began:.0f} s")
     if output:
         output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
