@@ -539,7 +539,7 @@ def main(config: PPOStageConfig) -> None:
     if deepspeed:
         models.trained.frozen.extend(models.frozen)
 
-    run = Run(config, "ppo", report)
+    run = Run(config, "ppo", report, [sft, reward])
     optimizer_steps = config.updates * config.ppo_epochs * config.steps_per_pass
     loop = Loop(run, models.trained, sft.tokenizer, Schedule(config.updates, optimizer_steps, "linear"),
                 deepspeed)

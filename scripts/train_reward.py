@@ -275,7 +275,7 @@ def main(config: RewardStageConfig) -> None:
                  "max_prompt_tokens + max_completion_tokens")
     model = trainable(model, config)
 
-    run = Run(config, "reward", report)
+    run = Run(config, "reward", report, [base])
     loop = Loop(run, GroupModel(model, scores), base.tokenizer, config.schedule(len(rankings)), deepspeed)
     loop.resume()
     if loop.step == 0:

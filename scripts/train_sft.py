@@ -189,7 +189,7 @@ def main(config: SFTStageConfig) -> None:
     refuse_unfit(policy, base, base.tokenizer, longest, "actor_training_data", dropout=True)
     policy = trainable(policy, config)
 
-    run = Run(config, "sft", report)
+    run = Run(config, "sft", report, [base])
     model = GroupModel(policy, partial(response_logprobs, temperature=1.0))
     loop = Loop(run, model, base.tokenizer, config.schedule(len(examples)), deepspeed)
     before = rouge_of(loop, test, "base model")

@@ -684,6 +684,16 @@ MUTATIONS = [
         ("a run goes on without its best weights", None, "_search",
          'best and damage(checkpoints.folder / f"best-{best[\'step\']}")', "None"),
     ]),
+    *_of("utils/runs/origins.py", "origins:what_differs", [
+        ("a run goes on with other data", None, "_changes",
+         'then["data"].get(field) != now["data"].get(field)', "False"),
+        ("a run goes on with other code", None, "_changes",
+         '_differing(then["code"], now["code"])', "()"),
+        ("another configuration is resumed", None, "changes_accepted",
+         "before != value", "False", "origins:a_config_yaml_that"),
+        ("a moved file counts as another one", None, "",
+         'DATA = ( "actor_training_data",', "DATA = (", "origins:what_only_lies"),
+    ]),
     *_of("utils/durable.py", "durable:a_folder_and_all", [
         ("what is removed is there half", None, "remove",
          "os.replace(path, aside)", "delete(path); aside.mkdir()", "checkpoints:a_kill_while"),

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import math
-import os
 import re
 import sys
 import typing
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from utils.durable import move
 from utils.errors import UserError, quoted
 from utils.input_files import ROW_BYTES
 from utils.paths import PROJECT, find_local, nearest
@@ -380,6 +380,8 @@ class StageConfig:
 
     output_dir: str = key("outputs/run/stage", "Folder of this run; must be new or empty unless `resume`.")
     resume: bool = key(False, "Continue from the newest checkpoint in `output_dir`.")
+    allow_changes: bool = key(False, "With `resume`: go on although data, models, code or libraries are not "
+                                     "what the run began with.")
     seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)
     on_bad_rows: str = key("error", "What to do with data rows that cannot be used: stop before training, or "
                            "skip them and write them to rejected_rows.jsonl.", choices=["error", "skip"])
@@ -422,12 +424,14 @@ class StageConfig:
         `parse_config` refuses a value other than the default for them, if the user gave it. A subclass adds
         its own keys.
         """
-        return {} if self.lora_rank else {"lora_alpha": "lora_rank is 0, so there are no adapters"}
+        idle = {} if self.lora_rank else {"lora_alpha": "lora_rank is 0, so there are no adapters"}
+        return idle if self.resume else idle | {"allow_changes": "it is for resume"}
 
 
 def save_config(config, path: Path) -> None:
     """Write the resolved configuration as a YAML file that `--config` reads again to the same."""
-    saved = {**dataclasses.asdict(config), "resume": False}  # a run from this file is a new one
+    # a run from this file is a new one
+    saved = {**dataclasses.asdict(config), "resume": False, "allow_changes": False}
     unfinished = path.with_suffix(".tmp")  # renamed when complete: a run killed here can still be resumed
     unfinished.write_text(dump_yaml(saved), encoding="utf-8")
-    os.replace(unfinished, path)
+    move(unfinished, path)

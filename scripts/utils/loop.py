@@ -34,7 +34,7 @@ from utils.runs.checkpoints import (
     trainable_weights,
 )
 from utils.runs.divergence import Divergence
-from utils.runs.resume import PROGRESS, find_point
+from utils.runs.resume import PROGRESS, find_point, refuse_changes
 from utils.runs.run import Run
 from utils.stage_keys import Schedule
 from utils.zero import full_shape, load_engine, resumable, save_engine, use_engine
@@ -73,6 +73,8 @@ class Loop:
         self.best = Best(self.checkpoints)
         # looked for before anything is computed: a run that cannot go on says so at once
         self.resume_point = find_point(self.checkpoints, run.unit) if run.config.resume else None
+        if self.resume_point is not None:
+            refuse_changes(self.resume_point, run)
         self.divergence = Divergence(run, tokenizer, self.accelerator)
         self.step, self.first_step, self.carried = 0, 0, {}
         self.weights: dict[str, Weights] = {"trained": trainable_weights(model)}  # what a checkpoint holds
@@ -238,7 +240,7 @@ class Loop:
             progress = {"step": self.step, "best": self.best.found, "carried": self.carried,
                         "losses": losses, "steps_summed": self._steps_summed,
                         "scheduler": self.scheduler.state_dict(), "scaler": scaler and scaler.state_dict(),
-                        "processes": self.accelerator.num_processes,
+                        "processes": self.accelerator.num_processes, "origins": self.run.origins,
                         "metrics_bytes": self.run.metrics_bytes()}
             (folder / PROGRESS).write_text(json.dumps(progress, indent=1))
 

@@ -166,8 +166,10 @@ def test_what_a_public_set_holds_is_dropped_and_counted_with_its_lines(tmp_path)
                       max_completions=9,
                       min_score_ratio=1.0, max_pairs_per_prompt=None)
     dropped = {"equal answers": {"rows": 2, "first": [2, 4]}, "an empty answer": {"rows": 1, "first": [3]}}
-    assert stored.meta == {"kind": "rankings", "layouts": {"prompt, chosen, rejected": 4}, "read": 4,
-                           "rejected": 0, "rows": 1, "unread": {}, "dropped": dropped}
+    content = stored.meta["content"]
+    assert stored.meta == {"kind": "rankings", "content": content, "dropped": dropped,
+                           "layouts": {"prompt, chosen, rejected": 4}, "read": 4, "rejected": 0, "rows": 1,
+                           "unread": {}}
 
 
 # --------------------------------------------------------------------------------------------------- grouping

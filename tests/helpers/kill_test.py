@@ -20,6 +20,7 @@ does not try several processes or DeepSpeed. Exit status 1 when a run ended in a
 """
 
 import gzip
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -36,8 +37,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets.config
-import deepspeed  # noqa: F401  what the libraries import late, once for all runs
-import torch.utils.tensorboard  # noqa: F401
 from matplotlib.figure import Figure
 
 import environment  # noqa: F401  where the scripts are, and no network
@@ -53,22 +52,21 @@ from utils.runs.checkpoints import checksums, number_of
 from utils.runs.records import read_whole_rows
 from utils.runs.run import output_file
 
-# (rows of training data, words of the command line): rows do not divide by a step's, so epochs end within one
 STAGES = {
-    "sft": (10, "--model {inputs}/base --actor_training_data {inputs}/sft.jsonl --max_steps 8 --eval_steps 1 "
-                "--save_steps 2 --logging_steps 3 --per_device_batch_size 4 --max_new_tokens 8 "
-                "--eval_temperature 1.0 --learning_rate 0.03"),
-    "reward": (10, "--model {inputs}/base --reward_training_data {inputs}/reward.jsonl --max_steps 8 "
-                   "--eval_steps 3 --save_steps 2 --logging_steps 3 --per_device_batch_size 4"),
-    "ppo": (6, "--model {inputs}/base --reward_model {inputs}/reward --rlhf_training_data {inputs}/ppo.jsonl "
-               "--total_episodes 48 --prompts_per_update 4 --responses_per_prompt 2 --ppo_epochs 2 "
-               "--eval_steps 1 --save_steps 1 --per_device_batch_size 4 --max_new_tokens 8 --kl_target 0.01 "
-               "--kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
-               "--actor_training_data {inputs}/sft.jsonl --learning_rate 0.006 --eval_temperature 1.0 "
-               "--kl_budget 99 --seed 4"),
+    "sft": "--model {models}/base --actor_training_data {models}/sft.jsonl --max_steps 8 --eval_steps 1 "
+           "--save_steps 2 --logging_steps 3 --per_device_batch_size 4 --max_new_tokens 8 "
+           "--eval_temperature 1.0 --learning_rate 0.03",
+    "reward": "--model {models}/base --reward_training_data {models}/reward.jsonl --max_steps 8 "
+           "--eval_steps 3 --save_steps 2 --logging_steps 3 --per_device_batch_size 4",
+    "ppo": "--model {models}/base --reward_model {models}/reward --rlhf_training_data {models}/ppo.jsonl "
+           "--total_episodes 48 --prompts_per_update 4 --responses_per_prompt 2 --ppo_epochs 2 "
+           "--eval_steps 1 --save_steps 1 --per_device_batch_size 4 --max_new_tokens 8 --kl_target 0.01 "
+           "--kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
+           "--actor_training_data {models}/sft.jsonl --learning_rate 0.006 --eval_temperature 1.0 "
+           "--kl_budget 99 --seed 4",
 }
-SAVE_STEPS = {"sft": 2, "reward": 2, "ppo": 1}
-DATA = {"sft": "actor_train", "reward": "reward_train", "ppo": "rlhf_train"}
+# training data: so many rows that an epoch ends within a step
+DATA = {"sft": ("actor_train", 10), "reward": ("reward_train", 10), "ppo": ("rlhf_train", 6)}
 TIMES = re.compile("time/.*|seconds|.*_per_second|peak_memory_mb")
 _FORK = multiprocessing.get_context("fork")
 
@@ -87,39 +85,39 @@ class KillConfig:
 # ------------------------------------------------------------------------------------------------- one run
 
 
-def make_inputs(folder: Path) -> None:
+def make_models(folder: Path) -> None:
     """base/ and reward/ with random weights, and the training data of each stage.
 
     Some responses end, and scores differ.
     """
     save_opt(folder / "base", eos_logit=3.0)
     save_opt(folder / "reward", "reward", head_scale=50)
-    for stage, (count, _) in STAGES.items():
-        with gzip.open(PROJECT / "data" / "tldr_mini" / f"{DATA[stage]}.jsonl.gz", "rt") as rows:
+    for stage, (name, count) in DATA.items():
+        with gzip.open(PROJECT / "data" / "tldr_mini" / f"{name}.jsonl.gz", "rt") as rows:
             (folder / f"{stage}.jsonl").write_text("".join(itertools.islice(rows, count)))
 
 
-def train(stage: str, inputs: Path, out: Path, more: list[str], dies_at: int | None, how: str) -> None:
+def train(stage: str, models: Path, out: Path, more: list[str], dies_at: int | None, how: str) -> None:
     """The stage's script, as a user starts it; what it says and its operations go to files beside `out`."""
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(b"a plot")  # half a second less
     script = str(PROJECT / "scripts" / f"train_{stage}.py")
-    words = STAGES[stage][1].format(inputs=inputs) + " --eval_rows 4 --test_rows 4"
+    words = STAGES[stage].format(models=models) + " --eval_rows 4 --test_rows 4"
     sys.argv = [script, *words.split(), "--output_dir", str(out), *more]
     operations = Operations(out, dies_at, how)
     runpy.run_path(script, run_name="__main__")
     Path(f"{out}.operations").write_text(json.dumps(operations.done))
 
 
-def run(stage: str, inputs: Path, out: Path, more=(), dies_at: int | None = None, how: str = KILLED) -> int:
+def run(stage: str, models: Path, out: Path, more=(), dies_at: int | None = None, how: str = KILLED) -> int:
     """A process that trains: this one must not have used torch's threads, which a fork has not.
 
     Returns:
         Its exit status; -9: it was killed.
     """
-    process = _FORK.Process(target=train, args=(stage, inputs, out, list(more), dies_at, how))
+    process = _FORK.Process(target=train, args=(stage, models, out, list(more), dies_at, how))
     process.start()
     process.join()
     return process.exitcode
@@ -197,29 +195,29 @@ class Kill(NamedTuple):
 
 
 def kills_of(operations: list[Operation], count: int | None, seed: int) -> list[Kill]:
-    """So many kills, spread evenly over the operations, in each way in turn; None: one at each operation.
+    """So many kills from the first operation to the last, in each way in turn; None: one at each operation.
 
     Of every fourth run the resumed one is killed, too, in its first half.
     """
     count = min(count or len(operations), len(operations))
     kills = []
     for turn in range(count):
-        place = turn * len(operations) // count
+        place = round(turn * (len(operations) - 1) / max(1, count - 1))
         how = HOW[(turn + seed) % len(HOW)]
         kills.append(Kill(place, KILLED if how == TORN and not operations[place].written else how,
                           again=place // 2 if turn % 4 == 3 else -1))
     return kills
 
 
-def killed(stage: str, inputs: Path, out: Path, kill: Kill, expected: dict) -> dict:
+def killed(stage: str, models: Path, out: Path, kill: Kill, expected: dict) -> dict:
     """One run that is killed and resumed. Its row of the report."""
-    status = run(stage, inputs, out, dies_at=kill.operation, how=kill.how)
+    status = run(stage, models, out, dies_at=kill.operation, how=kill.how)
     states = left(out) if status == -9 else {"a run that was not killed"}
     if kill.again >= 0 and not (out / "final").exists():
-        if run(stage, inputs, out, resume(out), kill.again, kill.how) == -9:
+        if run(stage, models, out, resume(out), kill.again, kill.how) == -9:
             states |= {f"then {state}" for state in left(out)}
     if not (out / "final").exists():
-        status = run(stage, inputs, out, resume(out))
+        status = run(stage, models, out, resume(out))
     try:
         found = outcome(out)
     except (OSError, ValueError):  # it has not come to its end
@@ -233,7 +231,7 @@ def resume(out: Path) -> list[str]:
     return ["--resume"] if (out / "config.yaml").exists() else []
 
 
-def undisturbed(stage: str, inputs: Path, folder: Path) -> tuple[dict, list[Operation]]:
+def undisturbed(stage: str, models: Path, folder: Path) -> tuple[dict, list[Operation]]:
     """The outcome of a run, and its operations.
 
     Raises:
@@ -242,7 +240,7 @@ def undisturbed(stage: str, inputs: Path, folder: Path) -> tuple[dict, list[Oper
     expected = None
     for number in range(2):  # the second finds tokens in the cache, as those that are killed do
         out = folder / f"{stage}-undisturbed-{number}"
-        if run(stage, inputs, out):
+        if run(stage, models, out):
             raise UserError(f"{stage}: a run failed; the last that it said: "
                             f"{Path(f'{out}.log').read_text()[-2000:]}")
         if expected not in (None, outcome(out)):
@@ -256,15 +254,15 @@ def undisturbed(stage: str, inputs: Path, folder: Path) -> tuple[dict, list[Oper
 
 def kill_runs(stage: str, count: int | None, seed: int, folder: Path):
     """Rows of `killed`, for so many kills of all, spread evenly."""
-    inputs = folder / "inputs"
-    if not inputs.exists():
-        inputs.mkdir()
-        process = _FORK.Process(target=make_inputs, args=(inputs,))
+    models = folder / "models"
+    if not models.exists():
+        models.mkdir()
+        process = _FORK.Process(target=make_models, args=(models,))
         process.start()
         process.join()
-    expected, operations = undisturbed(stage, inputs, folder)
+    expected, operations = undisturbed(stage, models, folder)
     for number, kill in enumerate(kills_of(operations, count, seed)):
-        row = killed(stage, inputs, folder / f"{stage}-{number}", kill, expected)
+        row = killed(stage, models, folder / f"{stage}-{number}", kill, expected)
         yield {"operations": len(operations), "before": " ".join(operations[kill.operation][:2]), **row}
         shutil.rmtree(folder / f"{stage}-{number}")
 
@@ -279,6 +277,8 @@ def table_line(stage: str, rows: list[dict]) -> str:
 
 
 def main(config: KillConfig) -> None:
+    for late in ("deepspeed", "torch.utils.tensorboard"):  # what accelerate imports in each run, once for all
+        importlib.import_module(late)
     output = output_file(config.output, "output", ".json") if config.output else None
     began, report = time.time(), {}
     with tempfile.TemporaryDirectory(prefix="kill-test-") as folder:

@@ -79,7 +79,7 @@ def test_resume_goes_on_with_what_is_there(tmp_path):
 
 def test_another_configuration_is_not_resumed(tmp_path):
     start(tmp_path)
-    with pytest.raises(UserError, match="^resume: 'learning_rate' is 0.5 here, but the run in .* has 3e-06;"):
+    with pytest.raises(UserError, match="^resume: 'learning_rate' is 0.5 here, but 3e-06 in '.*config.yaml'"):
         refuse_used_folder(Toy(output_dir=str(tmp_path), resume=True, seed=7, learning_rate=0.5))
     elsewhere = f"{tmp_path}/../{tmp_path.name}"
     refuse_used_folder(Toy(output_dir=elsewhere, resume=True, seed=7, report_to=["none"], save_total_limit=9))

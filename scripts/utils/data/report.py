@@ -24,7 +24,8 @@ class DataReport:
 
     def read(self, field: str, rows) -> None:
         """Record what each set of a data key held, and which of its rows were dropped (detail 6)."""
-        self.figures[field] = {"sources": [{"name": stored.label, **stored.meta} for stored in rows.sets]}
+        self.figures[field] = {"sources": [{"name": stored.label, "weight": weight, **stored.meta}
+                                           for stored, weight in zip(rows.sets, rows.weights, strict=True)]}
         for stored in rows.sets:
             if unread := stored.meta["unread"]:
                 self.log(f"{field}: columns of '{stored.label}' that are not read: {listed(unread)}")

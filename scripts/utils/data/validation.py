@@ -109,8 +109,9 @@ def _build(opened: Opened, kind: str, limits: dict, folder: Path) -> None:
     columns = Counter()
     for names, count in unread.items():
         columns.update(dict.fromkeys(names, count))
-    meta = {"kind": kind, "layouts": dict(layouts), "read": read, "rejected": writer.rejected_count,
-            "dropped": dropped, "rows": writer.row_count, "unread": dict(columns.most_common(COLUMNS_KEPT))}
+    meta = {"kind": kind, "content": opened.content, "layouts": dict(layouts), "read": read,
+            "rejected": writer.rejected_count, "dropped": dropped, "rows": writer.row_count,
+            "unread": dict(columns.most_common(COLUMNS_KEPT))}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 

@@ -7,8 +7,10 @@ from typing import NamedTuple
 from accelerate.utils import broadcast_object_list
 
 from utils.config import UserError
-from utils.distributed import world
+from utils.distributed import on_main, world
 from utils.runs.checkpoints import CheckpointFolder, damage, next_best, number_of
+from utils.runs.origins import changes_accepted
+from utils.runs.run import Run
 
 PROGRESS = "progress.json"
 
@@ -41,6 +43,16 @@ def find_point(checkpoints: CheckpointFolder, kind: str) -> Point | None:
                         f"here are {world().num_processes}; start as many, or a new run in another "
                         "--output_dir")
     return point
+
+
+def refuse_changes(point: Point, run: Run) -> None:
+    """Raise UserError when the run's data, models, code or configuration are not those of the checkpoint."""
+    def compare():
+        line = changes_accepted(point.progress["origins"], run.origins, point.path, run.config.allow_changes)
+        if line:
+            run.log(line)
+
+    on_main(compare)
 
 
 def _search(checkpoints, kind) -> tuple[Point | None, list[str]]:

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from utils.input_files import read_json
 from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
 from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
+from utils.runs.origins import BY_CONTENT, FREE, origins_of
 from utils.runs.records import append_rows, broken_lines, end_line, read_whole_rows, write_json
 from utils.runs.signals import catch_signals, time_for_saving
 from utils.runs.tracking import Trackers
@@ -45,7 +46,7 @@ class Run:
     behind.
     """
 
-    def __init__(self, config, stage: str, report: DataReport):
+    def __init__(self, config, stage: str, report: DataReport, parents: Sequence[Parent] = ()):
         self.config, self.stage, self.is_main = config, stage, world().is_main_process
         self.unit = UNITS[stage]
         self.folder = Path(config.output_dir).expanduser()
@@ -55,6 +56,8 @@ class Run:
         self._lines = self._logger()
         for note in [*notes, *report.notes]:
             self.log(note)
+        # taken now, since the models' folders may change while the run goes on
+        self.origins = origins_of(config, stage, report, parents) if self.is_main else None
         if self.is_main:
             write_json(self.folder / "data.json", report.figures)
             self._write_all("rejected_rows.jsonl", report.rejected())
@@ -315,17 +318,13 @@ def _nothing_trained(folder: Path) -> bool:
         row["step"] for row in read_whole_rows(metrics))
 
 
-# what may differ between a run and its continuation: it changes what is written down, not what is learnt
-_FREE = ("output_dir", "resume", "report_to", "logging_steps", "save_steps", "eval_steps", "save_total_limit")
-
-
 def _refuse_other_config(config, path: Path) -> None:
+    """Compare with the run's config.yaml, before the data is read; the checkpoint knows more."""
     saved, _ = read_yaml(path)
     for name, value in asdict(config).items():
-        if name not in _FREE and saved.get(name, value) != value:
-            raise UserError(f"resume: '{name}' is {value!r} here, but the run in '{path.parent}' has "
-                            f"{saved[name]!r}; "
-                            "resume with the same configuration, or name a new --output_dir")
+        if name not in (*FREE, *BY_CONTENT) and saved.get(name, value) != value:
+            raise UserError(f"resume: '{name}' is {value!r} here, but {saved[name]!r} in '{path}'; resume "
+                            "with the configuration that the run began with, or name a new --output_dir")
 
 
 def peak_memory_mb() -> float:
