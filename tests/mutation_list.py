@@ -717,9 +717,34 @@ MUTATIONS = [
         ("DeepSpeed's engine steps on a broken loss", None, "Divergence._leave_out",
          "or self.in_backward", "", "divergence:under_deepspeed_the_first"),
     ]),
+    *_of("utils/console.py", "console:where_a_stream", [
+        ("bars are drawn into files", None, "progress_bar",
+         "shown and sys.stdout.isatty() and sys.stderr.isatty()", "shown"),
+        ("lines are written through the bars", None, "AboveBars.emit",
+         "tqdm.external_write_mode(file=self.stream)", "tqdm.get_lock()", "console:lines_stand"),
+        ("libraries' warnings are written through the bars", None, "warn_above_bars",
+         "AboveBars(sys.stderr)", "logging.StreamHandler(sys.stderr)", "console:lines_stand"),
+        ("a table is broken by a narrow terminal", None, "show_table",
+         "natural <= terminal", "True", "console:a_table_fits"),
+    ]),
+    *_of("utils/runs/tracking.py", "tracking:a_resume_goes_on", [
+        ("a resumed run opens another W&B run", None, "_wandb_run",
+         "config.resume and path.exists()", "False"),
+        ("trackers do not get the configuration", None, "start_trackers",
+         "None if config.resume else settings", "None", "tracking:all_stages_are"),
+    ]),
+    *_of("utils/runs/ending.py", "stages:the_test_figures", [
+        ("test figures are not logged", None, "end_stage",
+         'run.metrics(step, {f"test/{name}": value for name, value in ending.summary.items()})', "pass"),
+    ]),
+    *_of("utils/judge/plots.py", "plots:ppos_picture", [
+        ("ppo.png does not mark the update that was kept", None, "curves", "if kept:", "if False:"),
+    ]),
     *_of("utils/runs/run.py", "run:what_a_stopped", [
         ("a run on several nodes says how to go on with one", None, "Run.stopped",
          'os.environ.get("WORLD_SIZE", "1") != processes', "False"),
+        ("samples of steps that are made again stay", None, "Run.rewind_samples",
+         'row["step"] <= step', "True", "run:samples_after_the"),
     ]),
     *_of("planning/memory.py", "plan_memory:ddp_copies_float32", [
         ("the plan does not shard weights under ZeRO-3", None, "weights",

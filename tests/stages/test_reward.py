@@ -95,10 +95,10 @@ def test_figures_of_the_reward_model_by_hand(tmp_path, monkeypatch):
     # the two posts are drawn again: the first twice, say, or the second
     assert (figures["accuracy_low"], figures["accuracy_high"]) == pytest.approx((0.5, 2 / 3))
     # groups of one post are one post: more answers than a group holds, or two rows in the file
-    again = {name: values * 3 for name, values in rows.items()}
-    monkeypatch.setattr(train_reward, "score_groups", lambda *_: [[3.0, 1.0, 2.0], [0.5, 0.5]] * 3)
+    again = {name: values * 30 for name, values in rows.items()}
+    monkeypatch.setattr(train_reward, "score_groups", lambda *_: [[3.0, 1.0, 2.0], [0.5, 0.5]] * 30)
     same, _ = train_reward.accuracy_of(reward_loop(tmp_path), again, "")
-    assert same == pytest.approx({**figures, "pairs": 12})
+    assert same == pytest.approx({**figures, "pairs": 120})
     # .88 and .73; the second is right once of two, the tie half of .5
     sure = {gap: sigmoid(gap) for gap in (2, 1)}
     assert figures["ece"] == pytest.approx(((1 - sure[2]) + 2 * (sure[1] - 0.5) + 0.0) / 4)
