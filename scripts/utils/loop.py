@@ -222,9 +222,12 @@ class Loop:
         """A checkpoint with all that a resume needs; the newest `save_total_limit` are kept."""
         if resumable():
             self.checkpoints.write(f"{self.run.unit}-{self.step}", self._write)
+        self._drop_old()
+
+    def _drop_old(self) -> None:
         self.checkpoints.keep(self.run.unit, self.config.save_total_limit, self.step)
         if self.accelerator.is_main_process:
-            self._drop_forgotten()
+            self.best.drop_forgotten([_best_of(path) for path in self.checkpoints.paths(self.run.unit)])
 
     def _write(self, folder) -> None:
         if self._engine:
@@ -255,8 +258,7 @@ class Loop:
             self.run.rewind(self.resume_point.progress["metrics_bytes"] if self.resume_point else 0)
             self.run.rewind_samples(self.step if self.resume_point else -1)
         self.checkpoints.go_on_after(self.run.unit, self.step)
-        if self.accelerator.is_main_process:
-            self._drop_forgotten()
+        self._drop_old()  # a run that was killed after its last checkpoint writes no other
 
     def _read(self, folder, progress: dict) -> None:
         if self._engine:
@@ -273,9 +275,6 @@ class Loop:
         self.scheduler.load_state_dict(progress["scheduler"])
         if progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
-
-    def _drop_forgotten(self) -> None:
-        self.best.drop_forgotten([_best_of(path) for path in self.checkpoints.paths(self.run.unit)])
 
 
 def _best_of(checkpoint) -> dict | None:

@@ -513,6 +513,18 @@ def test_a_resumed_run_leaves_nothing_half(tmp_path):
     assert kept(first.run.folder) == sorted(["best-1", "update-2", *theirs])
 
 
+def test_a_run_that_was_killed_before_it_removed_old_ones_removes_them_when_it_goes_on(tmp_path, monkeypatch):
+    first = loop_of(tmp_path)
+    for update in (7, 8):
+        save(first, update)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CheckpointFolder, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        save(first, 9)
+    again = loop_of(first.run.folder, resume=True)
+    again.resume()
+    assert kept(first.run.folder) == ["update-8", "update-9"] and again.step == 9
+
+
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_something_else_in_place_of_the_folder_is_named(kind, tmp_path):
     put(tmp_path / "checkpoints", kind)
