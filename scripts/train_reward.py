@@ -118,7 +118,8 @@ def train(loop: Loop, rankings, validation) -> None:
         passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size,
                                config.micro_batch_tokens)
         parts = [collate([rows[i] for i in part], loop) for part in passes]
-        total = loop.total(sum(weights.sum() for *_, weights in parts))  # pairs or posts, of all ranks
+        # pairs or posts, of all ranks; a rank without rows must bring a number of the same type
+        total = loop.total(sum((weights.sum() for *_, weights in parts), start=torch.tensor(0.0)))
         for groups, order, weights in loop.parts(parts, spare=lambda first=places[:1]: collate(
                 rows_at(rankings, first), loop)):
             # all completions of a post are scored in one pass over the post

@@ -192,7 +192,7 @@ def test_the_bar_moves_within_a_batch_and_ends_full(monkeypatch):
         def update(self, count):
             self.moves.append(count)
 
-    monkeypatch.setattr(generation, "tqdm", Bar)
+    monkeypatch.setattr(generation, "progress_bar", Bar)
     found = draw(policy("opt"), PROMPTS, k=1, temperature=2.0, batch_size=3, progress="sampling")
     assert sum(bars[0].moves) == bars[0].total == 2 * 8
     assert bars[0].moves.count(1) >= max(map(len, found.responses))
