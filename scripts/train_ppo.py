@@ -185,6 +185,7 @@ from utils.ppo import (
 )
 from utils.runs.checkpoints import trainable_weights
 from utils.runs.ending import Ending, end_stage
+from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.runs.token_sums import TokenSums
 from utils.zero import load_settings
@@ -525,10 +526,11 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
 
 
 def main(config: PPOStageConfig) -> None:
-    refuse_impossible(config)
     refuse_contradictions(config)
-    set_seed(config.seed)
     sft, reward = Parent("model", config.model), Parent("reward_model", config.reward_model)
+    open_stage(config, sft)
+    refuse_impossible(config)
+    set_seed(config.seed)
     check_task(sft, reward)
     report = DataReport()
     posts = load_posts(config, sft.tokenizer, report)
@@ -540,6 +542,7 @@ def main(config: PPOStageConfig) -> None:
         models.trained.frozen.extend(models.frozen)
 
     run = Run(config, "ppo", report, [sft, reward])
+    run.log(plan_of(config, len(posts.prompts), config.updates, run.unit))
     optimizer_steps = config.updates * config.ppo_epochs * config.steps_per_pass
     loop = Loop(run, models.trained, sft.tokenizer, Schedule(config.updates, optimizer_steps, "linear"),
                 deepspeed)

@@ -102,6 +102,7 @@ from utils.models.outputs import GroupModel, scores
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.runs.ending import Ending, end_stage
+from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.zero import load_settings
 
@@ -262,9 +263,10 @@ def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
 
 
 def main(config: RewardStageConfig) -> None:
+    base = Parent("model", config.model)
+    open_stage(config, base)
     refuse_impossible(config)
     set_seed(config.seed)
-    base = Parent("model", config.model)
     check_task(base)
     report = DataReport()
     rankings, validation, test, references, ratings = load_splits(config, base.tokenizer, report)
@@ -277,7 +279,9 @@ def main(config: RewardStageConfig) -> None:
     model = trainable(model, config)
 
     run = Run(config, "reward", report, [base])
-    loop = Loop(run, GroupModel(model, scores), base.tokenizer, config.schedule(len(rankings)), deepspeed)
+    schedule = config.schedule(len(rankings))
+    run.log(plan_of(config, len(rankings), schedule.steps, run.unit))
+    loop = Loop(run, GroupModel(model, scores), base.tokenizer, schedule, deepspeed)
     loop.resume()
     if loop.step == 0:
         evaluate(loop, validation, 0)

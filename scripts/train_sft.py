@@ -65,6 +65,7 @@ from utils.models.outputs import GroupModel, response_logprobs
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.runs.ending import Ending, end_stage
+from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.zero import load_settings
 
@@ -174,9 +175,10 @@ def load_splits(config: SFTStageConfig, tokenizer, report: DataReport) -> list[T
 
 
 def main(config: SFTStageConfig) -> None:
+    base = Parent("model", config.model)
+    open_stage(config, base)
     refuse_impossible(config)
     set_seed(config.seed)
-    base = Parent("model", config.model)
     check_task(base)
     report = DataReport()
     training, validation, test = load_splits(config, base.tokenizer, report)
@@ -191,7 +193,9 @@ def main(config: SFTStageConfig) -> None:
 
     run = Run(config, "sft", report, [base])
     model = GroupModel(policy, partial(response_logprobs, temperature=1.0))
-    loop = Loop(run, model, base.tokenizer, config.schedule(len(examples)), deepspeed)
+    schedule = config.schedule(len(examples))
+    run.log(plan_of(config, len(examples), schedule.steps, run.unit))
+    loop = Loop(run, model, base.tokenizer, schedule, deepspeed)
     before = rouge_of(loop, test, "base model")
     run.log(f"base model: test ROUGE mean {before[0]['rouge_avg']:.3f} on {len(test.prompts)} posts")
     # after the base model's figures: a resumed run has trained weights

@@ -176,9 +176,6 @@ MUTATIONS = [
     *_of("utils/config.py", "zero_settings:launchers_may_add", [
         ("a launcher's local rank is an unknown key", None, "parse_config",
          'if not re.fullmatch("--local[_-]rank=-?[0-9]+", word)', ""),
-        ("the published learning rate is another", 9, "StageConfig",
-         "learning_rate: float = key(3e-6", "learning_rate: float = key(3e-5",
-         "config:the_defaults_are_the_published"),
     ]),
     *_of("utils/episodes.py", "ppo_update:minibatches_share_out", [
         ("two processes: both sample the same prompts", 30, "own_prompts",
@@ -198,6 +195,15 @@ MUTATIONS = [
          'elif not getattr(config, "gradient_checkpointing", False)', "else"),
         ("holes that tensors leave stay with the process", None, "give_back_freed_memory",
          "_mallopt(-3, 2**17)", "pass", "launch:tensors_leave_holes"),
+    ]),
+    *_of("utils/models/size.py", "size:from_1b_on_the_rate", [
+        ("the published learning rate is another", 9, "", "_PUBLISHED_SIZE, _PUBLISHED = 1e9, 3e-6",
+         "_PUBLISHED_SIZE, _PUBLISHED = 1e9, 3e-5"),
+        ("a small model gets the rate of a large one", 9, "learning_rate",
+         "min(1.0, max(0.0,", "max(1.0, min(0.0,",
+         "size:a_smaller_model_has"),
+        ("adapters get the rate of the weights", 9, "learning_rate", "_ADAPTERS if adapters else 1", "1",
+         "size:adapters"),
     ]),
     *_of("utils/stage_keys.py", "loop:the_length_of_a_run", [
         ("the reward model is trained for two epochs", 10, "EpochStageConfig",

@@ -395,7 +395,9 @@ class StageConfig:
                                  low=8, high=10_000_000)
     per_device_batch_size: int = key(8, "Rows (prompt groups) in one forward pass.", unit="rows",
                                      low=1, high=100_000)
-    learning_rate: float = key(3e-6, "Peak learning rate.", source="detail 9", low=1e-12, high=1.0)
+    learning_rate: float | None = key(None, "Peak learning rate; none: 3e-6 from 1B parameters on, more for "
+                                      "a smaller model (docs/options.md).", source="detail 9", low=1e-12,
+                                      high=1.0)
     adam_eps: float = key(1e-5, "Epsilon of AdamW.", source="detail 9", low=1e-20, high=1.0)
     adam_beta2: float = key(0.999, "Decay of AdamW's second moment.", source="PyTorch", low=0.0,
                             high=0.999999)

@@ -434,11 +434,11 @@ FILES = sorted(p for p in (PROJECT / "configs").rglob("*.yaml") if p.stem in STA
 
 
 PUBLISHED = {  # what N+, ST, IG and LMHP print; the reference configuration is theirs
-    "sft": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": 3e-6, "adam_eps": 1e-5,
+    "sft": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": None, "adam_eps": 1e-5,
             "num_train_epochs": 1.0, "loss_on": "completion", "eval_temperature": 0.01},
-    "reward": {"max_prompt_tokens": 512, "max_completion_tokens": 169, "learning_rate": 3e-6,
+    "reward": {"max_prompt_tokens": 512, "max_completion_tokens": 169, "learning_rate": None,
                "adam_eps": 1e-5, "num_train_epochs": 1.0, "max_completions": 9, "margin": 0.0},
-    "ppo": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": 3e-6, "adam_eps": 1e-5,
+    "ppo": {"max_prompt_tokens": 512, "max_new_tokens": 53, "learning_rate": None, "adam_eps": 1e-5,
             "kl_coef": 0.05, "kl_estimator": "k1", "kl_target": None, "kl_horizon": 10_000,
             "temperature": 0.7, "missing_eos_score": -1.0, "gamma": 1.0, "lam": 0.95, "whiten_rewards": False,
             "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1,

@@ -52,7 +52,8 @@ def _prepared(config):
     PartialState(cpu=True)
     if not config.resume:
         config = replace(config, output_dir=tempfile.mkdtemp(dir=config.output_dir))
-    return replace(config, report_to=["none"])
+    rate = config.learning_rate or 3e-6  # a stage's `main` chooses one where none is given
+    return replace(config, report_to=["none"], learning_rate=rate)
 
 
 def bare_loop(config, module: torch.nn.Module, schedule: Schedule) -> Loop:

@@ -16,6 +16,7 @@ from utils.distributed import world
 from utils.judge.gold import table_rows
 from utils.models.parents import Parent
 from utils.runs.run import Run
+from utils.runs.standstill import standstill
 
 _PRINTED = 2  # posts
 _LONGEST = 1500  # characters of a post
@@ -37,6 +38,8 @@ class Ending(NamedTuple):
 
 def end_stage(run: Run, step: int, model, tokenizer, parents: list[Parent], ending: Ending) -> None:
     """Write everything that a finished stage leaves after its last `step`, and print the table."""
+    if note := standstill(run.read_metrics(), run.stage, run.config.learning_rate):
+        run.log(note)
     run.samples(step, "test", ending.samples)
     run.metrics(step, {f"test/{name}": value for name, value in ending.summary.items()})
     run.write_summary(ending.summary | ending.work)

@@ -1,0 +1,53 @@
+"""What a stage says when it begins, and the learning rate that it chooses."""
+
+from dataclasses import replace
+
+import pytest
+
+import train_ppo
+import train_reward
+import train_sft
+from tiny_models import save_opt
+from utils.models.parents import Parent
+from utils.runs.opening import open_stage, plan_of, spelled
+
+CONFIGS = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig,
+           "ppo": train_ppo.PPOStageConfig}
+TUNED = {"sft": "0.001", "reward": "0.0003", "ppo": "0.0002"}
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_the_first_lines_name_model_size_machine_and_rate(stage, tmp_path, capsys):
+    parent = Parent("model", str(save_opt(tmp_path / "tiny")))
+    config = CONFIGS[stage](model=parent.name)
+    open_stage(config, parent)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{stage}: {parent.name}, 63,") and " parameters, on " in first
+    assert first.endswith(f"; learning rate {TUNED[stage]} (by its size, as none is given)")
+    assert config.learning_rate == float(TUNED[stage]) and second == f"{stage}: reading the data"
+    given = replace(config, learning_rate=5e-5)
+    open_stage(given, parent)
+    assert given.learning_rate == 5e-5
+    assert capsys.readouterr().out.splitlines()[0].endswith("; learning rate 5e-05")
+
+
+def test_adapters_get_a_rate_of_their_own(tmp_path, capsys):
+    parent = Parent("model", str(save_opt(tmp_path / "tiny")))
+    config = CONFIGS["sft"](model=parent.name, lora_rank=4)
+    open_stage(config, parent)
+    assert config.learning_rate == 5e-3
+
+
+def test_the_plan_names_rows_steps_and_a_warm_up_that_does_not_end():
+    config = CONFIGS["sft"](warmup_steps=10, output_dir="outputs/x")
+    assert plan_of(config, 4000, 250, "step") == (
+        "sft: 4,000 rows to learn from, 250 steps, evaluated every 100, saved every 100, into outputs/x")
+    assert "3 steps (a warm-up of 10 does not end)" in plan_of(config, 4000, 3, "step")
+
+
+@pytest.mark.parametrize(("count", "text"), [
+    (2_304_000, "2.3 million"), (125_239_296, "125 million"), (6_658_473_984, "6.66 billion"), (63_136, "63,136"),
+    (999_999_999, "1 billion"), (66_000_000_000, "66 billion"),
+])
+def test_counts_are_spelled_for_people(count, text):
+    assert spelled(count) == text
