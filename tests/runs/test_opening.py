@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import train_ppo
 import train_reward
@@ -20,9 +21,12 @@ TUNED = {"sft": "0.001", "reward": "0.0003", "ppo": "0.0002"}
 def test_the_first_lines_name_model_size_machine_and_rate(stage, tmp_path, capsys):
     parent = Parent("model", str(save_opt(tmp_path / "tiny")))
     config = CONFIGS[stage](model=parent.name)
+    capsys.readouterr()  # what saving said
     open_stage(config, parent)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{stage}: {parent.name}, 63,") and " parameters, on " in first
+    model = AutoModelForCausalLM.from_pretrained(parent.path)
+    count = sum(weight.numel() for weight in model.parameters())
+    assert first.startswith(f"{stage}: {parent.name}, {count:,} parameters, on ")
     assert first.endswith(f"; learning rate {TUNED[stage]} (by its size, as none is given)")
     assert config.learning_rate == float(TUNED[stage]) and second == f"{stage}: reading the data"
     given = replace(config, learning_rate=5e-5)
@@ -46,7 +50,8 @@ def test_the_plan_names_rows_steps_and_a_warm_up_that_does_not_end():
 
 
 @pytest.mark.parametrize(("count", "text"), [
-    (2_304_000, "2.3 million"), (125_239_296, "125 million"), (6_658_473_984, "6.66 billion"), (63_136, "63,136"),
+    (2_304_000, "2.3 million"), (125_239_296, "125 million"), (6_658_473_984, "6.66 billion"),
+    (63_136, "63,136"),
     (999_999_999, "1 billion"), (66_000_000_000, "66 billion"),
 ])
 def test_counts_are_spelled_for_people(count, text):
