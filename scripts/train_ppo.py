@@ -3,8 +3,7 @@ model.
 
     python scripts/train_ppo.py                             # the embedded default, after the other two stages
     python scripts/train_ppo.py --config configs/opt/ppo.yaml configs/opt/125m.yaml
-    python scripts/train_ppo.py --rlhf_training_data my_prompts.jsonl --rlhf_validation_data none \\
-        --rlhf_test_data none --gold_rules none --model outputs/mine/sft/final \\
+    python scripts/train_ppo.py --rlhf_training_data my_prompts.jsonl --model outputs/mine/sft/final \\
         --reward_model outputs/mine/reward/final --output_dir outputs/mine/ppo
 
 One update (`train`): sample K responses for each prompt, score them, take the log-probs of the reference
@@ -39,6 +38,8 @@ class PPOStageConfig(StageConfig):
     """PPO. Defaults: those of the published TL;DR runs."""
 
     section: ClassVar[str] = "ppo"
+    belongs_to: ClassVar[dict] = {"rlhf_training_data": ("rlhf_validation_data", "rlhf_test_data",
+                                                         "gold_rules")}
 
     model: str = model_key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
     reward_model: str = model_key("outputs/opt-125m/reward/final",

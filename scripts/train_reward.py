@@ -2,8 +2,7 @@
 
     python scripts/train_reward.py                                  # the embedded default, after train_sft.py
     python scripts/train_reward.py --config configs/opt/reward.yaml configs/opt/125m.yaml
-    python scripts/train_reward.py --reward_training_data my.jsonl --reward_validation_data none \\
-        --reward_test_data none --centring_data none --model outputs/mine/sft/final \\
+    python scripts/train_reward.py --reward_training_data my.jsonl --model outputs/mine/sft/final \\
         --output_dir outputs/mine/reward
 
 K ranked summaries of a post are one row: the post is computed once and all K(K-1)/2 pairs are trained on. The
@@ -32,6 +31,8 @@ class RewardStageConfig(EpochStageConfig):
     """The reward model. Defaults: OPT on TL;DR comparisons."""
 
     section: ClassVar[str] = "reward"
+    belongs_to: ClassVar[dict] = {"reward_training_data": ("reward_validation_data", "reward_test_data",
+                                                           "centring_data", "rating_data")}
 
     model: str = model_key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a "
                                                          "folder or a hub name.")

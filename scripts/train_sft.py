@@ -2,8 +2,7 @@
 
     python scripts/train_sft.py                            # the embedded default, about a minute on two cores
     python scripts/train_sft.py --config configs/opt/sft.yaml configs/opt/125m.yaml    # a real model and data
-    python scripts/train_sft.py --actor_training_data my.jsonl --actor_validation_data none \\
-        --actor_test_data none --output_dir outputs/mine/sft
+    python scripts/train_sft.py --actor_training_data my.jsonl --output_dir outputs/mine/sft
 
 The loss is taken on the completion and its EOS, and the language-model head is applied there only. Every
 `eval_steps` the model summarises held-out posts; the checkpoint with the highest mean of ROUGE-1/2/L is kept.
@@ -29,6 +28,7 @@ class SFTStageConfig(EpochStageConfig):
     """Supervised fine-tuning. Defaults: OPT on TL;DR."""
 
     section: ClassVar[str] = "sft"
+    belongs_to: ClassVar[dict] = {"actor_training_data": ("actor_validation_data", "actor_test_data")}
 
     model: str = model_key("facebook/opt-125m", "Base model: a folder or a hub name.")
     actor_training_data: str = data_key("trl-lib/tldr", "Examples to learn from.")

@@ -360,6 +360,10 @@ MUTATIONS = [
         ("the training prompts are those of the first pass in every pass", 31, "PromptBatches._row",
          "self._order[place]", "place"),
     ]),
+    *_of("utils/config.py", "held_out", [
+        ("held-out sets of another training set are taken over", 7, "_layered",
+         "left += [(name, settings.pop(name).file, data) for name in gone]", "pass"),
+    ]),
     *_of("utils/data/columns.py", "columns", [
         ("a row that fits two layouts is read by the first", None, "_kind_reading", "len(fits) > 1", "False"),
         ("SFT learns unwanted answers", None, "_kind_reading",

@@ -80,6 +80,10 @@ class Setting(typing.NamedTuple):
     value: typing.Any
     place: str
 
+    @property
+    def file(self) -> str:
+        return self.place.rpartition(":")[0]
+
 
 def parse_config(config_class, default_file: Path | None, argv: list[str], description: str = ""):
     """The resolved configuration of a script.
@@ -106,21 +110,46 @@ def parse_config(config_class, default_file: Path | None, argv: list[str], descr
     named = [find_input(path, "--config") for path in sum(first.config, [])]
     parser = _parser(config_class, description, options)
     embedded = {} if named or default_file is None else _file_settings(parser, config_class, default_file)
-    given = {}  # by the user
-    for path in named:
-        given |= _file_settings(parser, config_class, path)
+    layers = [embedded, *(_file_settings(parser, config_class, path) for path in named)]
     if first.help:
-        _print_help(parser, config_class, embedded | given, named or ([default_file] if embedded else []))
+        settings, _ = _layered(config_class, layers)
+        _print_help(parser, config_class, settings, named or ([default_file] if embedded else []))
         sys.exit(0)
-    given |= _checked_all(config_class, _typed(parser, config_class, words))
-    settings = embedded | given
+    layers.append(_checked_all(config_class, _typed(parser, config_class, words)))
+    settings, notes = _layered(config_class, layers)
     try:
         config = config_class(**{name: setting.value for name, setting in settings.items()})
     except UserError as error:  # of __post_init__, whose messages begin with the key
         place = settings.get(str(error).split(":")[0], Setting(None, LINE)).place
         raise UserError(f"{place}: {error}") from None
+    given = {name: setting for layer in layers[1:] for name, setting in layer.items()}
     _refuse_without_effect(config, given)
+    config.notes = notes
     return config
+
+
+def _layered(config_class, layers: list[dict[str, Setting]]) -> tuple[dict[str, Setting], list[str]]:
+    """The settings of all layers, of which a later one wins; and what is to be said of them.
+
+    What belongs to a data set (`StageConfig.belongs_to`) goes with it when a later layer names another set:
+    nobody is judged on the posts of somebody else's training set without having asked for it.
+    """
+    settings, left = {}, []
+    homes = {}  # data key -> the files that named its present value
+    for layer in layers:
+        for data, belonging in getattr(config_class, "belongs_to", {}).items():
+            if data not in layer:
+                continue
+            if data in settings and settings[data].value != layer[data].value:
+                gone = [name for name in belonging if name in settings and settings[name].value is not None
+                        and settings[name].file in homes[data]]
+                left += [(name, settings.pop(name).file, data) for name in gone]
+                homes[data] = set()
+            homes.setdefault(data, set()).add(layer[data].file)
+        settings |= layer
+    notes = [f"{name}: that of '{file}' belongs to its {data} and is not used; name your own if you want one"
+             for name, file, data in left if name not in settings]
+    return settings, notes
 
 
 def _refuse_without_effect(config, given: dict[str, Setting]) -> None:
@@ -377,6 +406,8 @@ class StageConfig:
     """The keys of every stage. Defaults are those of the reference task (OPT on TL;DR)."""
 
     section: typing.ClassVar[str] = ""  # of YAML files: the one of SECTIONS that is for this stage
+    belongs_to: typing.ClassVar[dict] = {}  # a data key -> keys whose values are for that data set only
+    notes: typing.ClassVar[typing.Sequence[str]] = ()  # what is to be said of how the keys were read
 
     output_dir: str = key("outputs/run/stage", "Folder of this run; must be new or empty unless `resume`.")
     resume: bool = key(False, "Continue from the newest checkpoint in `output_dir`.")

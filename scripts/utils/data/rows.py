@@ -246,6 +246,8 @@ def split_rows(config, loaded: dict[str, Rows], training: str, validation: str, 
         loaded: what `load_data` returned.
         training, validation, test: the configuration keys of the three sets.
     """
+    for note in config.notes:
+        report.log(note)
     train, held = loaded[training], {}
     for field, most in ((validation, config.eval_rows), (test, config.test_rows)):
         held[field] = loaded.get(field)
