@@ -155,6 +155,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from utils.data.batches import PromptBatches
+from utils.data.layouts import layout_of
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, Rows, Tokenised, load_data, split_rows, tokenised
 from utils.distributed import world
@@ -437,7 +438,8 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
         summary={"score_before": score_before, "score_after": score_after, **figures, "kl": kl,
                  "rouge_avg": judge.rouge(test, written["after", "greedy"])},
         work={"best_step": best_step, "episodes": config.updates * config.episodes_per_update},
-        stage={"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
+        stage={"prompt_layout": layout_of(test.examples[0].prompt),
+               "max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                "score": score_after, "kl": kl},
         plot=partial(plot_ppo, kept=best_step, kl_budget=config.kl_budget),
         compared=("sft", "ppo"),
@@ -528,7 +530,8 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
 
 def main(config: PPOStageConfig) -> None:
     refuse_contradictions(config)
-    sft, reward = Parent("model", config.model), Parent("reward_model", config.reward_model)
+    sft = Parent("model", config.model, config.chat_template)
+    reward = Parent("reward_model", config.reward_model)
     open_stage(config, sft)
     refuse_impossible(config)
     set_seed(config.seed)

@@ -264,7 +264,7 @@ def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
 
 
 def main(config: RewardStageConfig) -> None:
-    base = Parent("model", config.model)
+    base = Parent("model", config.model, config.chat_template)
     open_stage(config, base)
     refuse_impossible(config)
     set_seed(config.seed)

@@ -7,7 +7,7 @@
 The loss is taken on the completion and its EOS, and the language-model head is applied there only. Every
 `eval_steps` the model summarises held-out posts; the checkpoint with the highest mean of ROUGE-1/2/L is kept.
 
-It does not pack several examples into a row, and does not teach chat formats.
+Conversations go through the tokenizer's chat template. Several examples are not packed into one row.
 """
 
 import time
@@ -53,6 +53,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds to import
 from transformers import set_seed
 
 from utils.data.batches import LengthGroupedBatches, rows_at
+from utils.data.layouts import layout_of
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, Tokenised, load_data, split_rows, tokenised
 from utils.judge.evaluation import Summaries, measure_groups, summarise
@@ -175,7 +176,7 @@ def load_splits(config: SFTStageConfig, tokenizer, report: DataReport) -> list[T
 
 
 def main(config: SFTStageConfig) -> None:
-    base = Parent("model", config.model)
+    base = Parent("model", config.model, config.chat_template)
     open_stage(config, base)
     refuse_impossible(config)
     set_seed(config.seed)
@@ -224,7 +225,8 @@ def ending(test: Tokenised, before, after, best_step: int, config: SFTStageConfi
                  for example, base, sft in texts],
         summary={**rouge, "base_rouge_avg": before["rouge_avg"]},
         work={"best_step": best_step},
-        stage={"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
+        stage={"prompt_layout": layout_of(test.examples[0].prompt),
+               "max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
                "rouge_avg": after["rouge_avg"]},
         plot=partial(plot_sft, kept=best_step),
         compared=("base", "sft"),

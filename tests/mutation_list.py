@@ -352,6 +352,14 @@ MUTATIONS = [
         ("each process may have an engine of its own", None, "use_engine",
          "or engine.world_size != world().num_processes", "", "zero_settings:an_engine_that_is_not"),
     ]),
+    *_of("utils/data/chat.py", "chat", [
+        ("a completion keeps what the template writes behind its turn", 4, "Chat._completion",
+         "tokens[: len(tokens) - tokens[::-1].index(end)]", "tokens"),
+        ("special tokens in a message are special", 4, "Chat._protected",
+         "self._special.sub(lambda match: _STAND_IN.format(self._ids[match[0]]), value)", "value"),
+        ("a prompt does not end with the assistant's turn", None, "Chat.prompt",
+         "self._render(messages, True)", "self._render(messages, False)"),
+    ]),
     *_of("utils/data/batches.py", "ppo_update:prompts_come_once", [
         ("SFT and reward take the rows in the same order in every pass", 11, "LengthGroupedBatches._order",
          'f"{self.seed}-{epoch}"', 'f"{self.seed}"', "batches:rows_meet_others"),
@@ -426,7 +434,7 @@ MUTATIONS = [
         ("a completion has no EOS", 2, "completion_tokens", "+ [tokenizer.eos_token_id]", ""),
     ]),
     *_of("utils/data/validation.py", "data", [
-        ("an unwanted answer is the better one", None, "_Rankings._pair_marked",
+        ("an unwanted answer is the better one", None, "_Rankings._pair_graded",
          "_add_pair(number, prompt, answer, other, 0)", "_add_pair(number, prompt, other, answer, 0)",
          "columns:both_labels_for"),
         ("equal answers are kept as a pair", 6, "_Rankings._take_pair",

@@ -448,6 +448,10 @@ class StageConfig:
                                 there=refuse_missing_file)
     save_total_limit: int = key(2, "Checkpoints kept in `checkpoints/`.", unit="checkpoints",
                                 low=1, high=10_000)
+    chat_template: str | None = key(None, "Jinja file with a chat template for conversations; none: that of "
+                                    "the tokenizer, or the plain layout where it has none.")
+    push_to_hub: str | None = key(None, "Repository user/name on the hub that final/ is uploaded to, private "
+                                  "when it is new; none: nothing is uploaded.")
     report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none: no "
                                "tracker.")
 

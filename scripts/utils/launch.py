@@ -26,13 +26,14 @@ from utils.failures import broken_output, errors_of_threads, lost_process
 from utils.screen import outlive_readers
 
 
-def read_config(config_class, default_file: Path | None, description: str):
+def read_config(config_class, default_file: Path | None, description: str, notes=sys.stdout):
     """The configuration that the command line asks for; a mistake in it becomes one line and exit status 2.
 
     From here to `start`, while the libraries are imported, Ctrl-C ends the process at once.
 
     Args:
         config_class, default_file, description: see `parse_config`.
+        notes: where it is said that libraries are loaded; not standard output where results go there.
     """
     outlive_readers()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
@@ -46,7 +47,8 @@ def read_config(config_class, default_file: Path | None, description: str):
     except UserError as error:
         _leave(error)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: loading PyTorch and other libraries (about 10 s)", flush=True)
+        print(f"{Path(sys.argv[0]).name}: loading PyTorch and other libraries (about 10 s)", file=notes,
+              flush=True)
     return config
 
 

@@ -114,7 +114,7 @@ def message(number, problem):
 
 def unknown(number, role):
     return message(number, f"has the role {role!r}; the roles that are read are system, developer, user, "
-                           "assistant")
+                           "assistant, tool")
 
 
 def nearest(layout, lacks):
@@ -183,7 +183,7 @@ EXAMPLES = {  # a row, what is said of it
     "messages a text": ({"messages": "Hi"}, NEEDS_LIST),
     "no messages": ({"messages": []}, NEEDS_LIST),
     "messages of text": ({"messages": ["Hi"]}, message(1, "is not an object with role and content")),
-    "an unknown role": (said(("tool", "Hi"), ("assistant", "Hello")), unknown(1, "tool")),
+    "an unknown role": (said(("robot", "Hi"), ("assistant", "Hello")), unknown(1, "robot")),
     "an unknown role later on": (said(("user", "Hi"), ("function", "Hi"), ("assistant", "Hello")),
                                  unknown(2, "function")),
     "a message without content": ({"messages": [{"role": "user"}, {"role": "assistant", "content": "Hello"}]},
@@ -201,7 +201,7 @@ EXAMPLES = {  # a row, what is said of it
     "an answer that calls a tool": (
         {"messages": [{"role": "user", "content": "Hi"},
                       {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-        message(2, "(assistant) has 'tool_calls', which is not read; this project reads text only")),
+        message(2, "(assistant) calls a tool, and is no answer in text")),
     "an answer of weight 0": (
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a", "weight": 0}]},
         message(2, "(assistant) has the weight 0, so it is not to be learnt; leave the row out")),

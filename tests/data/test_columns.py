@@ -158,9 +158,9 @@ def test_both_labels_for_a_prompt_are_comparisons(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- other columns
 
-ASKS = {"system": "Be brief.", "system_prompt": "Be brief.", "input": "2 + 2", "instruction": "Add.",
-        "context": "C", "history": [["Hi", "Hello"]], "tools": [{"name": "search"}], "images": ["a.png"],
-        "image": {"bytes": "x"}}
+ASKS = {"system_prompt": "Be brief.", "input": "2 + 2", "context": "C", "history": [["Hi", "Hello"]],
+        "functions": [{"name": "search"}], "images": ["a.png"], "image": {"bytes": "x"}}
+ASKS_BESIDE_TEXT = {"system": "Be brief.", "tools": [{"name": "search"}]}  # read beside messages
 JUDGES = {"rank": 4, "ranks": [1], "rating": 1, "weight": 0, "preferred": False, "choice": 1, "chosen": "a",
           "rejected": "a", "reward": -1.0}
 
@@ -173,6 +173,14 @@ def test_a_part_of_the_question_is_refused_and_an_empty_one_is_nothing(load, row
     assert f"column '{column}' is a part of what is asked" in message
     for empty in (None, "", [], {}):
         assert load(tmp_path, row | {column: empty}) == load(tmp_path, row)
+
+
+@pytest.mark.parametrize("column", ASKS_BESIDE_TEXT)
+@pytest.mark.parametrize(("load", "row"), [(examples, EXAMPLE), (pairs, PAIR), (pairs, RANKED),
+                                           (prompts, PAIR)])
+def test_instructions_and_tools_beside_a_text_are_refused(load, row, column, tmp_path):
+    message = reason(load, tmp_path, row | {column: ASKS_BESIDE_TEXT[column]})
+    assert f"column '{column}' is a part of what is asked" in message
 
 
 @pytest.mark.parametrize("column", JUDGES)

@@ -278,7 +278,7 @@ def test_special_tokens_that_somebody_wrote_are_text(name):
 class Words:
     """A tokenizer of white-space separated words with a BOS in front; a newline is a word of its own."""
 
-    bos = "<s>"
+    bos, chat_template = "<s>", None
 
     def __call__(self, text, add_special_tokens=True, **more):
         if isinstance(text, list):

@@ -202,8 +202,10 @@ def test_the_three_stages_on_a_terminal(columns, folder):
         assert f"{row['prompt'].strip()}\n--- before (sft): " in text
         assert f"--- after (ppo): {row['ppo'].strip() or '(nothing)'}" in text
     if columns == 80:  # once
-        typed = shlex.split(screen.lines[-1] or screen.lines[-2])
-        answer = subprocess.run(typed, input=rows[0]["prompt"], capture_output=True, text=True, check=True)
+        typed = shlex.split((screen.lines[-1] or screen.lines[-2]).removeprefix("try the model: "))
+        assert typed[:2] == ["python", "scripts/chat.py"]
+        answer = subprocess.run([sys.executable, *typed[1:], "--prompt", "-"], input=rows[0]["prompt"],
+                                capture_output=True, text=True, check=True, cwd=PROJECT)
         assert answer.stdout.endswith("\n") and answer.stdout.count("\n") == 1
 
 

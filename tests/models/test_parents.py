@@ -132,8 +132,8 @@ def test_the_task_is_template_vocabulary_and_ends():
     tokenizer = mini_tokenizer()
     task = task_of(tokenizer)
     words = json.dumps(sorted(tokenizer.get_vocab().items()))
-    assert task == {"prompt_template": TLDR_TEMPLATE, "eos_token_id": EOS, "pad_token_id": PAD,
-                    "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest()}
+    assert task == {"prompt_template": TLDR_TEMPLATE, "chat_template_sha256": None, "eos_token_id": EOS,
+                    "pad_token_id": PAD, "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest()}
     tokenizer.add_tokens(["<new>"])
     assert task_of(tokenizer)["tokenizer_sha256"] != task["tokenizer_sha256"]
 

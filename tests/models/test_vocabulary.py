@@ -1,5 +1,7 @@
 """Stock tokenizers without a PAD of their own, and the rows of the embeddings behind the last word."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,6 +17,7 @@ from transformers import (
 
 from families import draw
 from oracle import each_row, stock_scores
+from utils.config import UserError
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.outputs import response_logprobs, scores
 from utils.models.parents import Parent, check_task
@@ -43,8 +46,8 @@ STOCK = {
                 {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|im_start|>",
                  "unk_token": "<|endoftext|>"}, "<pad>"),
     # a PAD that its template writes is none
-    "template": (["<eos>", "<|pad|>"], {"eos_token": "<eos>", "chat_template": f"<|pad|>{TEMPLATE}"},
-                 "<pad>"),
+    "template": (["<eos>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
+                 {"eos_token": "<eos>", "chat_template": f"<|pad|>{TEMPLATE}"}, "<pad>"),
 }
 # names in which "pad" is a part of a word
 NOT_PADDING = ["<|keypad|>", "<|padlock|>", "<|unreserved|>"]
@@ -100,6 +103,40 @@ def test_a_pad_of_its_own_stays(tmp_path, capsys):
     tokenizer = tokenizer_of(["<eos>", "<p>", "<pad>"], {"eos_token": "<eos>", "pad_token": "<p>"})
     assert saved(tmp_path, tokenizer, len(tokenizer)).tokenizer.pad_token == "<p>"
     assert not capsys.readouterr().err.count("PAD")
+
+
+@pytest.mark.parametrize("known", [None, 20, [20, 5], [22, 20]])
+def test_the_end_of_a_turn_in_the_template_is_the_end_everywhere(known, tmp_path):
+    """A base model's EOS ends texts, its template's turns end otherwise. What ended answers still does."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]  # 20 to 23
+    tokenizer = tokenizer_of(special, {"eos_token": "<|endoftext|>", "pad_token": "<pad>"})
+    plain = saved(tmp_path / "plain", tokenizer, len(tokenizer))
+    assert plain.tokenizer.eos_token_id == 20
+    tokenizer.chat_template = TEMPLATE
+    parent = saved(tmp_path / "base", tokenizer, len(tokenizer))
+    path = tmp_path / "base" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": known}))
+    assert parent.tokenizer.eos_token_id == 22
+    load_policy(parent).save_pretrained(tmp_path / "final")
+    parent.tokenizer.save_pretrained(tmp_path / "final")
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config.eos_token_id
+    before = known if isinstance(known, list) else [known] if known else []
+    assert set(ends if isinstance(ends, list) else [ends]) == {22, *before}
+    assert AutoTokenizer.from_pretrained(tmp_path / "final").eos_token == "<|im_end|>"
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["eos_token_id"] == 22
+
+
+def test_parents_of_another_template_are_refused(tmp_path):
+    special = ["<eos>", "<|im_start|>", "<|im_end|>", "<pad>"]
+    tokenizer = tokenizer_of(special, {"eos_token": "<eos>", "pad_token": "<pad>", "chat_template": TEMPLATE})
+    own = saved(tmp_path / "own", tokenizer, len(tokenizer))
+    (tmp_path / "other.jinja").write_text("{{ '' }}" + TEMPLATE)
+    other = Parent("model", own.name, str(tmp_path / "other.jinja"))
+    check_task(own, own)
+    with pytest.raises(UserError, match="^model: .* another chat template sha256"):
+        check_task(other, own)
+    with pytest.raises(UserError, match="^chat_template: 'none.jinja' does not exist"):
+        Parent("model", own.name, "none.jinja").tokenizer  # noqa: B018
 
 
 @pytest.mark.parametrize(("rows", "grown"), [(23, 24), (64, 128), (128, 256), (100, 100)])

@@ -239,7 +239,7 @@ def test_other_ranks_write_nothing(tmp_path, tokenizer, monkeypatch):
     other.samples(1, "test", [{"a": 1}])
     other.rewind_samples(0)
     other.write_summary({"a": 1})
-    other.save_final(policy("opt"), tokenizer, [], {})
+    other.save_final(policy("opt"), tokenizer, [], {}, "card")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -337,7 +337,7 @@ def test_summary_is_flat(tmp_path):
 def finished(folder, stage, tokenizer):
     run = start(folder, stage=stage)
     run.write_summary({})
-    run.save_final(policy("opt"), tokenizer, [], {})
+    run.save_final(policy("opt"), tokenizer, [], {}, "card")
     return run
 
 
@@ -459,7 +459,7 @@ def test_final_holds_model_tokenizer_and_where_they_come_from(tmp_path, tokenize
     parent.save_pretrained(tmp_path / "parent")
     run = start(tmp_path / "run")
     parents = [Parent("model", str(tmp_path / "parent")), Parent("reward_model", "facebook/opt-125m")]
-    run.save_final(model, tokenizer, parents, {"score": 0.5})
+    run.save_final(model, tokenizer, parents, {"score": 0.5}, "card")
     final = tmp_path / "run" / "final"
     stage = json.loads((final / "stage.json").read_text())
     digest = hashlib.sha256((tmp_path / "parent" / "model.safetensors").read_bytes()).hexdigest()
@@ -479,7 +479,7 @@ def test_final_holds_model_tokenizer_and_where_they_come_from(tmp_path, tokenize
 
 def test_a_machine_without_git_has_an_unknown_commit(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    start(tmp_path / "run").save_final(policy("opt"), tokenizer, [], {})
+    start(tmp_path / "run").save_final(policy("opt"), tokenizer, [], {}, "card")
     assert json.loads((tmp_path / "run" / "final" / "stage.json").read_text())["commit"] == "unknown"
 
 
@@ -495,10 +495,10 @@ def test_final_appears_whole_or_not_at_all(tmp_path, tokenizer):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        run.save_final(model, Fails(), [], {})
+        run.save_final(model, Fails(), [], {}, "card")
     assert not (tmp_path / "final").exists()
     (tmp_path / "final.tmp" / "leftover").write_text("of the killed run")
-    run.save_final(model, tokenizer, [], {})
+    run.save_final(model, tokenizer, [], {}, "card")
     assert not (tmp_path / "final.tmp").exists() and not (tmp_path / "final" / "leftover").exists()
 
 
@@ -509,7 +509,7 @@ def base_and(key, folder, tmp_path) -> list[Parent]:
 
 @pytest.mark.parametrize("item", ["tokenizer_sha256", "eos_token_id", "pad_token_id", "prompt_template"])
 def test_parents_of_another_task_are_refused(item, tmp_path, tokenizer):
-    start(tmp_path / "run", stage="reward").save_final(scalar_model("opt"), tokenizer, [], {})
+    start(tmp_path / "run", stage="reward").save_final(scalar_model("opt"), tokenizer, [], {}, "card")
     path = tmp_path / "run" / "final" / "stage.json"
     check_task(*base_and("reward_model", path.parent, tmp_path))
     path.write_text(json.dumps({**json.loads(path.read_text()), item: "other"}))
@@ -518,7 +518,7 @@ def test_parents_of_another_task_are_refused(item, tmp_path, tokenizer):
 
 
 def test_another_vocabulary_is_another_task_and_other_models_are_not_known(tmp_path, tokenizer):
-    start(tmp_path / "run").save_final(policy("opt"), tokenizer, [], {})
+    start(tmp_path / "run").save_final(policy("opt"), tokenizer, [], {}, "card")
     final = tmp_path / "run" / "final"
     check_task(Parent("model", str(final)))
     tokenizer.add_tokens(["<new>"])
@@ -534,7 +534,7 @@ def test_another_vocabulary_is_another_task_and_other_models_are_not_known(tmp_p
     ("reward_model", "reward", True), ("reward_model", "sft", False), ("reward_model", "ppo", False),
 ])
 def test_a_parent_must_come_from_the_right_stage(field, stage, fits, tmp_path, tokenizer):
-    start(tmp_path / "run", stage=stage).save_final(policy("opt"), tokenizer, [], {})
+    start(tmp_path / "run", stage=stage).save_final(policy("opt"), tokenizer, [], {}, "card")
     parents = base_and(field, tmp_path / "run" / "final", tmp_path)
     if fits:
         check_task(*parents)

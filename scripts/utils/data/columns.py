@@ -33,7 +33,9 @@ LAYOUTS = (
     Layout("prompt, completion", "examples", ("prompt", "completion"), ("facts",)),
     Layout("prompt, label", "examples", ("prompt", "label"), ("facts",)),
     Layout("subreddit, title, post, summary", "examples", (*_POST, "summary"), ("facts",)),
-    Layout("messages", "examples", ("messages",)),
+    Layout("messages", "examples", ("messages",), ("system", "tools")),
+    Layout("conversations", "examples", ("conversations",), ("system", "tools")),
+    Layout("instruction, output", "examples", ("instruction", "output"), ("input", "system", "history")),
     Layout("prompt", "prompts", ("prompt",), ("facts",)),
     Layout("subreddit, title, post", "prompts", _POST, ("facts",)),
     Layout("prompt, chosen, rejected", "rankings", ("prompt", "chosen", "rejected"), NOTES),
@@ -42,13 +44,19 @@ LAYOUTS = (
            ("extra", "batch", "worker")),
     Layout("history, human_ref_A, human_ref_B, labels", "rankings",
            ("history", "human_ref_A", "human_ref_B", "labels"), ("score_ratio", "score_A", "score_B")),
+    Layout("conversations, chosen, rejected", "rankings", ("conversations", "chosen", "rejected"),
+           ("system", "tools", *NOTES)),
+    Layout("prompt, responses, scores", "rankings", ("prompt", "responses", "scores")),
+    Layout("instruction, completions", "rankings", ("instruction", "completions")),
+    Layout("prompt, response, helpfulness", "rankings", ("prompt", "response", "helpfulness")),
     Layout("chosen, rejected (dialogues)", "rankings", ("chosen", "rejected"), NOTES),
     Layout("info, summary (ratings)", "ratings", ("info", "summary")),
     Layout("prompt, completion, label", "unpaired", ("prompt", "completion", "label")),
     Layout("messages, label", "unpaired", ("messages", "label")),
 )
 # columns that hold a prompt; the last ones only where there are no others
-_PROMPTS = (("messages",), ("prompt",), _POST, ("info", "summaries"), ("info", "summary"),
+_PROMPTS = (("messages",), ("conversations",), ("instruction",), ("prompt",), _POST,
+            ("info", "summaries"), ("info", "summary"),
             ("history", "human_ref_A", "human_ref_B"), ("chosen", "rejected"))
 # Columns that are a part of the question, and columns that say how good an answer is. A layout that does not
 # read them would read something else than its author wrote.
@@ -160,6 +168,8 @@ def _no_layout(columns: tuple[str, ...], kind: str) -> str:
     of_kind = [layout for layout in LAYOUTS if layout.kind == kind]
     nearest = max(of_kind, key=lambda layout: len(set(layout.needs) & set(columns)) / len(layout.needs))
     lacks = [name for name in nearest.needs if name not in columns]
+    if not lacks:  # a part of another layout
+        return has
     return (f"{has}; the nearest layout is '{nearest.name}', which lacks {', '.join(lacks)}"
             f"{_meant(lacks, columns)}")
 

@@ -10,6 +10,8 @@ import re
 
 from utils.config import UserError
 from utils.data.columns import NOTES, Reading, listed
+from utils.data.conversations import as_conversation, messages_of, stored_conversation
+from utils.data.dialogues import conversation, conversation_row, turn_in
 from utils.data.layouts import (
     Ranking,
     column_of,
@@ -24,15 +26,22 @@ from utils.data.layouts import (
 _ORACLE = ("gold",)  # column of the embedded data: true scores, which are not for training
 
 
-def ranking_of(row: dict, where: str) -> Ranking:
-    """Read a ranking from a row with `completions`.
+def ranking_of(row: dict, reading: Reading, where: str) -> Ranking:
+    """Read a ranking from a row with several completions.
 
     Raises:
         UserError: with the column and what is expected there.
     """
+    layout = reading.layout.name
+    if layout == "instruction, completions":
+        row = _ultrafeedback(row, where)
+    elif layout == "prompt, responses, scores":
+        row = {**row, "completions": row["responses"]}
     completions = row["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
-        raise UserError(f"{where}: column 'completions' must be a list of two or more texts, best first")
+        column = "responses" if "responses" in row else "completions"
+        raise UserError(f"{where}: column '{column}' must be a list of two or more texts"
+                        + (", best first" if layout == "prompt, completions" else ""))
     texts = [spaced(text_of(text, "a text in column 'completions'", where)) for text in completions]
     if len(set(texts)) < len(texts):
         raise UserError(f"{where}: column 'completions' holds the same text twice")
@@ -48,7 +57,54 @@ def ranking_of(row: dict, where: str) -> Ranking:
     if ranks is None:
         ranks = list(range(len(texts)))
     pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-    return Ranking(plain_prompt(row, where), texts, pairs, strengths)
+    plain = layout == "prompt, completions"
+    prompt = plain_prompt(row, where) if plain else question_of(row, "prompt", where)
+    return Ranking(prompt, texts, pairs, strengths)
+
+
+def question_of(row: dict, column: str, where: str) -> str:
+    """A column with a question to an assistant, as a conversation of one turn."""
+    return stored_conversation([{"role": "user", "content": column_of(row, column, where).strip()}])
+
+
+def _ultrafeedback(row: dict, where: str) -> dict:
+    """A row of openbmb/UltraFeedback: completions are objects with a response and its score."""
+    answers = row["completions"] if isinstance(row["completions"], list) else []
+    if not answers or not all(isinstance(answer, dict) for answer in answers):
+        raise UserError(f"{where}: column 'completions' must be a list of objects with response and "
+                        "overall_score")
+    scores = [answer.get("overall_score", answer.get("fine-grained_score")) for answer in answers]
+    return {"prompt": row["instruction"], "completions": [answer.get("response") for answer in answers],
+            "scores": scores if any(score is not None for score in scores) else [None] * len(scores)}
+
+
+def scored_of(row: dict, where: str) -> tuple[str, str, float]:
+    """A row of nvidia/HelpSteer: prompt, answer, and how helpful it is."""
+    score = row["helpfulness"]
+    if not is_number(score):
+        raise UserError(f"{where}: column 'helpfulness' is {type_name(score)}; a number is needed")
+    return question_of(row, "prompt", where), spaced(column_of(row, "response", where)), score
+
+
+def compared_conversations(row: dict, where: str):
+    """Prompt, better and worse answer of a row whose `chosen` and `rejected` are conversations, or answers.
+
+    The prompt is None when the two conversations differ before their last answer.
+    """
+    if isinstance(row.get("prompt"), list):
+        prompt, _ = conversation(row["prompt"], f"{where}: column 'prompt'", need_answer=False)
+        return prompt, *(spaced(turn_in(row, column, where)) for column in ("chosen", "rejected"))
+    if "conversations" in row:
+        prompt, _ = conversation_row(row, "conversations", where, need_answer=False)
+        return prompt, *(spaced(turn_in(row, column, where)) for column in ("chosen", "rejected"))
+    (prompt, chosen), (other, rejected) = (
+        conversation(row[column], f"{where}: column '{column}'", need_answer=True)
+        for column in ("chosen", "rejected"))
+    asked = row.get("prompt")
+    if isinstance(asked, str) and asked.strip() not in [turn["content"] for turn in messages_of(prompt)]:
+        raise UserError(f"{where}: column 'prompt' is no turn of the conversation in 'chosen'; leave it out, "
+                        "or mend the row")
+    return prompt if prompt == other else None, spaced(chosen), spaced(rejected)
 
 
 def _numbers(row: dict, column: str, count: int, where: str) -> list[float] | None:
@@ -94,6 +150,9 @@ def comparison_of(row: dict, reading: Reading, where: str):
         return _shp_comparison(row, where)
     note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
     _refuse_contradiction(row, reading.unread, where)
+    in_turns = isinstance(row["chosen"], list | dict) or isinstance(row.get("prompt"), list)
+    if in_turns or "conversations" in row:
+        return *compared_conversations(row, where), note
     if layout == "chosen, rejected (dialogues)":
         return *shared_dialogue(row, where), note
     row = with_end(row)
@@ -243,4 +302,4 @@ def shared_dialogue(row: dict, where: str):
     other_head, _, other = rejected.rpartition(turn)
     if head != other_head:
         return None, chosen, rejected
-    return (head + turn).strip(), spaced(answer), spaced(other)
+    return as_conversation((head + turn).strip()), spaced(answer), spaced(other)

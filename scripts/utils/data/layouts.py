@@ -6,6 +6,7 @@
 from typing import NamedTuple
 
 from utils.config import UserError
+from utils.data.conversations import as_conversation, readable
 
 # The prompts of ST and N+. A completion starts with one space and ends with EOS (details 1 and 2).
 TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
@@ -53,7 +54,7 @@ def column_of(row: dict, column: str, where: str) -> str:
 
 def plain_prompt(row: dict, where: str) -> str:
     """The prompt in column `prompt`."""
-    return tldr_layout(column_of(row, "prompt", where)).rstrip()
+    return as_conversation(tldr_layout(column_of(row, "prompt", where)).rstrip())
 
 
 def post_prompt(parts: dict, name: str, where: str) -> str:
@@ -98,3 +99,10 @@ def spaced(completion: str) -> str:
     """The completion, white space before it and none after, so that it continues its prompt (detail 2)."""
     completion = completion.rstrip()
     return completion if completion[:1].isspace() else f" {completion}"
+
+
+def layout_of(prompt: str) -> str:
+    """What kind of prompt a model was trained on: "tldr", "dialogue" or "plain"."""
+    if tldr_parts(prompt):
+        return "tldr"
+    return "dialogue" if readable(prompt).endswith("\n\nAssistant:") else "plain"

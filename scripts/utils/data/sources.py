@@ -41,6 +41,8 @@ class Source(NamedTuple):
     revision: str | None = None  # hub only: branch, tag or commit
     data_dir: str | None = None  # hub only: a folder in the repository
     weight: float = 1.0
+    columns: dict[str, str] | None = None  # our name of a column -> its name in this set
+    only_wanted: bool = False  # of answers with a `label`, take those that are wanted as examples
 
 
 def data_key(default: str | None, help: str):
@@ -80,6 +82,13 @@ def _check_entry(entry) -> None:
         if name == "weight":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1000:
                 raise ValueError(f"has a weight of {value!r}; a number above 0, at most 1000, is needed")
+        elif name == "only_wanted":
+            if not isinstance(value, bool):
+                raise ValueError(f"has {value!r} for 'only_wanted'; true or false is needed")
+        elif name == "columns":
+            if not isinstance(value, dict) or not value or not all(
+                    isinstance(text, str) and text for pair in value.items() for text in pair):
+                raise ValueError("has 'columns' that are no mapping of names, such as {prompt: question}")
         elif not isinstance(value, str) or not value:
             raise ValueError(f"has {value!r} for '{name}'; text is needed")
     if "name" not in entry:
@@ -112,7 +121,7 @@ class Opened(NamedTuple):
 
 
 def open_source(source: Source, field: str, most: int = ROW_BYTES) -> Opened:
-    """Open a data set, to be read row by row.
+    """Open a data set, to be read row by row, with its columns called as here.
 
     Args:
         field: data key that names it, such as `actor_training_data`. It chooses the split, and messages name
@@ -122,6 +131,50 @@ def open_source(source: Source, field: str, most: int = ROW_BYTES) -> Opened:
     Raises:
         UserError: when the data set does not exist, cannot be read, or has no split that the key takes.
     """
+    opened = _opened(source, field, most)
+    if not source.columns and not source.only_wanted:
+        return opened
+    changes = json.dumps([source.columns, source.only_wanted], sort_keys=True)
+    return opened._replace(content=[*opened.content, changes], rows=_changed(opened.rows, source))
+
+
+def _changed(rows, source: Source):
+    """Rows with their columns renamed; with `only_wanted` those with a true label, without it."""
+    for number, row in rows:
+        try:
+            if not isinstance(row, BadRow):
+                row = _renamed(row, source.columns or {})
+                if source.only_wanted and not is_wanted(row.pop("label", None)):
+                    continue
+        except UserError as error:
+            row = BadRow(str(error), row)
+        yield number, row
+
+
+def _renamed(row: dict, columns: dict[str, str]) -> dict:
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise UserError(f"column '{theirs}' is missing, which 'columns' calls the {ours}")
+        if ours in row and ours not in columns.values():
+            raise UserError(f"has a column '{ours}' already, which 'columns' takes from '{theirs}'")
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return others | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def is_wanted(label) -> bool:
+    """Whether a column `label` says that an answer is wanted.
+
+    Raises:
+        UserError: when it says neither.
+    """
+    wanted = {"true": True, "1": True, "false": False, "0": False}.get(str(label).strip().lower())
+    if wanted is None:
+        raise UserError(f"column 'label' is {str(label)[:40]!r}; it must be true (the answer is wanted) or "
+                        "false")
+    return wanted
+
+
+def _opened(source: Source, field: str, most: int) -> Opened:
     name = source.name
     if _is_on_hub(name):
         return _open_hub(source, field, most)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from utils.data.columns import NOTES
+from utils.data.conversations import readable
 from utils.data.layouts import Example, Ranking
 
 _TEXTS = pa.schema([("text", pa.string())])
@@ -146,7 +147,8 @@ class StoredSet:
         """A row with its texts; a Ranking in a set of rankings or ratings."""
         names = [name for name in self.table.column_names if name != "digest"]
         row = {name: self.table.column(name)[index].as_py() for name in names}
-        prompt, completions = self.text(row["prompt"]), [self.text(number) for number in row["completions"]]
+        prompt = readable(self.text(row["prompt"]))
+        completions = [self.text(number) for number in row["completions"]]
         if self.meta["kind"] not in ("rankings", "ratings"):
             facts = row["facts"] and json.loads(row["facts"])
             return Example(prompt, completions[0] if completions else None, facts)

@@ -13,6 +13,8 @@ from datasets import Dataset
 from utils.config import UserError
 from utils.console import progress_bar
 from utils.data.cache import cached
+from utils.data.chat import Chat
+from utils.data.conversations import messages_of, readable
 from utils.data.layouts import TLDR_TEMPLATE, tldr_parts
 from utils.data.store import ROW_COLUMNS, StoredSet
 
@@ -40,7 +42,8 @@ def tokenizer_key(tokenizer) -> str:
     """A hash of everything that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else _saved(tokenizer)
-    return hashlib.sha256(f"{tokenizer.eos_token_id} {content}".encode()).hexdigest()
+    decides = f"{tokenizer.eos_token_id} {tokenizer.chat_template} {content}"
+    return hashlib.sha256(decides.encode()).hexdigest()
 
 
 def _saved(tokenizer) -> dict[str, bytes]:
@@ -60,6 +63,7 @@ def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -
         ("length", pa.int32()), ("longest", pa.int32()), ("cut", pa.int8()),
     ])
     cut = partial(cut_prompts, tokenizer, max_tokens=max_prompt_tokens)
+    chat = Chat(tokenizer) if tokenizer.chat_template else None
     bar = progress_bar(desc=f"tokenising {stored.label}", total=stored.table.num_rows, unit=" rows",
                        leave=False)
     with pa.ipc.new_stream(str(folder / "tokens.arrow"), schema) as file, bar:
@@ -70,6 +74,12 @@ def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -
             all_numbers = [number for group in numbers for number in group]
             tokenised = iter(_of_texts(stored, all_numbers, partial(completion_tokens, tokenizer)))
             completions = [[next(tokenised) for _ in group] for group in numbers]
+            if chat is not None:
+                completions = [
+                    _answers(chat, stored, prompt, group, max_prompt_tokens) or plain
+                    for prompt, group, plain in zip(batch["prompt"].to_pylist(), numbers, completions,
+                                                    strict=True)
+                ]
             lengths = [len(prompt) + sum(map(len, group))
                        for prompt, group in zip(prompts, completions, strict=True)]
             longest = [max(map(len, group), default=0) for group in completions]
@@ -80,6 +90,13 @@ def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -
                       for column, field in zip(columns, schema, strict=True)]
             file.write_batch(pa.record_batch(arrays, schema=schema))
             bar.update(len(batch))
+
+
+def _answers(chat: Chat, stored: StoredSet, prompt: int, answers: list[int], max_tokens: int):
+    """Token ids of the answers to a conversation that fits; None: the prompt is another one."""
+    messages = messages_of(stored.text(prompt))
+    kept = messages and chat.cut(messages, max_tokens)
+    return kept and chat.completions(kept, [stored.text(answer).strip() for answer in answers])
 
 
 def _of_texts(stored: StoredSet, numbers: list[int], tokenise) -> list:
@@ -124,7 +141,8 @@ def prompt_tokens(tokenizer, prompts: list[str], max_tokens: int) -> list[list[i
 
 def cannot_fit(max_tokens: int) -> str:
     """The error message for a prompt that is TOO_LONG."""
-    return f"the prompt cannot fit into max_prompt_tokens={max_tokens} even without its post"
+    return (f"the prompt cannot fit into max_prompt_tokens={max_tokens} even without its post or its earlier "
+            "turns")
 
 
 def cut_prompts(tokenizer, prompts: list[str], max_tokens: int) -> list[tuple[list[int], int]]:
@@ -132,12 +150,21 @@ def cut_prompts(tokenizer, prompts: list[str], max_tokens: int) -> list[tuple[li
 
     That is WHOLE, CUT, CUT_INSIDE or TOO_LONG.
     """
-    if not prompts:
-        return []
-    return [
+    chat = Chat(tokenizer) if tokenizer.chat_template else None
+    conversations = [messages_of(prompt) if chat else None for prompt in prompts]
+    plain = [readable(prompt) for prompt, messages in zip(prompts, conversations, strict=True)
+             if not messages]
+    found = iter([
         (ids, WHOLE) if len(ids) <= max_tokens else _cut_prompt(tokenizer, prompt, ids, max_tokens)
-        for prompt, ids in zip(prompts, _ids(tokenizer, prompts), strict=True)
-    ]
+        for prompt, ids in zip(plain, _ids(tokenizer, plain) if plain else [], strict=True)
+    ])
+    return [_cut_chat(chat, messages, max_tokens) if messages else next(found) for messages in conversations]
+
+
+def _cut_chat(chat: Chat, messages, max_tokens: int) -> tuple[list[int], int]:
+    """The first turns of a conversation are cut off, the system's stays."""
+    kept = chat.cut(messages, max_tokens)
+    return ([], TOO_LONG) if kept is None else (chat.prompt(kept), WHOLE if kept == messages else CUT)
 
 
 def _cut_prompt(tokenizer, prompt: str, ids: list[int], max_tokens: int) -> tuple[list[int], int]:

@@ -21,7 +21,7 @@ from utils.config import UserError
 from utils.console import progress_bar
 from utils.data.cache import cached
 from utils.data.columns import Reading, read_columns
-from utils.data.comparisons import comparison_of, ranking_of, rating_of, score_ratio
+from utils.data.comparisons import comparison_of, ranking_of, rating_of, score_ratio, scored_of
 from utils.data.examples import example_of, prompt_of, unpaired_of
 from utils.data.files import BadRow
 from utils.data.layouts import Example
@@ -212,17 +212,20 @@ class _Rankings:
         self.max_pairs = max_pairs_per_prompt
         self._groups: dict[int, Pairs] = {}  # by the number of the prompt's text
         self._notes: dict[tuple, int] = {(): 0}  # distinct notes, numbered in the order they occur
-        # prompt -> row, answer, whether it is wanted
-        self._marked: dict[int, list[tuple[int, int, bool]]] = {}
+        # prompt -> row, answer, its grade: a number, or whether it is wanted
+        self._graded: dict[int, list[tuple[int, int, float | bool]]] = {}
 
     def take(self, row: dict, reading: Reading, number: int) -> None:
-        if reading.layout.kind == "unpaired":
-            prompt, answer, wanted = unpaired_of(row, reading, str(number))
-            marked = self._marked.setdefault(self.writer.text(prompt), [])
-            marked.append((number, self.writer.text(answer), wanted))
+        graded = reading.layout.name == "prompt, response, helpfulness"
+        if graded or reading.layout.kind == "unpaired":
+            read = scored_of(row, str(number)) if graded else unpaired_of(row, reading, str(number))
+            prompt, answer, grade = read
+            of_prompt = self._graded.setdefault(self.writer.text(prompt), [])
+            of_prompt.append((number, self.writer.text(answer), grade))
             return
-        ranked = reading.layout.name == "prompt, completions"
-        reason = self._take_ranking(row, number) if ranked else self._take_pair(row, reading, number)
+        ranked = {"completions", "responses"} & set(reading.layout.needs)
+        take = self._take_ranking if ranked else self._take_pair
+        reason = take(row, reading, number)
         if reason:
             self._drop(reason, number)
 
@@ -254,23 +257,22 @@ class _Rankings:
         group.values.extend((chosen, rejected, note))
         return None
 
-    def _pair_marked(self) -> None:
-        """Pair each wanted answer of a prompt with each unwanted one."""
-        for prompt, marked in self._marked.items():
-            unwanted = [answer for _, answer, wanted in marked if not wanted]
-            pairs = [(number, answer, other) for number, answer, wanted in marked if wanted
-                     for other in unwanted if other != answer]
+    def _pair_graded(self) -> None:
+        """Pair each answer of a prompt with each one of a lower grade."""
+        for prompt, graded in self._graded.items():
+            pairs = [(number, answer, other) for number, answer, grade in graded
+                     for _, other, lower in graded if grade > lower and other != answer]
             if not pairs:
-                for number, _, wanted in marked:
-                    self._drop(f"no {'unwanted' if wanted else 'wanted'} answer to the same prompt", number)
+                for number, _, grade in graded:
+                    lacks = "other" if not isinstance(grade, bool) else "unwanted" if grade else "wanted"
+                    self._drop(f"no {lacks} answer to the same prompt", number)
             for number, answer, other in pairs:
                 if reason := self._add_pair(number, prompt, answer, other, 0):
                     self._drop(reason, number)
 
-
-    def _take_ranking(self, row, number) -> str | None:
+    def _take_ranking(self, row, reading, number) -> str | None:
         """Store a ranking, or return the reason why it is dropped."""
-        ranking = ranking_of(row, str(number))
+        ranking = ranking_of(row, reading, str(number))
         if not ranking.pairs:
             return "ties alone"
         prompt = self.writer.text(ranking.prompt)
@@ -285,7 +287,7 @@ class _Rankings:
         return None
 
     def finish(self):
-        self._pair_marked()
+        self._pair_graded()
         notes = [dict(note) for note in self._notes]
         for prompt, group in self._groups.items():
             for texts, pairs, note_numbers in split_group(group.triples(), self.max_completions):

@@ -15,10 +15,11 @@ from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import CacheNotFound
 from transformers import AutoConfig, AutoTokenizer
 
-from utils.config import UserError
+from utils.config import UserError, find_input
+from utils.data.chat import Chat
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.distributed import world
-from utils.input_files import read_json
+from utils.input_files import read_json, read_text
 from utils.models.folders import model_folder
 from utils.models.vocabulary import give_pad
 
@@ -38,13 +39,14 @@ class Parent:
     Args:
         key: the configuration key that names it, for messages.
         name: a folder (looked up from the current folder, then the project's) or a hub name.
+        chat_template: a Jinja file in place of the tokenizer's own template; None: its own, if there is one.
 
     Raises:
         UserError: when the name is neither.
     """
 
-    def __init__(self, key: str, name: str):
-        self.key, self.name, self._told = key, name, False
+    def __init__(self, key: str, name: str, chat_template: str | None = None):
+        self.key, self.name, self.chat_template, self._told = key, name, chat_template, False
         self.folder = model_folder(key, name)  # None: on the hub
 
     @property
@@ -133,6 +135,10 @@ class Parent:
             raise UserError(f"{self.key}: '{self.name}' has its tokenizer as tokenizer.model only, which is "
                             "not read here; copy the tokenizer.json of the same model into the folder")
         tokenizer = self.load(lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        if self.chat_template is not None:
+            tokenizer.chat_template = read_text(find_input(self.chat_template, "chat_template"))
+        if tokenizer.chat_template:  # what ends an answer there ends it everywhere
+            tokenizer.eos_token = Chat(tokenizer).end
         if tokenizer.eos_token_id is None:
             raise UserError(f"{self.key}: the tokenizer of '{self.name}' has no EOS token, so no "
                             f"summary could ever end")
@@ -174,8 +180,10 @@ class Parent:
 def task_of(tokenizer) -> dict:
     """What two stages must agree on, as stage.json has it."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    template = tokenizer.chat_template and json.dumps(tokenizer.chat_template)
     return {
         "prompt_template": TLDR_TEMPLATE,
+        "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
         "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

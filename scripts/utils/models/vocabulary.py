@@ -45,7 +45,7 @@ def words_of(tokenizer) -> int:
 
 
 def fit_rows(model, tokenizer) -> None:
-    """Give an added PAD a row of the embeddings, and tell the configs which token it is.
+    """Give an added PAD a row of the embeddings, and tell the configs which tokens are PAD and EOS.
 
     The new rows are the mean of the others. Nothing reads them here. It matters to tools that sample from all
     rows: there a mean is as likely as any word, and 0 may be the likeliest. So `generation_config` suppresses
@@ -60,8 +60,12 @@ def fit_rows(model, tokenizer) -> None:
                 with torch.no_grad(), gathered_weights(layer, change=True):
                     for weight in layer.parameters():  # a head may have a bias
                         weight[rows:] = weight[:rows].mean(0)
-    model.config.pad_token_id = pad
+    model.config.pad_token_id, model.config.eos_token_id = pad, tokenizer.eos_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = pad
+        known = model.generation_config.eos_token_id  # None, a number or a list; all of them end an answer
+        known = known if isinstance(known, list) else [known]
+        ends = list(dict.fromkeys([tokenizer.eos_token_id, *(end for end in known if end is not None)]))
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         unused = range(words_of(tokenizer), model.get_input_embeddings().num_embeddings)
         model.generation_config.suppress_tokens = list(unused) or None

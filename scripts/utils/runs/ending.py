@@ -4,7 +4,6 @@ posts before and after.
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +14,13 @@ from utils.console import show_table
 from utils.distributed import world
 from utils.judge.gold import table_rows
 from utils.models.parents import Parent
+from utils.runs.card import model_card
+from utils.runs.hub import push
 from utils.runs.run import Run
 from utils.runs.standstill import standstill
 
 _PRINTED = 2  # posts
 _LONGEST = 1500  # characters of a post
-_TRY = ('import sys; from transformers import pipeline; model = pipeline("text-generation", sys.argv[1]); '
-        '[answer] = model(sys.stdin.read().strip(), max_new_tokens=64, return_full_text=False); '
-        'print(answer["generated_text"])')
 
 
 class Ending(NamedTuple):
@@ -45,7 +43,10 @@ def end_stage(run: Run, step: int, model, tokenizer, parents: list[Parent], endi
     run.write_summary(ending.summary | ending.work)
     if run.is_main:
         ending.plot(run)
-    run.save_final(model, tokenizer, parents, ending.stage)
+    card = model_card(run.config, run.stage, parents, ending.summary, tokenizer)
+    run.save_final(model, tokenizer, parents, ending.stage, card)
+    if run.is_main and run.config.push_to_hub:
+        push(run.folder / "final", run.config.push_to_hub, run.log)
     print_stages(stage_folders(run, parents))
     print_samples(run, ending)
     run.end_tracking()
@@ -115,5 +116,5 @@ def print_samples(run: Run, ending: Ending) -> None:
         print(f"\n--- held-out post {number}\n{prompt.strip()}")
         for when, name in zip(("before", "after"), ending.compared, strict=True):
             print(f"--- {when} ({name}): {row[name].strip() or '(nothing)'}")
-    command = [sys.executable, "-c", _TRY, str(run.folder / "final")]
-    print(f"\ntry the model: paste such a post, then Enter and Ctrl-D\n{shlex.join(command)}")
+    command = ["python", "scripts/chat.py", "--model", str(run.folder / "final")]
+    print(f"\ntry the model: {shlex.join(command)}")

@@ -17,8 +17,8 @@ from utils.models.parents import Parent
 from utils.paths import PROJECT, find_local
 
 # what may differ between a run and its continuation: it changes what is written down, not what is learnt
-FREE = ("output_dir", "resume", "allow_changes", "report_to", "logging_steps", "save_steps", "eval_steps",
-        "save_total_limit")
+FREE = ("output_dir", "resume", "allow_changes", "report_to", "push_to_hub", "logging_steps", "save_steps",
+        "eval_steps", "save_total_limit")
 # what they name may lie elsewhere when the run goes on: the content must be the same
 DATA = ("actor_training_data", "actor_validation_data", "actor_test_data",
         "reward_training_data", "reward_validation_data", "reward_test_data", "centring_data", "rating_data",

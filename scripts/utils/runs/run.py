@@ -29,6 +29,7 @@ from utils.input_files import read_json
 from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
 from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
+from utils.runs.hub import refuse_closed_hub
 from utils.runs.origins import BY_CONTENT, FREE, origins_of
 from utils.runs.records import append_rows, broken_lines, end_line, read_whole_rows, write_json
 from utils.runs.signals import catch_signals, time_for_saving
@@ -193,13 +194,14 @@ class Run:
         if self.is_main:
             write_json(self.folder / "summary.json", summary)
 
-    def save_final(self, model, tokenizer, parents: list[Parent], extra: dict) -> None:
-        """`final/`: the model, its tokenizer and stage.json, written under another name and then renamed.
+    def save_final(self, model, tokenizer, parents: list[Parent], extra: dict, card: str) -> None:
+        """`final/`: the model, its tokenizer, stage.json and the card, written aside and then renamed.
 
         It comes last, since a run with final/ counts as finished.
 
         Args:
             extra: what stage.json says besides.
+            card: the text of README.md.
         """
         merge_adapter(model)
         temporary = self.folder / "final.tmp"
@@ -215,8 +217,7 @@ class Run:
         stage = {"stage": self.stage, "parents": {parent.key: parent.identity for parent in parents},
                  **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}
         write_json(temporary / "stage.json", stage)
-        if self.stage == "reward":
-            shutil.copyfile(Path(__file__).with_name("reward_card.md"), temporary / "README.md")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         refuse_lost(self.folder)
         durable.move(temporary, self.folder / "final")
 
@@ -259,7 +260,8 @@ def refuse_impossible(config) -> None:
 
     Raises:
         UserError: for an output folder in use, another configuration than that of the run to resume, a
-            tracker that is not installed, or half precision on a machine that has none.
+            tracker that is not installed, a hub that takes no upload, or half precision on a machine that has
+            none.
     """
     on_main(lambda: refuse_used_folder(config))
     trackers = {name for name in get_available_reporting_integrations() if name in LoggerType}
@@ -267,6 +269,8 @@ def refuse_impossible(config) -> None:
         if name not in {*trackers, "none"}:
             raise UserError(f"report_to: '{name}' is not installed, or no tracker; here are: "
                             f"{', '.join(sorted(trackers))}, none")
+    if config.push_to_hub:
+        on_main(lambda: refuse_closed_hub(config.push_to_hub))
     if config.mixed_precision == "fp16" and world().device.type == "cpu":
         raise UserError("mixed_precision: fp16 needs a GPU; take bf16 or no")
 

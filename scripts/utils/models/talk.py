@@ -1,0 +1,142 @@
+"""A model that answers: prompts in the layout it was trained on, answers as text, and their scores."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig
+
+from utils.config import UserError
+from utils.data.conversations import readable, stored_conversation
+from utils.data.layouts import TLDR_TEMPLATE, tldr_layout, tldr_parts
+from utils.data.tokens import prompt_tokens
+from utils.distributed import world
+from utils.models.loading import load_policy, load_scalar_model
+from utils.models.outputs import scores
+from utils.models.parents import Parent
+from utils.models.prompt_groups import pack
+
+_LONGEST = 256  # tokens of an answer, where the model does not say how many it was trained with
+_TITLE = 60  # characters of a post's first line that can be a title
+
+
+class Answer(NamedTuple):
+    """One answer of a model."""
+
+    text: str
+    tokens: list[int]  # the end token included
+    score: float | None = None  # by the reward model; None: there is none
+
+
+class Talker:
+    """A language model and the layout of its prompts.
+
+    Args:
+        parent: the model's folder or hub name.
+
+    Raises:
+        UserError: when it cannot be loaded, or is a reward model.
+    """
+
+    def __init__(self, parent: Parent):
+        if parent.stage is not None and parent.stage.get("stage") == "reward":
+            raise UserError(f"{parent.key}: '{parent.name}' is a reward model, which writes nothing; give it "
+                            "as --reward_model, and the model of another stage here")
+        self.parent, self.tokenizer = parent, parent.tokenizer
+        self.model = load_policy(parent).to(world().device).eval()
+        stage = parent.stage or {}
+        self.max_new_tokens = stage.get("max_new_tokens", _LONGEST)
+        self.layout = "chat" if self.tokenizer.chat_template else stage.get("prompt_layout", "plain")
+
+    @property
+    def positions(self) -> int:
+        """The longest row that the model can read."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 2**20
+
+    def prompt(self, messages: list[dict], max_new_tokens: int) -> list[int]:
+        """Token ids of a conversation, as long as there is room for an answer; earlier turns are cut off.
+
+        A model that was trained on posts sees the last message as a post.
+
+        Raises:
+            UserError: when the last message does not fit.
+        """
+        room = self.positions - max_new_tokens
+        if self.layout in ("chat", "dialogue"):
+            text = stored_conversation(messages)
+            if self.layout == "dialogue" or not self.tokenizer.chat_template:
+                text = readable(text)
+        else:
+            text = messages[-1]["content"].rstrip()
+            text = as_post(text) if self.layout == "tldr" else text
+        if room < 1:
+            raise UserError(f"max_new_tokens: {max_new_tokens} tokens leave no room for a prompt in the "
+                            f"{self.positions} positions of '{self.parent.name}'")
+        [ids] = prompt_tokens(self.tokenizer, [text], room)
+        return ids
+
+    @torch.no_grad()
+    def answers(self, prompt: list[int], count: int, max_new_tokens: int, temperature: float | None,
+                streamer=None) -> list[Answer]:
+        """Sample answers to a prompt.
+
+        Args:
+            temperature: None: that of generation_config.json; 0: the likeliest token each time.
+            streamer: gets the tokens of a single answer as they come (transformers' `TextStreamer`).
+        """
+        sampling = {}
+        if temperature is not None:
+            sampling = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature else {})
+        elif count > 1:
+            sampling = {"do_sample": True}
+        ids = torch.tensor([prompt], device=self.model.device)
+        settings = GenerationConfig(**{**self.model.generation_config.to_diff_dict(), **sampling,
+                                       "max_new_tokens": max_new_tokens, "num_return_sequences": count})
+        rows = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+                                   streamer=streamer)
+        found = [self._until_end(row[len(prompt):].tolist()) for row in rows]
+        return [Answer(self.tokenizer.decode(row, skip_special_tokens=True).strip(), row) for row in found]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+class Scorer:
+    """A reward model, for answers of models with its tokenizer."""
+
+    def __init__(self, parent: Parent):
+        self.parent = parent
+        self.model = load_scalar_model(parent).to(world().device).eval()
+
+    @torch.no_grad()
+    def scored(self, prompt: list[int], answers: list[Answer]) -> list[Answer]:
+        """The answers with their scores; one that did not end has none, for its score would mean nothing."""
+        pad, end = self.parent.tokenizer.pad_token_id, self.parent.tokenizer.eos_token_id
+        groups = pack([prompt], [[answer.tokens for answer in answers]], pad).to(self.model.device)
+        found = scores(self.model, groups).tolist()
+        return [answer._replace(score=score) if answer.tokens[-1:] == [end] else answer
+                for answer, score in zip(answers, found, strict=True)]
+
+
+def as_post(text: str) -> str:
+    """A text in the layout of TL;DR. Its first line is the title where it can be one."""
+    if tldr_parts(text):
+        return tldr_layout(text).rstrip()
+    text = text.strip()
+    first, _, rest = text.partition("\n")
+    has_title = rest.strip() and len(first) <= _TITLE
+    return TLDR_TEMPLATE.format(subreddit="AskReddit", title=first[:_TITLE].strip(),
+                                post=rest.strip() if has_title else text)
+
+
+def last_model(demo: Path) -> str:
+    """The demo's last model: of PPO, else of SFT.
+
+    Raises:
+        UserError: when the demo has not run.
+    """
+    for stage in ("ppo", "sft"):
+        if (demo / stage / "final" / "config.json").is_file():
+            return str(demo / stage / "final")
+    raise UserError(f"model: no trained model in '{demo}'; run 'make demo', or name one with --model")

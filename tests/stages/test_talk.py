@@ -1,0 +1,135 @@
+"""chat.py on tiny models: a conversation, one prompt, a file of prompts, several models side by side."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import chat
+from tiny_models import mini_tokenizer, save_opt
+from utils.config import PROJECT, UserError, parse_config
+from utils.data.layouts import TLDR_TEMPLATE
+from utils.models.outputs import scores
+from utils.models.parents import Parent
+from utils.models.prompt_groups import pack
+from utils.models.talk import Scorer, Talker, as_post
+
+POST = "My balcony faces north. What grows there?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two policies and a reward model; answers end soon."""
+    folder = tmp_path_factory.mktemp("chat")
+    for name, seed in (("first", 0), ("second", 1)):
+        save_opt(folder / name, eos_logit=4.0, seed=seed)
+        (folder / name / "stage.json").write_text(json.dumps({"stage": "sft", "prompt_layout": "tldr",
+                                                              "max_new_tokens": 12}))
+    save_opt(folder / "reward", "reward", head_scale=20.0)
+    (folder / "reward" / "stage.json").write_text('{"stage": "reward"}')
+    return folder
+
+
+def run(words, monkeypatch, capsys, typed=""):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    chat.main(parse_config(chat.ChatConfig, None, words.split()))
+    return capsys.readouterr().out
+
+
+def test_a_post_is_put_into_the_layout_that_the_model_was_trained_on(folder):
+    talker = Talker(Parent("model", str(folder / "first")))
+    ids = talker.prompt([{"role": "user", "content": POST}], 12)
+    prompt = talker.tokenizer.decode(ids, skip_special_tokens=True)
+    assert prompt == TLDR_TEMPLATE.format(subreddit="AskReddit", title=POST, post=POST)
+    titled = as_post(f"North\n{POST}")
+    assert titled == TLDR_TEMPLATE.format(subreddit="AskReddit", title="North", post=POST)
+    assert as_post(titled) == titled  # what has the layout keeps it
+    long = as_post("word " * 100)
+    assert long.split("\n\n")[1] == f"TITLE: {('word ' * 100)[:60].strip()}"
+
+
+def test_the_likeliest_answer_is_the_stock_models(folder, monkeypatch, capsys):
+    out = run(f"--model {folder}/first --temperature 0 --prompt -", monkeypatch, capsys, POST)
+    tokenizer, stock = mini_tokenizer(), AutoModelForCausalLM.from_pretrained(folder / "first")
+    ids = tokenizer(as_post(POST), return_tensors="pt")
+    row = stock.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    assert out == tokenizer.decode(row, skip_special_tokens=True).strip() + "\n"
+
+
+@torch.no_grad()
+def test_scores_are_the_reward_models_and_an_answer_without_end_has_none(folder):
+    talker = Talker(Parent("model", str(folder / "first")))
+    scorer = Scorer(Parent("reward_model", str(folder / "reward")))
+    prompt = talker.prompt([{"role": "user", "content": POST}], 12)
+    torch.manual_seed(0)
+    answers = scorer.scored(prompt, talker.answers(prompt, 16, 12, 1.0))
+    ended = [answer for answer in answers if answer.tokens[-1] == talker.tokenizer.eos_token_id]
+    assert 0 < len(ended) < 16
+    assert all((answer.score is not None) == (answer in ended) for answer in answers)
+    found = scores(scorer.model, pack([prompt], [[answer.tokens for answer in ended]], 1)).tolist()
+    assert [answer.score for answer in ended] == pytest.approx(found, abs=1e-5)
+
+
+def test_models_stand_side_by_side_with_their_scores(folder, monkeypatch, capsys):
+    words = (f"--compare {folder}/first {folder}/second --reward_model {folder}/reward --k 2 --temperature 1 "
+             f"--prompt {'Balcony'}")
+    out = run(words, monkeypatch, capsys)
+    assert out.count("(score ") + out.count("(did not end") == 4
+
+
+def test_a_conversation_obeys_its_commands(folder, monkeypatch, capsys):
+    typed = ('/help\nHello\n/k 2\n/temperature 0.5\nAgain\n"""\ntwo\nlines\n"""\n/new\n/nothing\n/k 0\n\n'
+             '/quit\nnever\n')
+    asked = []
+    ask = chat.Chat.ask
+    monkeypatch.setattr(chat.Chat, "ask", lambda self, text, streams=False: asked.append(
+        (text, len(self.turns), self.k, self.temperature)) or ask(self, text, streams))
+    out = run(f"--model {folder}/first", monkeypatch, capsys, typed)
+    assert asked == [("Hello", 0, 1, None), ("Again", 2, 2, 0.5), ("two\nlines", 4, 2, 0.5)]
+    assert out.count("error: no command") == 2 and "/system TEXT" in out
+
+
+def test_a_file_of_prompts_is_answered(folder, tmp_path, monkeypatch, capsys):
+    posts = [json.dumps({"prompt": f"{POST} {number}"}) for number in range(3)]
+    (tmp_path / "posts.jsonl").write_text("\n".join(posts))
+    words = f"--model {folder}/first --prompts {tmp_path}/posts.jsonl --output {tmp_path}/answers.jsonl --k 2"
+    run(words, monkeypatch, capsys)
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [f"{POST} {i}" for i in range(3)]
+    assert all(len(row["answers"][f"{folder}/first"]) == 2 for row in rows)
+    with pytest.raises(UserError, match="^output: .* is there already"):
+        run(words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--model {0}/reward --prompt x", "model: .* is a reward model, which writes nothing"),
+    ("--model {0}/first --reward_model {0}/second --prompt x", "reward_model: .* is no reward model"),
+    ("--model {0}/first --prompt -", "prompt: is empty"),
+    ("--model {0}/first --max_new_tokens 384 --prompt x", "max_new_tokens: 384 tokens leave no room"),
+    ("--model {0}/first --compare {0}/second --prompt x", ".*model: stands beside compare"),
+    ("--model {0}/first --prompts x", ".*output: --prompts and --output go together"),
+    ("--model {0}/first --prompts none.jsonl --output {0}/a.jsonl", "rlhf_training_data: 'none.jsonl'"),
+    ("--model {0}/first --prompts none.jsonl --output {0}/no/a.jsonl", "output: .* must be a .jsonl file"),
+])
+def test_a_mistake_is_one_line(words, message, folder, monkeypatch, capsys):
+    with pytest.raises(UserError, match=f"^{message}") as caught:
+        run(words.format(folder), monkeypatch, capsys)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_trained_model_the_way_to_one_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "DEMO", tmp_path)
+    with pytest.raises(UserError, match="^model: no trained model in .*; run 'make demo'"):
+        run("--prompt x", monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_a_pipe_gets_the_answer_and_nothing_else(folder):
+    done = subprocess.run([sys.executable, PROJECT / "scripts" / "chat.py", "--model", folder / "first",
+                           "--temperature", "0", "--prompt", "-"], input=POST, capture_output=True, text=True,
+                          check=True)
+    assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
