@@ -114,7 +114,8 @@ def test_rows_in_sharegpt_and_openai_spelling_are_the_same_conversation(tmp_path
 def tokens(rows, kind, tokenizer, folder, field="actor_training_data"):
     from types import SimpleNamespace
 
-    config = SimpleNamespace(on_bad_rows="error", max_prompt_tokens=400, max_row_bytes=10**6)
+    config = SimpleNamespace(on_bad_rows="error", max_prompt_tokens=400, max_row_bytes=10**6,
+                             max_dropped_share=1.0)
     limits = {"max_completions": 9, "min_score_ratio": 1.0, "max_pairs_per_prompt": None}
     loaded = load_data(config, {field: NamedSet(write(folder, *rows), kind)}, tokenizer, DataReport(), limits)
     return loaded[field].dataset()

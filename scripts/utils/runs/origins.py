@@ -24,7 +24,7 @@ DATA = ("actor_training_data", "actor_validation_data", "actor_test_data",
         "reward_training_data", "reward_validation_data", "reward_test_data", "centring_data", "rating_data",
         "rlhf_training_data", "rlhf_validation_data", "rlhf_test_data")
 MODELS = ("model", "reward_model")
-FILES = ("gold_rules", "deepspeed")
+FILES = ("gold_rules", "deepspeed", "chat_template")
 BY_CONTENT = (*DATA, *MODELS, *FILES)
 _LIBRARIES = ("torch", "transformers", "accelerate")
 
