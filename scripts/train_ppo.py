@@ -187,6 +187,7 @@ from utils.ppo import (
 )
 from utils.runs.checkpoints import trainable_weights
 from utils.runs.ending import Ending, end_stage
+from utils.runs.final import rehearse_saving
 from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.runs.token_sums import TokenSums
@@ -542,6 +543,7 @@ def main(config: PPOStageConfig) -> None:
     gold = GoldJudge(config.gold_rules, held_out) if config.gold_rules else None
     deepspeed = load_settings(config, sft)
     models = load_models(sft, reward, config)
+    rehearse_saving(models.policy, sft.tokenizer, config)
     if deepspeed:
         models.trained.frozen.extend(models.frozen)
 

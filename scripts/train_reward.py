@@ -103,6 +103,7 @@ from utils.models.outputs import GroupModel, scores
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.runs.ending import Ending, end_stage
+from utils.runs.final import rehearse_saving
 from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.zero import load_settings
@@ -277,6 +278,7 @@ def main(config: RewardStageConfig) -> None:
     model.config.pad_token_id = base.tokenizer.pad_token_id
     refuse_unfit(model, base, base.tokenizer, config.max_prompt_tokens + config.max_completion_tokens,
                  "max_prompt_tokens + max_completion_tokens")
+    rehearse_saving(model, base.tokenizer, config)
     model = trainable(model, config)
 
     run = Run(config, "reward", report, [base])

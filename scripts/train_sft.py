@@ -66,6 +66,7 @@ from utils.models.outputs import GroupModel, response_logprobs
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.runs.ending import Ending, end_stage
+from utils.runs.final import rehearse_saving
 from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
 from utils.zero import load_settings
@@ -190,6 +191,7 @@ def main(config: SFTStageConfig) -> None:
     longest_prompt = max(map(len, [*validation.prompts, *test.prompts]))
     longest = max(training.examples.token_column("length").max(), longest_prompt + config.max_new_tokens)
     refuse_unfit(policy, base, base.tokenizer, longest, "actor_training_data", dropout=True)
+    rehearse_saving(policy, base.tokenizer, config)
     policy = trainable(policy, config)
 
     run = Run(config, "sft", report, [base])

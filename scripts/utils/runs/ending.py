@@ -2,7 +2,6 @@
 posts before and after.
 """
 
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ from rich.table import Table
 
 from utils.console import show_table
 from utils.distributed import world
+from utils.errors import UserError, one_line
+from utils.input_files import read_json
 from utils.judge.gold import table_rows
 from utils.models.parents import Parent
 from utils.runs.card import model_card
@@ -69,18 +70,25 @@ def print_stages(folders: dict[str, Path]) -> None:
     """
     if not world().is_main_process:  # the others may be here before the summary is written
         return
-    summaries = {stage: json.loads((folder / "summary.json").read_text())
-                 for stage, folder in folders.items()}
+    rows, seconds = [], []
+    for stage, folder in folders.items():
+        try:
+            summary = read_json(folder / "summary.json")
+            of_stage, took = list(_stage_rows({stage: summary})), f"{stage} {summary['seconds']:.0f}"
+        except (UserError, LookupError, TypeError, ValueError) as error:  # of an earlier stage, changed since
+            print(f"{stage}: is not in the table, as its summary.json cannot be read ({one_line(error)})")
+        else:
+            rows += of_stage
+            seconds.append(took)
     table = Table(title="RLHF in three stages", title_justify="left")
     for column in ("stage", "measure", "before", "after", "95 % interval"):
         table.add_column(column)
-    for row in _stage_rows(summaries):
+    for row in rows:
         table.add_row(*row)
     show_table(table)
-    seconds = [f"{stage} {summary['seconds']:.0f}" for stage, summary in summaries.items()]
     print(f"seconds: {', '.join(seconds)}")
     for stage, folder in folders.items():
-        for path in (folder, *sorted((folder / "plots").iterdir())):
+        for path in (folder, *sorted((folder / "plots").glob("*"))):
             print(f"{stage}: {path}")
 
 
