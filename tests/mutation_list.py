@@ -712,6 +712,12 @@ MUTATIONS = [
         ("a moved file counts as another one", None, "",
          'DATA = ( "actor_training_data",', "DATA = (", "origins:what_only_lies"),
     ]),
+    *_of("utils/zero.py", "all_weights:final_in_several", [
+        ("the index of a sharded model names its weights as in memory", None, "save_pretrained",
+         "dict.fromkeys(file.keys(), name)", "dict.fromkeys(weights, name)"),
+        ("a sharded model loses its buffers", None, "save_pretrained",
+         "buffers if number == 1 else {}", "{}"),
+    ]),
     *_of("utils/durable.py", "durable:a_folder_and_all", [
         ("what is removed is there half", None, "remove",
          "os.replace(path, aside)", "delete(path); aside.mkdir()", "checkpoints:a_kill_while"),

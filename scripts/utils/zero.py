@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch.utils.cpp_extension import get_default_build_root
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -210,15 +211,18 @@ def save_pretrained(model, folder: Path) -> None:
             model.save_pretrained(folder)
         return
     files, index, size = in_files(dict(model.named_parameters())), {}, 0
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}  # never sharded
     for number, weights in enumerate(files, start=1):
-        state = gathered_copy(weights)
+        state = gathered_copy(weights) | (buffers if number == 1 else {})
         if world().is_main_process:
             name = (f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1
                     else SAFE_WEIGHTS_NAME)
-            model.save_pretrained(folder / "part", state_dict=state)
-            index |= dict.fromkeys(state, name)
             size += sum(weight.nbytes for weight in state.values())
+            model.save_pretrained(folder / "part", state_dict=state)
             (folder / "part" / SAFE_WEIGHTS_NAME).rename(folder / name)
+            with safe_open(folder / name, "pt") as file:  # some are saved under other names than the model's
+                index |= dict.fromkeys(file.keys(), name)
         del state  # before the next ones are gathered
     if world().is_main_process:
         for path in (folder / "part").iterdir():  # its config.json
