@@ -77,7 +77,8 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/studies/benchmark.py": ("studies.benchmark", "BenchmarkConfig", None),
            "scripts/studies/gpu_check.py": ("studies.gpu_check", "CheckConfig", None),
            "scripts/studies/measure_memory.py": ("studies.measure_memory", "MeasureConfig", None),
-           "scripts/plan_memory.py": ("plan_memory", "PlanConfig", None)}
+           "scripts/plan_memory.py": ("plan_memory", "PlanConfig", None),
+           "scripts/chat.py": ("chat", "ChatConfig", None)}
 # takes no configuration: the words that the documents may give it
 PLAIN = {"tests/helpers/real_posts.py": []}
 COMMANDS = sorted({command for path in DOCS for command in commands(path)})
