@@ -444,6 +444,10 @@ MUTATIONS = [
         ("a group may get larger than max_completions", 18, "split_group",
          "max_completions)", "max_completions + 1)", "validation:groups_hold_the_pairs"),
     ]),
+    *_of("utils/data/json_rows.py", "broken_inputs:a_broken_row_is_named", [
+        ("of a column that stands twice the last value is read", None, "_Decoder._object",
+         "len(row) < len(pairs)", "False"),
+    ]),
     *_of("utils/judge/gold.py", "gold:figures_of_two_policies", [
         ("the win rate is that of SFT over PPO", 37, "GoldJudge.compare",
          'win_rate(gold["after", "sampled"], gold["before", "sampled"], posts, seed)',

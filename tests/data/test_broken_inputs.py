@@ -59,6 +59,13 @@ def not_utf8(prompts, completions) -> bytes:
     return written.getvalue()
 
 
+def column_twice() -> bytes:
+    written, columns = io.BytesIO(), [pyarrow.array([text]) for text in ("p", "c", "d")]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(table, written)
+    return written.getvalue()
+
+
 def far_date(row) -> bytes:
     table = pyarrow.Table.from_pylist(goods(9))
     dates = pyarrow.array([2**40 if number == row else 0 for number in range(1, 10)], pyarrow.timestamp("s"))
@@ -153,6 +160,12 @@ EXAMPLES = {  # a row, what is said of it
     "single quotes": (b"{'prompt': 'P'}",
                       f"is not JSON (Expecting property name enclosed in double quotes at column "
                       f"2); {NEEDS_OBJECT}"),
+    "a column twice": (b'{"prompt": "P", "completion": "c", "completion": "d"}',
+                       "names 'completion' twice; leave one of the two out"),
+    "the same column twice": (b'{"prompt": "P", "prompt": "P", "completion": "d"}',
+                              "names 'prompt' twice; leave one of the two out"),
+    "a role twice": (b'{"messages": [{"role": "user", "role": "system", "content": "Q"}]}',
+                     "names 'role' twice; leave one of the two out"),
     "a tab in a text": (b'{"prompt": "a\tb"}', f"is not JSON (Invalid control character at column "
                                                f"14); {NEEDS_OBJECT}"),
     "a bottomless list": (b"[" * 100_000, "is not JSON (nested too deeply); one object a line is needed"),
@@ -396,6 +409,13 @@ FILES = {  # name, bytes, the message's beginning, what it says besides
                                   "column 'completion' is not UTF-8; write it again"),
     "Parquet with a date behind all calendars": ("a.parquet", far_date(2), "a.parquet:2: ",
                                                  "column 'date' holds a value that cannot be"),
+    "Parquet with a column twice": ("a.parquet", column_twice(), "a.parquet:1: ",
+                                    "names the column 'completion' twice; give each column its own name"),
+    "a JSON list with a column twice": ("a.json", b'[{"prompt": "p", "completion": "c"},\n {"prompt": "p", '
+                                                  b'"prompt": "q", "completion": "c"}]', "a.json:2: ",
+                                        "names 'prompt' twice; leave one of the two out"),
+    "CSV whose list has a name twice": ("a.csv", b'messages\n"[{""role"": ""user"", ""role"": ""user""}]"\n',
+                                        "a.csv:2: ", "names 'role' twice; leave one of the two out"),
     "JSON list cut off": ("a.json", b'[{"prompt": "p"},\n {"pro', "a.json:2: ",
                           "a list of objects is needed"),
     "JSON list of texts": ("a.json", b'["p", "q"]', "a.json:1: ", "must be a JSON object such as"),
@@ -539,7 +559,7 @@ SETS = {  # what is made, role, words, parts of the message
                                          ["rlhf_training_data: 'no.jsonl' does not exist"]),
     "no completion that is short enough": (wordy, "actor",
                                            "--actor_training_data wordy.jsonl --max_completion_tokens 2", [
-        "actor_training_data: 9 of the 9 rows of 'wordy.jsonl' (100.0%) have a completion of more than "
+        "actor_training_data: 10 of the 10 rows of 'wordy.jsonl' (100.0%) have a completion of more than "
         "max_completion_tokens (2); the longest has ",
         "raise max_completion_tokens, or accept it with max_dropped_share: 1.0"]),
     "no completion that is short enough, and that accepted": (

@@ -129,7 +129,7 @@ def test_an_answer_is_not_optional(tmp_path):
                                              for chosen in ("a", "")]))
     said = []
     assert len(load_rankings(str(tmp_path / "a.csv"), "reward_training_data", 9, said.append)) == 1
-    assert "(1 an empty answer)" in said[0]
+    assert "1 an empty answer" in said[0]
 
 
 @pytest.mark.parametrize("case", OPTIONAL)

@@ -105,9 +105,24 @@ def test_rules_of_the_gold_score_are_read(rules):
     assert load_rules(rules)["need_words"] == 5
 
 
+def changed(slot=None, **more):
+    """RULES with one slot's keys, or keys of its own, changed."""
+    slots = {name: spec | (slot or {}) for name, spec in RULES["slots"].items()}
+    return {**RULES, "slots": slots, **more}
+
+
+ODD_NUMBERS = [
+    *(changed(slot={"weight": weight}) for weight in ("0.5", None, True, [1], float("nan"), float("inf"))),
+    *(changed(penalties={**RULES["penalties"], name: "0.1"}) for name in RULES["penalties"]),
+    changed(need_words="5"), changed(slot={"values": "Anna"}), changed(slot={"values": []}),
+    changed(slot={"values": [5]}),
+]
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "null", "[]", '{"slots": {"who": {}}}', '{"slots": {}}',
                                   json.dumps({**RULES, "penalties": {}}),
-                                  json.dumps({**RULES, "need_words": "five"})])
+                                  json.dumps({**RULES, "need_words": "five"}),
+                                  *map(json.dumps, ODD_NUMBERS)])
 def test_rules_that_are_none_are_refused_before_they_are_needed(text, tmp_path):
     (tmp_path / "gold.json").write_text(text)
     with pytest.raises(UserError, match="^gold_rules: .* holds no rules of a gold score"):

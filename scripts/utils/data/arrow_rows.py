@@ -25,6 +25,10 @@ def read_parquet(file: BinaryIO, path: Path, most: int) -> Iterator[tuple[int, d
                 shutil.copyfileobj(file, unpacked)
                 file = unpacked
             table = pyarrow.parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise UserError(f"{path}:1: names the column {quoted(twice[0])} twice; give each column its "
+                                "own name")
             batches = table.iter_batches(_rows_at_once(table.metadata, file, path))
             yield from enumerate(rows_of(batches, most), start=1)
     except (pyarrow.ArrowException, OSError) as error:

@@ -2,16 +2,33 @@
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from utils.data.unpacking import limited_lines
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 
 NOT_UTF8 = "is not UTF-8; save the file as UTF-8 text"
-_DECODER = json.JSONDecoder()
 _MOST_DEPTH = 100  # a row that is deeper could be read, but not written: Python's limit is near 1,000
+
+
+class _Decoder(json.JSONDecoder):
+    """Remembers a name that stands twice in an object: Python would take its last value and say nothing."""
+
+    def __init__(self):
+        super().__init__(object_pairs_hook=self._object)
+        self.twice: str | None = None  # a name of the last value that was decoded
+
+    def _object(self, pairs: list[tuple]) -> dict:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            self.twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        return row
+
+
+_DECODER = _Decoder()
 
 
 class BadRow(NamedTuple):
@@ -60,6 +77,7 @@ def parsed(text: str, needed: str):
     Args:
         needed: what the message says is needed there.
     """
+    _DECODER.twice = None
     try:
         value = _DECODER.decode(text)
     # ValueError: not JSON, or a number of thousands of digits. RecursionError: thousands of brackets.
@@ -69,7 +87,9 @@ def parsed(text: str, needed: str):
 
 
 def _checked(value, text: str):
-    """The value if it can be written and tokenised, else a `BadRow`."""
+    """The value that was decoded last if it can be written and tokenised, else a `BadRow`."""
+    if _DECODER.twice is not None:
+        return BadRow(f"names {quoted(_DECODER.twice)} twice; leave one of the two out", text)
     if _may_hold_half(text) and _holds_half(value):
         return BadRow(_HALF_EMOJI, text)
     if text.count("[") + text.count("{") > _MOST_DEPTH and _is_deep(value):
@@ -190,6 +210,7 @@ def _read_list(text: _Text, most: int) -> Iterator[tuple[int, dict | BadRow]]:
 def _next_value(text: _Text, most: int):
     """The value that begins at the place, and its JSON text; the place moves behind it."""
     while True:
+        _DECODER.twice = None
         try:
             value, end = _DECODER.raw_decode(text.text, text.at)
         except json.JSONDecodeError as error:

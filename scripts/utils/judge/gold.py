@@ -6,12 +6,14 @@ not have: it shows whether a rising reward means better summaries. A data set br
 without that key nothing here is used.
 """
 
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from utils.config import UserError, find_input
+from utils.config import find_input
+from utils.errors import UserError, quoted
 from utils.input_files import read_json
 from utils.judge.evaluation import Summaries
 from utils.judge.metrics import label_ceiling, length_controlled_win_rate, reliability, win_rate
@@ -99,11 +101,28 @@ def load_rules(path: str) -> dict:
     try:
         rules = load_gold(file)
         gold_score("", dict.fromkeys(rules["slots"], ""), rules)
+        _refuse_odd_rules(rules)
     except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"gold_rules: '{file}' holds no rules of a gold score ({type(error).__name__}: "
                         f"{error}); make it "
                         "again with data/tldr_mini/generate.py, or leave gold_rules out") from None
     return rules
+
+
+def _refuse_odd_rules(rules: dict) -> None:
+    """Raise ValueError for what an empty summary never meets: numbers that are none, slots without values."""
+    if not rules["slots"]:
+        raise ValueError("there are no slots")
+    for slot, spec in rules["slots"].items():
+        if not isinstance(spec["values"], list) or not spec["values"]:
+            raise ValueError(f"the values of slot '{slot}' are {quoted(spec['values'])}; a list of texts is "
+                             "needed")
+    found = {f"the weight of slot '{slot}'": spec["weight"] for slot, spec in rules["slots"].items()}
+    found |= {f"the penalty '{name}'": value for name, value in rules["penalties"].items()}
+    found["need_words"] = rules["need_words"]
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {quoted(value)}; a number is needed")
 
 
 def refuse_missing_facts(rules: dict, examples: list) -> None:
