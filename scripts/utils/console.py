@@ -32,7 +32,7 @@ def warn_above_bars() -> None:
 
 
 def show_table(table: Table, markup: bool = False) -> None:
-    """Print a table; where the terminal is too narrow for it, each row as lines of `column: value`.
+    """Print a table; where the terminal is too narrow for it, each row as a list of `column: value`.
 
     In a file it is as wide as it needs.
 
@@ -49,9 +49,20 @@ def show_table(table: Table, markup: bool = False) -> None:
     if table.title:
         console.print(table.title, soft_wrap=True)
     for cells in zip(*(column.cells for column in table.columns), strict=True):
-        first, *others = zip((column.header for column in table.columns), cells, strict=True)
-        if first[1]:
-            console.print(": ".join(filter(None, first)), style="bold", soft_wrap=True)
-        for name, value in others:
-            if value:
-                console.print(f"  {name}: {value}" if name else f"  {value}", soft_wrap=True)
+        named = zip((column.header for column in table.columns), cells, strict=True)
+        first, *others = (cell and ": ".join(filter(None, (name, cell))) for name, cell in named)
+        if first:
+            console.print(first, style="bold", soft_wrap=True)
+        for line in _wrapped(list(filter(None, others)), terminal):
+            console.print(line, soft_wrap=True)
+
+
+def _wrapped(items: list[str], width: int) -> list[str]:
+    """Items one after the other in lines of a width; none is broken, so a long one has a line of its own."""
+    lines = []
+    for item in items:
+        if lines and len(lines[-1]) + len(item) + 2 <= width:
+            lines[-1] += f"; {item}"
+        else:
+            lines.append(f"  {item}")
+    return lines

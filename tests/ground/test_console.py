@@ -132,9 +132,21 @@ def test_a_table_fits_the_terminal_or_is_a_list(columns, on_terminal, monkeypatc
         assert not screen.wrapped and {len(line) for line in screen.lines if "│" in line} == {61}
     else:
         assert "│" not in text
-        assert screen.lines == ["A title", "stage: reward", *(
-            line for number in range(3) for line in (f"  measure [unit]: {cells[number]}",
-                                                     f"  value: {number / 7:.3f}")), ""]
+        items = [item for number in range(3) for item in (f"measure [unit]: {cells[number]}",
+                                                          f"value: {number / 7:.3f}")]
+        assert screen.lines[:2] == ["A title", "stage: reward"]
+        assert "; ".join(screen.lines[2:-1]).replace("  ", "") == "; ".join(items)
+        whole = {f"  {item}" for item in items}
+        assert all(len(line) <= columns or line in whole for line in screen.lines[2:])
+
+
+def test_a_row_of_many_figures_takes_few_lines(on_terminal, monkeypatch):
+    """As those of the memory planner, which has 15 columns: a line for each would be pages."""
+    monkeypatch.setenv("COLUMNS", "80")
+    table = Table("stage", *(f"column {number}" for number in range(14)))
+    table.add_row("sft", *("0.125" for _ in range(14)))
+    screen = on_terminal(lambda: show_table(table), 80)
+    assert len(screen.lines) == 6 and not screen.wrapped  # 4 of `column 0: 0.125` in a line
 
 
 def test_in_a_file_a_table_is_as_wide_as_it_needs(capsys, monkeypatch):
