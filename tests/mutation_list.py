@@ -134,7 +134,7 @@ MUTATIONS = [
     ]),
     *_of("train_reward.py", "reward:a_step_follows", [
         ("the reward loss is divided by groups, not by pairs", 18, "train",
-         "sum(weights.sum() for *_, weights in parts)", "len(rows)"),
+         "sum((weights.sum() for *_, weights in parts), start=torch.tensor(0.0))", "len(rows)"),
         ("margin and centring_coef do not reach the loss", 17, "train",
          "config.margin, config.centring_coef", "0.0, 0.0"),
         ("the reward loss is a mean of micro-batch means", 12, "train",

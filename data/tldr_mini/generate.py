@@ -64,8 +64,9 @@ def make_rows(rng: random.Random, name: str, count: int, gold: dict,
         return
     for index, post in enumerate(distinct_posts(rng, count)):
         if name.startswith("reward"):
-            sizes = answers_of_a_post
-            answers = ranking(rng, post, gold, sizes[0] if len(sizes) == 1 else rng.choice(sizes))
+            # drawing from a single number would take from the generator, and change the committed files
+            size = answers_of_a_post[0] if len(answers_of_a_post) == 1 else rng.choice(answers_of_a_post)
+            answers = ranking(rng, post, gold, size)
         else:
             answers = {"completion": reference(rng, post).text}
         yield {"id": f"{name}_{index}", "prompt": post.prompt, **answers, "facts": post.facts}

@@ -288,6 +288,18 @@ for name in ("actor_validation", "reward_validation"):
             assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
 
 
+def test_posts_may_have_unequal_numbers_of_answers(gold, tmp_path, monkeypatch):
+    """As `--answers 2 9` asks for; all of a post are different, and ranked by its noisy labeller."""
+    monkeypatch.setattr(generate, "SIZES", {"reward": {"train": 60}, "actor": {"test": 1}})
+    generate.main(["--output_dir", str(tmp_path), "--answers", "2", "9"])
+    rows = read_rows(tmp_path / "reward_train.jsonl.gz")
+    assert {len(row["completions"]) for row in rows} == set(range(2, 10)) and len(rows) == 60
+    for row in rows:
+        assert len(set(row["completions"])) == len(row["completions"]) == len(row["label_scores"])
+        assert row["gold"] == pytest.approx([gold_score(text, row["facts"], gold) for text in
+                                             row["completions"]], abs=1e-4)
+
+
 def test_another_seed_gives_other_posts():
     first = posts.make_post(generate.file_rng(0, "actor_train"))
     assert first.body != posts.make_post(generate.file_rng(1, "actor_train")).body

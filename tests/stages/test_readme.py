@@ -80,7 +80,8 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/plan_memory.py": ("plan_memory", "PlanConfig", None),
            "scripts/chat.py": ("chat", "ChatConfig", None)}
 # takes no configuration: the words that the documents may give it
-PLAIN = {"tests/helpers/real_posts.py": []}
+PLAIN = {"tests/helpers/real_posts.py": [],
+         "data/tldr_mini/generate.py": ["--output_dir", "outputs/uneven", "--answers", "2", "9"]}
 COMMANDS = sorted({command for path in DOCS for command in commands(path)})
 
 
