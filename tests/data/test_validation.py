@@ -4,6 +4,7 @@ twice.
 
 import json
 import os
+import re
 import threading
 import tracemalloc
 from collections import Counter, defaultdict
@@ -17,7 +18,7 @@ import train_ppo
 import train_reward
 import train_sft
 from tiny_models import mini_tokenizer
-from utils.config import UserError
+from utils.config import PROJECT, UserError
 from utils.data import cache, validation
 from utils.data.layouts import Example
 from utils.data.report import DataReport
@@ -312,6 +313,21 @@ def test_other_code_does_not_find_what_older_code_made(tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "_build", no_pass)
     with pytest.raises(AssertionError, match="read again"):
         load_examples(path, "x")
+
+
+def imported(name, found):
+    """The modules of this folder that one of them imports, directly or not; `cache` decides nothing."""
+    code = (PROJECT / "scripts" / "utils" / "data" / f"{name}.py").read_text()
+    for other in re.findall(r"^from utils\.data\.(\w+) import", code, re.MULTILINE):
+        if other not in {*found, "cache"}:
+            found.add(other)
+            imported(other, found)
+    return found
+
+
+def test_all_code_that_decides_what_a_row_becomes_counts():
+    """What an edited module made before is not used."""
+    assert set(cache._CODE) == imported("validation", {"validation"}) | imported("tokens", {"tokens"})
 
 
 def test_a_pass_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch):

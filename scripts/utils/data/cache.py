@@ -28,8 +28,8 @@ from utils.errors import UserError
 from utils.input_files import open_input, read_json
 
 # modules of this folder that decide what a row becomes
-_CODE = ("arrow_rows", "columns", "comparisons", "dialogues", "examples", "files", "json_rows", "layouts",
-         "sources", "store", "tokens", "unpacking", "validation")
+_CODE = ("arrow_rows", "chat", "columns", "comparisons", "conversations", "dialogues", "examples", "files",
+         "json_rows", "layouts", "sources", "store", "tokens", "unpacking", "validation")
 
 
 def cache_folder() -> Path:
