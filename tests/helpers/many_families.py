@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from families import CONFIGS as FIVE
 from families import EOS, PAD, VOCAB
 from utils.models.loading import in_blocks, with_our_heads, without_dropout
 
@@ -84,6 +85,7 @@ OTHERS = {
     "granite": _of(hf.GraniteConfig, logits_scaling=8.0),
 }
 TRAINED = WINDOWED | OTHERS
+FIRST = FIVE | {"gemma2": lambda: hf.Gemma2Config()}  # test_models.py, test_behind_the_head.py
 # not trained: tokens of a row reach each other without attention, or attention chooses among columns
 _LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 4,
            "linear_value_head_dim": 4, "layer_types": ["linear_attention", "full_attention"], "head_dim": 4}
@@ -108,6 +110,22 @@ MIXED = {
     "deepseek-v3.2": _of(hf.DeepseekV32Config, _LATENT, _EXPERTS, v_head_dim=6, head_dim=4,
                          n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1),
 }
+
+
+def table() -> list[str]:
+    """The lines of the table in docs/models.md."""
+    lines = ["| family of transformers | layers | result |", "|---|---|---|"]
+    for name, make in sorted({**FIRST, **TRAINED, **MIXED}.items()):
+        config = make()
+        window = ("sliding windows" if getattr(config, "sliding_window", None) else
+                  "chunks" if getattr(config, "attention_chunk_size", None) else "full attention")
+        keys = ("num_local_experts", "num_experts", "n_routed_experts")
+        experts = any(getattr(config, key, None) for key in keys)
+        layers = "other layers than attention, or chosen columns" if name in MIXED else window
+        result = "refused at load" if name in MIXED else "trained"
+        kind = type(config).__name__.removesuffix("Config").removesuffix("Text")
+        lines.append(f"| {kind} (`{name}`) | {layers}{', experts' if experts else ''} | {result} |")
+    return lines
 
 
 def tiny(family: str, kind=AutoModelForCausalLM, window: int = WINDOW, std: float | None = 0.2):

@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     GraniteMoeConfig,
@@ -23,6 +24,8 @@ _SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_a
           "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
 # a cap of 2 is far below the logits of these weights
 CONFIGS = {
+    "gemma2": lambda: Gemma2Config(**_SIZES, final_logit_softcapping=2.0, attn_logit_softcapping=1.5,
+                                   sliding_window=64),
     "gemma3": lambda: Gemma3TextConfig(**_SIZES, final_logit_softcapping=2.0, sliding_window=64),
     "cohere": lambda: CohereConfig(**_SIZES, logit_scale=0.25),
     "cohere2": lambda: Cohere2Config(**_SIZES, logit_scale=0.25, sliding_window=64),
@@ -39,7 +42,9 @@ def model(request, tmp_path):
     for weight in made.parameters():
         torch.nn.init.normal_(weight.data, std=0.3)
     made.save_pretrained(tmp_path)
-    return load_policy(Parent("model", str(tmp_path))).eval()
+    model = load_policy(Parent("model", str(tmp_path))).eval()
+    model.stock = [AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()]
+    return model
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -47,16 +52,15 @@ def test_logprobs_and_gradients_are_the_stock_models(model, temperature):
     prompts, completions = random_groups([4, 1, 7], [[3, 1, 5], [2], [4, 4]])
     rows = each_row(prompts, completions)
 
-    def gradients(logprobs):
-        model.zero_grad()
+    def gradients(model, logprobs):
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
-        return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+        return {name: weight.grad for name, weight in model.named_parameters()}
 
     groups = pack(prompts, completions, PAD)
     ours = response_logprobs(model, groups, temperature)[groups.response_mask]
-    stock = torch.cat([stock_row(model, *row, temperature) for row in rows])
+    stock = torch.cat([stock_row(model.stock[0], *row, temperature) for row in rows])
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
-    ours, stock = gradients(ours), gradients(stock)
+    ours, stock = gradients(model, ours), gradients(model.stock[0], stock)
     for name, gradient in stock.items():
         limit = 1e-4 * max(gradient.abs().max().item(), 1e-2)
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=limit,
@@ -77,5 +81,5 @@ def test_sampling_says_the_logprobs_of_the_update_and_is_greedy_when_cold(model)
     torch.testing.assert_close(found, torch.tensor(sum(samples.logprobs, [])), rtol=1e-4, atol=1e-4)
     cold = draw(model, prompts, k=1, temperature=1e-6).responses
     for prompt, response in zip(prompts, cold, strict=True):
-        stock = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt):]
-        assert response == stock.tolist()
+        stock = model.stock[0].generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+        assert response == stock[0, len(prompt):].tolist()

@@ -11,8 +11,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from families import EOS, PAD, draw, random_groups
-from many_families import TRAINED, WINDOW, WINDOWED, tiny, tiny_scalar
+from many_families import TRAINED, WINDOW, WINDOWED, table, tiny, tiny_scalar
 from oracle import TEMPERATURE, each_row, stock_logprobs
+from utils.config import PROJECT
 from utils.models import attention
 from utils.models.lora import add_adapter, merge_adapter
 from utils.models.outputs import response_logprobs, response_values, scores
@@ -107,3 +108,9 @@ def test_adapters_are_trained_and_merged(family, tmp_path):
     adapted = response_logprobs(model, groups, 1.0)
     assert (adapted - before).abs().max() > 1e-2
     close(response_logprobs(merge_adapter(model), groups, 1.0), adapted)
+
+
+def test_the_documents_table_is_that_of_these_tests():
+    """When it is not, this prints the lines that belong into docs/models.md."""
+    text = (PROJECT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) in text, "\n".join(table())

@@ -24,8 +24,7 @@ from utils.zero import gathered_weights
 
 # Weights are float32 (mixed precision is autocast's work), and no code from outside is run. A .bin file is
 # read by torch's loader that makes tensors only; transformers prefers safetensors where both are there.
-_LOAD = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False,
-         "weights_only": True}
+_LOAD = {"dtype": torch.float32, "trust_remote_code": False, "weights_only": True}
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _RANDOM = ("drop", "jitter")  # parts of the names of probabilities and widths of noise
@@ -91,9 +90,12 @@ def _pretrained(kind, parent: Parent, new=(), **changes):
     path = parent.weights_path
     # a converted model's revision has weights only, and transformers stumbles over what is missing there
     generation = None if path == parent.path else GenerationConfig.from_model_config(config)
+    # only ours caps the scores of attention; torch's refuses models that add the mask
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    attention = CAUSAL_BLOCKS if capped else "sdpa"
     model, loaded = parent.load(lambda _: kind.from_pretrained(
         path, config=config, generation_config=generation, output_loading_info=True,
-        ignore_mismatched_sizes=True, **_LOAD,
+        ignore_mismatched_sizes=True, attn_implementation=attention, **_LOAD,
     ))
     parent.say_if_pickled()
     wrong = sorted({key for key, *_ in loaded["mismatched_keys"]})
