@@ -11,7 +11,7 @@
 #
 # The first of these makes the environment, in .venv. PyTorch comes in builds of very different size:
 #   TORCH=cpu     for CPUs, 200 MB: the default on Linux where nvidia-smi finds no GPU
-#   TORCH=pypi    what the package index has: on Linux for CUDA, several GB; the default everywhere else
+#   TORCH=pypi    what the package index has: on Linux for CUDA, 2.7 GB to download; the default everywhere else
 #   TORCH=cu130   any other build that PyTorch offers under this name, as in `make demo TORCH=cu130`
 # Another TORCH in a later call replaces the build.
 PYTHON ?= python3
@@ -84,6 +84,11 @@ lock:
 
 # The environment is made once, and brought up to date when a requirements file changes.
 $(PY):
+	@case "$$(uname -s)" in Linux|Darwin) ;; \
+	  *) echo "error: $$(uname -s) is not supported; on Windows use WSL 2 (Linux)" >&2; exit 2 ;; esac
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is missing or older than Python 3.11; name another, as in" \
+	  "'make PYTHON=python3.12 demo'" >&2; exit 2; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # .venv/torch holds the name of the build that is installed.
@@ -101,13 +106,17 @@ endif
 	  if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then build=cpu; else build=pypi; fi; \
 	fi; \
 	set -- $$(grep '^torch==' requirements.txt); \
-	if [ "$$build" = pypi ]; then :; \
+	size="1.7 GB on the disk"; \
+	if [ "$$build" = pypi ]; then \
+	  [ "$$(uname -s)" != Linux ] || size="the CUDA build, 2.7 GB to download"; \
 	elif $(ANSWERS) "$(TORCH_INDEX)/$$build/torch/" 2>/dev/null; then \
 	  set -- "$$@" --index-url "$(TORCH_INDEX)/$$build"; \
 	elif [ "$$build" = cpu ]; then \
+	  size="it may be the CUDA build, 2.7 GB to download"; \
 	  echo "PyTorch's index of CPU builds does not answer: torch comes from the package index"; \
 	else echo "error: TORCH: no build '$$build' at $(TORCH_INDEX)/$$build/torch/" >&2; exit 2; fi; \
 	if [ -s $@ ] && [ "$$(cat $@)" != "$$build" ]; then $(PY) -m pip uninstall -q -y torch || exit; fi; \
+	echo "installing PyTorch ($$build) and what it needs into .venv: $$size; 'make TORCH=...' takes another"; \
 	echo "pip install $$*"; $(PY) -m pip install "$$@" && echo "$$build" > $@
 
 .venv/ready: requirements.txt .venv/torch

@@ -12,6 +12,7 @@ memory (`keep_freed_memory` in utils/launch.py), which the plan does not count. 
 """
 
 import multiprocessing
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -68,20 +69,21 @@ def write_models(name: str, stage: str, folder: Path) -> None:
 
 def command(config: MeasureConfig, folder: Path) -> list[str]:
     """The stage's command line."""
-    words = [f"--model {folder / 'policy'} --output_dir {folder / 'run'} --report_to none "
+    words = [f"--model '{folder / 'policy'}' --output_dir '{folder / 'run'}' --report_to none "
              "--per_device_batch_size 1 --eval_batch_size 1 --eval_rows 1 --test_rows 1 --max_prompt_tokens "
              f"{PROMPT} --eval_steps 999 --mixed_precision {config.mixed_precision} --lora_rank "
              f"{config.lora_rank}"]
     if config.stage != "ppo":
         words.append(f"--max_steps {config.steps} --logging_steps 1 --micro_batch_tokens none")
     words.append({"sft": f"--max_new_tokens {RESPONSE}", "reward": "--save_steps 999 --centring_data none",
-                  "ppo": f"--reward_model {folder / 'reward'} --max_new_tokens {RESPONSE} "
+                  "ppo": f"--reward_model '{folder / 'reward'}' --max_new_tokens {RESPONSE} "
                          f"--prompts_per_update 1 --save_steps 999 --responses_per_prompt {K} "
                          f"--total_episodes {config.steps * K} --ppo_epochs 1 --num_minibatches 1 "
                          f"--value_model {config.value_model}"}[config.stage])
     if config.zero != "none":
-        words.append(f"--deepspeed {PROJECT}/configs/deepspeed/{config.zero}.json")
-    return [sys.executable, str(PROJECT / "scripts" / f"train_{config.stage}.py"), *" ".join(words).split()]
+        words.append(f"--deepspeed configs/deepspeed/{config.zero}.json")
+    script = PROJECT / "scripts" / f"train_{config.stage}.py"
+    return [sys.executable, str(script), *shlex.split(" ".join(words))]
 
 
 def run(words: list[str], metrics: Path) -> tuple[float, list[float]]:

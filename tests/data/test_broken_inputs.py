@@ -666,7 +666,7 @@ def test_an_option_that_makes_no_sense_is_named(case, refused, tmp_path):
 @pytest.mark.parametrize(("script", "words", "content", "expected"), [
     ("train_sft.py", "--actor_training_data a.jsonl", b'{"prompt": "P"}\n',
      f"a.jsonl:1: has columns prompt; {nearest(EXAMPLE, 'completion')}{OR_SKIP}"),
-    ("train_reward.py", f"--model {MINI} --reward_training_data a.jsonl", b"\x1f\x8b\n",
+    ("train_reward.py", "--model assets/opt-mini --reward_training_data a.jsonl", b"\x1f\x8b\n",
      "a.jsonl:1: is not text but a .gz file; give its name the ending .gz"),
     ("prepare_data.py", "--data no.jsonl", b"", "data: 'no.jsonl' does not exist (looked in "
                                                 "{folder} and {project})"),

@@ -105,7 +105,7 @@ STAGES = {
 def train(role, data, out, reward_model=None, extra=""):
     """The real script on one data set, from which it holds posts out itself; where its run lies."""
     script, kind, words = STAGES[role]
-    words = (f"--model {MINI} --{role}_training_data {data} --output_dir {out} --max_prompt_tokens "
+    words = (f"--model assets/opt-mini --{role}_training_data {data} --output_dir {out} --max_prompt_tokens "
              f"224 --eval_rows 2 --test_rows 2 --per_device_batch_size 2 --report_to none "
              f"{words.format(reward_model=reward_model)} {extra}")
     script.main(parse_config(getattr(script, kind), None, words.split()))

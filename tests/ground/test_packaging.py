@@ -1,5 +1,6 @@
 """Pins agree in pyproject.toml, requirements*.txt and uv.lock; the Makefile installs them, in any folder."""
 
+import ast
 import os
 import re
 import shlex
@@ -149,6 +150,48 @@ def test_the_build_of_torch_fits_the_machine_or_is_the_one_that_is_asked_for(wor
 
 
 @needs_make
+@pytest.mark.parametrize(("system", "version", "said"), [
+    ("Linux", 0, None), ("Darwin", 0, None),
+    ("MINGW64_NT-10.0", 0, "error: MINGW64_NT-10.0 is not supported; on Windows use WSL 2 (Linux)"),
+    ("Linux", 1, "older than Python 3.11; name another, as in 'make PYTHON=python3.12 demo'"),
+])
+def test_a_system_or_a_python_that_will_not_do_is_one_line(system, version, said, folder):
+    """`uname` and `python3` are stand-ins: this one would make the environment."""
+    shutil.rmtree(folder / ".venv")
+    python = f"""#!/bin/sh
+case "$1" in
+  -c) exit {version} ;;
+  *) mkdir -p .venv/bin && cp saved-python .venv/bin/python ;;
+esac
+"""
+    for name, text in (("gpu/uname", f"#!/bin/sh\necho {system}\n"), ("gpu/python3", python),
+                       ("saved-python", PYTHON)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    done, calls = made(folder, ".venv/ready", gpu="gpu")
+    assert done.returncode == (2 if said else 0) and bool(calls) == (said is None), done.stderr
+    assert said is None or [line for line in done.stderr.splitlines() if said in line]
+    assert (folder / ".venv" / "ready").exists() == (said is None)
+
+
+@needs_make
+@pytest.mark.parametrize(("words", "gpu", "answers", "said"), [
+    ([], "none", "1", "(cpu) and what it needs into .venv: 1.7 GB on the disk;"),
+    ([], "gpu", "1", "(pypi) and what it needs into .venv: the CUDA build, 2.7 GB to download;"),
+    ([], "none", "", "(cpu) and what it needs into .venv: it may be the CUDA build, 2.7 GB to download;"),
+])
+def test_what_is_going_to_be_installed_is_said_with_its_size(words, gpu, answers, said, folder):
+    done, _ = made(folder, ".venv/ready", *words, gpu=gpu, answers=answers)
+    assert any(line.startswith(f"installing PyTorch {said}") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_installation_by_hand_names_the_pinned_torch(name):
+    text = (ROOT / name).read_text()
+    assert f"pip install {TORCH} --index-url {INDEX}/cpu " in text
+
+
+@needs_make
 def test_another_build_replaces_the_one_that_is_there(folder):
     made(folder, ".venv/ready")
     assert made(folder, ".venv/ready", "TORCH=cu130")[1][1:] == [
@@ -180,3 +223,29 @@ def test_the_makefiles_head_names_every_target(folder):
     text = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.+)$", text, re.MULTILINE).group(1).split()
     assert re.findall(r"^# make ([\w-]+)", text, re.MULTILINE) == phony
+
+
+def names_of_paths(text: str) -> list[str]:
+    """Texts that put the project's own path between words which are then split at spaces."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.JoinedStr):
+            names = {part.value.id for part in node.values
+                     if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name)}
+            constants = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+            quoted = "'" in constants
+            if names & {"PROJECT", "ROOT", "MINI"} and re.search(r"(^| )--\w+ ", constants) and not quoted:
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("scripts/**/*.py"), *ROOT.glob("tests/**/*.py")]),
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_command_breaks_in_a_path_with_a_space(path):
+    """Files of the project are found from any folder by their name in it."""
+    assert names_of_paths(path.read_text()) == []
+
+
+def test_a_path_between_words_is_noticed():
+    assert names_of_paths('words = f"--model {PROJECT}/assets/opt-mini --seed 1"') != []
+    assert names_of_paths('words = [f"{PROJECT}/assets", f"error: {PROJECT} --seed"]') == []

@@ -53,6 +53,6 @@ def test_a_full_disk_behind_the_output_is_no_missing_reader(tmp_path):
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_ppo.py", "prepare_data.py"])
 def test_help_can_be_cut(script):
-    command = f"{sys.executable} {PROJECT}/scripts/{script} --help | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f"'{sys.executable}' '{PROJECT}/scripts/{script}' --help | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
