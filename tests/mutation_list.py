@@ -376,7 +376,8 @@ MUTATIONS = [
         ("a row that fits two layouts is read by the first", None, "_kind_reading", "len(fits) > 1", "False"),
         ("SFT learns unwanted answers", None, "_kind_reading",
          'layout and layout.kind == "unpaired" and kind == "examples"', "False"),
-        ("a part of the question is dropped in silence", None, "_refuse_meaning", "name in _ASKS", "False"),
+        ("a part of the question is dropped in silence", None, "_refuse_meaning",
+         "name.lower() in _ASKS", "False"),
     ]),
     *_of("utils/data/comparisons.py", "data", [
         ("scores are not looked at", 18, "ranking_of", "scores is not None", "False",

@@ -79,7 +79,7 @@ def test_scores_in_csv_order_completions(tmp_path):
     {"scores": [float("nan"), 1]},
     {"scores": [1, 5], "ranks": [1, 2]}, {"scores": [1, 1], "ranks": [1, 2]},  # two orders
     *({column: [1, 5]} for column in ("ratings", "rewards", "overall_scores", "votes", "label", "rank")),
-    {"is_good": [False, True]},
+    {"is_good": [False, True]}, {"votes": ["1", "5"]}, {"Scores": [1, 5]},
     *({column: 1} for column in ("choice", "label", "best", "preferred", "preference", "winner", "rating")),
     {"chosen": "b"}, {"rejected": "a"}, {"weight": 0.5},
 ])
@@ -90,7 +90,8 @@ def test_a_ranking_whose_order_is_not_certain_is_refused(more, tmp_path):
 
 GRADES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
           ("chosen_rating", "rejected_rating"), ("chosen_avg_rating", "rejected_avg_rating"),
-          ("reward_chosen", "reward_rejected")]
+          ("reward_chosen", "reward_rejected"), ("Score_Chosen", "Score_Rejected"),
+          ("rejected_rank", "chosen_rank")]  # rank 1 is the best
 
 
 @pytest.mark.parametrize("names", GRADES)
@@ -107,7 +108,8 @@ def test_grades_must_not_contradict_their_pair(names, tmp_path):
 
 
 def test_a_margin_below_0_and_scores_against_a_label_contradict_their_pair(tmp_path):
-    assert "column 'margin' (-0.5) is below 0" in reason(pairs, tmp_path, PAIR | {"margin": -0.5})
+    message = reason(pairs, tmp_path, PAIR | {"margin": -0.5})
+    assert "column 'margin' (-0.5) says that the rejected answer" in message
     assert pairs(tmp_path, PAIR | {"margin": 0.5}) == [("P", "a", "b")]
     assert "column 'labels' is 1" in reason(pairs, tmp_path, SHP | {"score_A": 1, "score_B": 2})
     assert "column 'labels' is 0" in reason(pairs, tmp_path, SHP | {"labels": 0, "score_A": 2, "score_B": 1})
@@ -123,7 +125,7 @@ def test_what_may_turn_a_pair_round_is_refused(column, tmp_path):
 # -------------------------------------------------------------------------------- wanted and unwanted answers
 
 
-@pytest.mark.parametrize("label", [True, False, 0, 1, "false"])
+@pytest.mark.parametrize("label", [True, False, 0, 1, 0.0, "false"])
 @pytest.mark.parametrize("row", [EXAMPLE, {"messages": CHAT}])
 def test_answers_with_a_label_are_no_supervised_data(row, label, tmp_path):
     message = reason(examples, tmp_path, row | {"label": label})
@@ -162,7 +164,7 @@ ASKS = {"system_prompt": "Be brief.", "input": "2 + 2", "context": "C", "history
         "functions": [{"name": "search"}], "images": ["a.png"], "image": {"bytes": "x"}}
 ASKS_BESIDE_TEXT = {"system": "Be brief.", "tools": [{"name": "search"}]}  # read beside messages
 JUDGES = {"rank": 4, "ranks": [1], "rating": 1, "weight": 0, "preferred": False, "choice": 1, "chosen": "a",
-          "rejected": "a", "reward": -1.0}
+          "rejected": "a", "reward": -1.0, "is_correct": False, "Label": False}
 
 
 @pytest.mark.parametrize("column", ASKS)
@@ -192,7 +194,8 @@ def test_what_says_that_an_answer_is_bad_is_refused_by_sft(row, column, tmp_path
 
 
 def test_a_weight_of_1_is_nothing(tmp_path):
-    assert examples(tmp_path, EXAMPLE | {"weight": 1.0}) == [("P", " c")]
+    for weight in (1, 1.0, "1", "1.0"):
+        assert examples(tmp_path, EXAMPLE | {"weight": weight}) == [("P", " c")]
 
 
 def test_what_is_not_read_is_named_once(tmp_path):

@@ -63,8 +63,9 @@ _PROMPTS = (("messages",), ("conversations",), ("instruction",), ("prompt",), _P
 _ASKS = frozenset("""system system_prompt instruction input context history tools functions image images audio
                   audios video videos""".split())
 _JUDGES = frozenset("""label labels choice preferred preference winner best better worse swapped flipped rank
-                    ranks rating ratings reward rewards scores weight is_chosen is_preferred chosen rejected
-                    completions""".split())
+                    ranks rating ratings reward rewards scores weight chosen rejected completions accepted
+                    correct good wanted is_accepted is_chosen is_correct is_good is_preferred
+                    is_wanted""".split())
 _ALSO_CALLED = {"prompt": ("question", "instruction", "query", "input", "text", "document", "article"),
                 "completion": ("response", "answer", "output", "summary", "reference", "target")}
 
@@ -124,7 +125,7 @@ def _kind_reading(columns: tuple[str, ...], kind: str) -> Reading | str:
     if layout is None or layout.kind not in (kind, "unpaired" if kind == "rankings" else kind):
         return _no_layout(columns, kind)
     unread = tuple(name for name in columns if name not in layout.columns)
-    return Reading(layout, (), unread, tuple(name for name in unread if name in _ASKS | _JUDGES))
+    return Reading(layout, (), unread, tuple(name for name in unread if name.lower() in _ASKS | _JUDGES))
 
 
 def _prompt_reading(columns: tuple[str, ...]) -> Reading | str:
@@ -140,14 +141,14 @@ def _prompt_reading(columns: tuple[str, ...]) -> Reading | str:
     layout = fits[0] if fits else Layout(", ".join(holders[0]), "rankings", holders[0])
     read = set(holders[0]).union(*(one.columns for one in fits))
     unread = tuple(name for name in columns if name not in read)
-    return Reading(layout, holders[0], unread, tuple(name for name in unread if name in _ASKS))
+    return Reading(layout, holders[0], unread, tuple(name for name in unread if name.lower() in _ASKS))
 
 
 def _refuse_meaning(name: str, value, kind: str) -> None:
     """Raise UserError for a column that changes what its row means, unless it says nothing."""
-    if value in (None, "", [], {}) or (name == "weight" and value == 1):
+    if value in (None, "", [], {}) or (name.lower() == "weight" and str(value) in ("1", "1.0")):
         return
-    if name in _ASKS:
+    if name.lower() in _ASKS:
         raise UserError(f"column '{name}' is a part of what is asked, and is not read; write it into the "
                         "prompt, or leave the column out")
     advice = ("give 'ranks' (1 is the best) or 'scores' (higher is better) beside 'completions'"

@@ -127,7 +127,7 @@ def _refuse_other_orders(row: dict, count: int, where: str) -> None:
     for column, values in row.items():
         if column in ("ranks", "scores", "label_scores", *_ORACLE) or not isinstance(values, list):
             continue
-        if len(values) == count and all(isinstance(value, int | float) for value in values):
+        if len(values) == count and None not in map(_grade, values):
             raise UserError(f"{where}: column '{listed([column])}' has a number for each completion, and is "
                             "not read; name it 'scores' (higher is better) or 'ranks' (1 is the best), or "
                             "leave it out")
@@ -181,19 +181,23 @@ def with_end(row: dict) -> dict:
     return {**row, "prompt": prompt, "chosen": chosen[len(end):], "rejected": rejected[len(end):]}
 
 
-_GRADE = re.compile("score|rating|reward|margin")
+_GRADE = re.compile("score|rating|reward|rank|margin", re.IGNORECASE)
 
 
 def _refuse_contradiction(row: dict, columns: tuple[str, ...], where: str) -> None:
     """Raise UserError where grades in these columns call the rejected answer the better one."""
-    for column in filter(_GRADE.search, columns):
-        lower = column.replace("chosen", "rejected") if "chosen" in column else None
-        grade, limit = _grade(row[column]), _grade(row.get(lower)) if lower else 0.0
-        if (lower or column == "margin") and grade is not None and limit is not None and grade < limit:
-            below = f"'{listed([lower])}' ({limit:g})" if lower else "0"
-            raise UserError(f"{where}: column '{listed([column])}' ({grade:g}) is below {below}, so the "
-                            "rejected answer would be the better one; mend the row, or leave these columns "
-                            "out")
+    names = {name.lower(): name for name in columns if _GRADE.search(name)}
+    for key, name in names.items():
+        other = names.get(key.replace("chosen", "rejected")) if "chosen" in key else None
+        if other is None and key != "margin":
+            continue
+        grade, limit = _grade(row[name]), 0.0 if other is None else _grade(row[other])
+        if grade is None or limit is None:
+            continue
+        if grade > limit if "rank" in key else grade < limit:  # rank 1 is the best
+            beside = "" if other is None else f" beside '{listed([other])}' ({limit:g})"
+            raise UserError(f"{where}: column '{listed([name])}' ({grade:g}){beside} says that the rejected "
+                            "answer is the better one; mend the row, or leave these columns out")
 
 
 def _grade(value) -> float | None:

@@ -21,7 +21,7 @@ from utils.data.sources import is_wanted
 _ANSWERS = {"prompt, completion": "completion", "prompt, completion, label": "completion",
             "prompt, label": "label", "subreddit, title, post, summary": "summary"}
 _CONVERSATIONS = ("messages", "conversations", "instruction")  # columns that hold the question in turns
-_MARKS = ("true", "1", "false", "0")  # what marks an answer as wanted or not
+_MARKS = ("true", "1", "1.0", "false", "0", "0.0")  # what marks an answer as wanted or not
 
 
 def example_of(row: dict, reading: Reading, where: str) -> Example:

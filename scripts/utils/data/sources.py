@@ -167,7 +167,8 @@ def is_wanted(label) -> bool:
     Raises:
         UserError: when it says neither.
     """
-    wanted = {"true": True, "1": True, "false": False, "0": False}.get(str(label).strip().lower())
+    marks = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    wanted = marks.get(str(label).strip().lower())
     if wanted is None:
         raise UserError(f"column 'label' is {str(label)[:40]!r}; it must be true (the answer is wanted) or "
                         "false")
