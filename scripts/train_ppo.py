@@ -166,7 +166,7 @@ from utils.judge.plots import plot_ppo
 from utils.loop import Loop
 from utils.models.outputs import response_logprobs, scores
 from utils.models.parents import Parent, check_task
-from utils.models.policy_value import Models, averaged, load_models
+from utils.models.policy_value import Models, average_in, averaged, load_models
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.ppo import (
     Rollout,
@@ -272,7 +272,7 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout,
                               for name, value in figures.items()})
                     sums.add(*statistics_of(new_logprobs, old, entropy, clips))
             if loop.optimizer_step() and models.average is not None:
-                models.average.update_parameters(models.policy)  # detail 35
+                average_in(models.average, models.policy)  # detail 35
         all_sums.merge(sums)
         if config.target_kl is not None and sums.means()["policy/approx_kl"] > config.target_kl:
             loop.skip_optimizer_steps(config.steps_per_pass * (config.ppo_epochs - epoch))

@@ -633,7 +633,7 @@ MUTATIONS = [
         ("the average has decay and 1 - decay swapped", 35, "averaged",
          "get_ema_multi_avg_fn(decay)", "get_ema_multi_avg_fn(1 - decay)"),
         ("the average starts after the first step", 35, "averaged",
-         "average.update_parameters(policy)", "pass"),
+         "average_in(average, policy)", "pass"),
     ]),
     *_of("utils/models/prompt_groups.py", "prompt_groups models", [
         ("position ids count from the row's beginning, not from the group's", 5, "pack",

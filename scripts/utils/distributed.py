@@ -22,7 +22,8 @@ def world() -> PartialState:
     """Rank and size of this process's group. The first call forms the group.
 
     Raises:
-        UserError: when the group is smaller than the number of started processes: each would train alone.
+        UserError: when the processes do not find each other, or the group is smaller than the number of
+            started processes: each would train alone.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and "LOCAL_RANK" not in os.environ:
@@ -30,7 +31,12 @@ def world() -> PartialState:
                         f"torchrun, or unset "
                         "WORLD_SIZE")
     # without CUDA accelerate forms no group unless it is asked for the CPU
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    try:
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        if started == 1:
+            raise
+        raise _no_meeting(started, str(error)) from None
     formed = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if not started == formed == state.num_processes:
         raise UserError(f"WORLD_SIZE: {started} processes were started, but torch.distributed has a "
@@ -38,6 +44,16 @@ def world() -> PartialState:
                         f"torchrun, and one process for each "
                         "GPU")
     return state
+
+
+def _no_meeting(started: int, error: str) -> UserError:
+    """Why the processes cannot form a group."""
+    address, port = (os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in error:
+        return UserError(f"MASTER_PORT: {port} is in use on this machine, perhaps by another run; set a free "
+                         "one, or start with torchrun --standalone, which finds one")
+    return UserError(f"MASTER_ADDR, MASTER_PORT: the {started} processes do not find each other at "
+                     f"{address}:{port} ({error.splitlines()[0]:.200}); start all of them, with torchrun")
 
 
 def max_over_ranks(number: int | None) -> int | None:

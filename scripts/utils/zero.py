@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -197,6 +198,29 @@ def gathered(weights: list[torch.nn.Parameter], change: bool = False):
     import deepspeed
     with deepspeed.zero.GatheredParameters(weights, modifier_rank=0 if change else None):
         yield
+
+
+class MasterWeights:
+    """The weights of a module in float32, as its optimizer has them; all ranks must read them together.
+
+    DeepSpeed computes with rounded ones in mixed precision. Not under ZeRO-3, where a weight is a part.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """Of each parameter, in the module's order."""
+        if "engine" not in _active:
+            yield from self.module.parameters()
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+        for weight in self.module.parameters():
+            master = safe_get_full_fp32_param(weight)
+            yield weight if master is None else master  # a frozen weight has none
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        return self.module.buffers()
 
 
 def full_shape(weight: torch.nn.Parameter) -> torch.Size:

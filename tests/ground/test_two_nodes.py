@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kill_test
 from run_folders import furthest, metrics, weights
+from utils import distributed
 from utils.config import PROJECT
+from utils.errors import UserError
 
 WORDS = ("--model {models}/base --reward_model {models}/reward --total_episodes 32 --prompts_per_update 4 "
          "--responses_per_prompt 2 --ppo_epochs 1 --eval_steps 2 --save_steps 1 --max_new_tokens 8 "
@@ -52,6 +55,34 @@ def launched(nodes, file, *words, models, out):
                 launcher.terminate()
                 launcher.wait(60)
     return [(launcher.returncode, output) for launcher, output in zip(started, outputs, strict=True)]
+
+
+def test_a_port_in_use_is_said(monkeypatch):
+    """Before, it was taken for another process that had died."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(distributed, "PartialState",
+                            lambda **_: torch.distributed.TCPStore("127.0.0.1", port, is_master=True))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f"^MASTER_PORT: {port} is in use on this machine.*--standalone"):
+            distributed.world()
+
+
+@pytest.mark.parametrize("error", [ValueError("no rank"),
+                                   torch.distributed.DistStoreError("Timed out\nmore")])
+def test_processes_that_do_not_find_each_other_are_one_line(error, monkeypatch):
+    def fails(**_):
+        raise error
+
+    monkeypatch.setattr(distributed, "PartialState", fails)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^MASTER_ADDR, MASTER_PORT: the 2 processes .* at a:1 \([\w ]+\);"):
+        distributed.world()
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from utils.models.lora import share_weights
 from utils.models.outputs import hidden_states, logprobs_and_entropy, response_logprobs, response_values
 from utils.models.parents import Parent
 from utils.models.prompt_groups import PromptGroups, response_states, spread
+from utils.zero import MasterWeights
 
 
 class PolicyAndValue(nn.Module):
@@ -123,7 +124,14 @@ def new_value_head(policy) -> nn.Linear:
 
 
 def averaged(policy, decay: float) -> AveragedModel:
-    """An exponential average of the policy that starts at its present weights (detail 35)."""
-    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
-    average.update_parameters(policy)  # the first update copies
+    """An exponential average of the policy, in float32, that starts at its present weights (detail 35)."""
+    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False).float()
+    average_in(average, policy)  # the first update copies
     return average
+
+
+def average_in(average: AveragedModel, policy) -> None:
+    """Take the present weights into the average: those of the optimizer. In 16 bits a change of one step is
+    rounded away.
+    """
+    average.update_parameters(MasterWeights(policy))
