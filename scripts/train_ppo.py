@@ -186,7 +186,7 @@ from utils.ppo import (
     whiten,
 )
 from utils.runs.checkpoints import trainable_weights
-from utils.runs.ending import Ending, end_stage
+from utils.runs.ending import Ending, end_stage, refuse_broken_summaries
 from utils.runs.final import rehearse_saving
 from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
@@ -537,6 +537,7 @@ def main(config: PPOStageConfig) -> None:
     refuse_impossible(config)
     set_seed(config.seed)
     check_task(sft, reward)
+    refuse_broken_summaries(sft, reward)
     report = DataReport()
     posts = load_posts(config, sft.tokenizer, report)
     held_out = [*posts.validation.examples, *posts.test.examples]

@@ -102,7 +102,7 @@ from utils.models.loading import load_scalar_model, trainable
 from utils.models.outputs import GroupModel, scores
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
-from utils.runs.ending import Ending, end_stage
+from utils.runs.ending import Ending, end_stage, refuse_broken_summaries
 from utils.runs.final import rehearse_saving
 from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
@@ -270,6 +270,7 @@ def main(config: RewardStageConfig) -> None:
     refuse_impossible(config)
     set_seed(config.seed)
     check_task(base)
+    refuse_broken_summaries(base)
     report = DataReport()
     rankings, validation, test, references, ratings = load_splits(config, base.tokenizer, report)
     report.tokens("reward_training_data", rankings)

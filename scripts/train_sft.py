@@ -65,7 +65,7 @@ from utils.models.loading import load_policy, trainable
 from utils.models.outputs import GroupModel, response_logprobs
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
-from utils.runs.ending import Ending, end_stage
+from utils.runs.ending import Ending, end_stage, refuse_broken_summaries
 from utils.runs.final import rehearse_saving
 from utils.runs.opening import open_stage, plan_of
 from utils.runs.run import SHOWN, Run, refuse_impossible
@@ -182,6 +182,7 @@ def main(config: SFTStageConfig) -> None:
     refuse_impossible(config)
     set_seed(config.seed)
     check_task(base)
+    refuse_broken_summaries(base)
     report = DataReport()
     training, validation, test = load_splits(config, base.tokenizer, report)
     examples = training.examples.dataset()

@@ -37,7 +37,7 @@ from utils.runs.divergence import Divergence
 from utils.runs.resume import PROGRESS, find_point, refuse_changes
 from utils.runs.run import Run
 from utils.stage_keys import Schedule
-from utils.zero import full_shape, load_engine, resumable, save_engine, use_engine
+from utils.zero import full_shape, load_engine, resumable, save_engine, use_engine, weights_only
 
 
 class Loop:
@@ -264,7 +264,8 @@ class Loop:
         if self._engine:
             load_engine(self.model, folder / "engine")
         else:
-            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            with weights_only(folder):
+                state = torch.load(folder / "optimizer.pt", map_location="cpu")
             self.optimizer.load_state_dict(state)
         for name, weights in self.weights.items():
             if not (self._engine and name == "trained"):

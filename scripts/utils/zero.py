@@ -11,6 +11,7 @@ or inside `gathered_weights`.
 
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from utils.distributed import first_of_a_node, world
 from utils.zero_file import read_zero_file
 
 FILE_BYTES = 2**30  # of a file of sharded weights
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 LOCK_SECONDS = 600  # without a file more in a folder where something is compiled
 _active = {}  # the one engine of this process and what it was made from; they live until its end
 
@@ -290,4 +292,36 @@ def save_engine(engine, folder: Path) -> None:
 
 def load_engine(engine, folder: Path) -> None:
     """What `save_engine` wrote. The frozen weights are not in it: they are those of the parents."""
-    engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+    with weights_only(folder):
+        engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+
+
+@contextmanager
+def weights_only(folder: Path):
+    """Inside, torch.load makes tensors and plain values only, also where DeepSpeed asks it to make anything.
+
+    Files of a checkpoint may come from somebody else, and a pickle can run code. The switch is torch's own.
+
+    Raises:
+        UserError: when a file of the folder holds something else.
+    """
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_engine_types() if _active else []):
+            yield
+    except pickle.UnpicklingError:  # its text tells how to run what is in the file
+        raise UserError(f"resume: a file in '{folder}' holds something else than weights, which could run "
+                        "code, so this program did not write it; remove that checkpoint to go on with the "
+                        "one before") from None
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _engine_types() -> list[type]:
+    """Classes of DeepSpeed that its checkpoints name: numbers with a name, and nothing that acts."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]

@@ -19,6 +19,7 @@ from utils.models.attention import CAUSAL_BLOCKS
 from utils.models.lm_head import LMHead
 from utils.models.lora import add_adapter
 from utils.models.parents import Parent
+from utils.models.sanity import refuse_layers, refuse_not_finite
 from utils.models.vocabulary import fit_rows, words_of
 from utils.zero import gathered_weights
 
@@ -87,6 +88,7 @@ def _pretrained(kind, parent: Parent, new=(), **changes):
     config = copy.deepcopy(parent.config)
     for key, value in changes.items():
         setattr(config, key, value)
+    refuse_layers(parent)
     path = parent.weights_path
     # a converted model's revision has weights only, and transformers stumbles over what is missing there
     generation = None if path == parent.path else GenerationConfig.from_model_config(config)
@@ -104,6 +106,7 @@ def _pretrained(kind, parent: Parent, new=(), **changes):
         if names:
             raise UserError(f"{parent.key}: '{parent.name}' cannot be loaded: {len(names)} "
                             f"weights are {what} ({names[0]}, ...)")
+    refuse_not_finite(model, parent)
     if not parent.has_tokenizer:
         return with_our_heads(in_blocks(model))
     fit_rows(model, parent.tokenizer)

@@ -43,7 +43,7 @@ def end_stage(run: Run, step: int, model, tokenizer, parents: list[Parent], endi
     run.metrics(step, {f"test/{name}": value for name, value in ending.summary.items()})
     run.write_summary(ending.summary | ending.work)
     if run.is_main:
-        ending.plot(run)
+        _draw(run, ending)
     card = model_card(run.config, run.stage, parents, ending.summary, tokenizer)
     run.save_final(model, tokenizer, parents, ending.stage, card)
     if run.is_main and run.config.push_to_hub:
@@ -51,6 +51,24 @@ def end_stage(run: Run, step: int, model, tokenizer, parents: list[Parent], endi
     print_stages(stage_folders(run, parents))
     print_samples(run, ending)
     run.end_tracking()
+
+
+def _draw(run: Run, ending: Ending) -> None:
+    try:
+        ending.plot(run)
+    except Exception as error:  # a damaged row of metrics.jsonl, say: pictures must not cost the run its end
+        run.log(f"plots: not all are drawn ({type(error).__name__}: {error})")
+
+
+def refuse_broken_summaries(*parents: Parent) -> None:
+    """Raise UserError when the table at the end could not show the run that a parent comes from."""
+    for parent in parents:
+        try:
+            if parent.run is not None:
+                _shown(*parent.run)
+        except UserError as error:
+            raise UserError(f"{parent.key}: {error}; train that stage again, or remove the file: the table "
+                            "at the end then leaves it out") from None
 
 
 def stage_folders(run: Run, parents: list[Parent]) -> dict[str, Path]:
@@ -73,13 +91,12 @@ def print_stages(folders: dict[str, Path]) -> None:
     rows, seconds = [], []
     for stage, folder in folders.items():
         try:
-            summary = read_json(folder / "summary.json")
-            of_stage, took = list(_stage_rows({stage: summary})), f"{stage} {summary['seconds']:.0f}"
-        except (UserError, LookupError, TypeError, ValueError) as error:  # of an earlier stage, changed since
-            print(f"{stage}: is not in the table, as its summary.json cannot be read ({one_line(error)})")
+            of_stage, took = _shown(stage, folder)
+        except UserError as error:  # of an earlier stage, changed since the start
+            print(f"{stage}: is not in the table: {error}")
         else:
             rows += of_stage
-            seconds.append(took)
+            seconds.append(f"{stage} {took}")
     table = Table(title="RLHF in three stages", title_justify="left")
     for column in ("stage", "measure", "before", "after", "95 % interval"):
         table.add_column(column)
@@ -90,6 +107,17 @@ def print_stages(folders: dict[str, Path]) -> None:
     for stage, folder in folders.items():
         for path in (folder, *sorted((folder / "plots").glob("*"))):
             print(f"{stage}: {path}")
+
+
+def _shown(stage: str, folder: Path) -> tuple[list[tuple], str]:
+    """Rows of the table, and the seconds of a stage's run. Raises UserError when its summary.json is broken.
+    """
+    path = folder / "summary.json"
+    try:
+        summary = read_json(path)
+        return list(_stage_rows({stage: summary})), f"{summary['seconds']:.0f}"
+    except (UserError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"'{path}' does not have the figures of a finished run ({one_line(error)})") from None
 
 
 def _stage_rows(summaries):
