@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.config import StageConfig
+from utils.config import StageConfig, key
 from utils.data.report import DataReport
 from utils.runs.run import Run, refuse_used_folder
 
@@ -10,6 +10,8 @@ from utils.runs.run import Run, refuse_used_folder
 @dataclass
 class Toy(StageConfig):
     """A stage's configuration."""
+
+    max_new_tokens: int = key(8, "What final/ is to generate.", unit="tokens")
 
 
 def report_of(*notes):

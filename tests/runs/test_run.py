@@ -79,7 +79,7 @@ def test_resume_goes_on_with_what_is_there(tmp_path):
 
 def test_another_configuration_is_not_resumed(tmp_path):
     start(tmp_path)
-    with pytest.raises(UserError, match="^resume: 'learning_rate' is 0.5 here, but 3e-06 in '.*config.yaml'"):
+    with pytest.raises(UserError, match="^resume: 'learning_rate' is 0.5 here, but None in '.*config.yaml'"):
         refuse_used_folder(Toy(output_dir=str(tmp_path), resume=True, seed=7, learning_rate=0.5))
     elsewhere = f"{tmp_path}/../{tmp_path.name}"
     refuse_used_folder(Toy(output_dir=elsewhere, resume=True, seed=7, report_to=["none"], save_total_limit=9))
@@ -490,6 +490,8 @@ def test_final_appears_whole_or_not_at_all(tmp_path, tokenizer):
         pass
 
     class Fails:
+        bos_token_id = eos_token_id = pad_token_id = None
+
         def save_pretrained(self, folder):
             assert folder.name != "final" and not (tmp_path / "final").exists()
             raise Interrupted
