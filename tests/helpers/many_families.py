@@ -61,6 +61,13 @@ WINDOWED = {
                   layer_types=["chunked_attention", "full_attention"] * 2),
     "doge": _of(hf.DogeConfig, _EVERY, hidden_dropout=0.3),
 }
+# its text model has a config of its own
+_IMAGES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "image_size": 28, "patch_size": 14}
+WINDOWED["gemma3-images"] = lambda: hf.Gemma3Config(
+    text_config=WINDOWED["gemma3"]().to_dict() | {"final_logit_softcapping": None}, vision_config=_IMAGES,
+    mm_tokens_per_image=4, image_token_index=30, boi_token_index=29, eoi_token_index=28,
+)
 # no window, but something else that few families have
 OTHERS = {
     "deepseek-v2": _of(hf.DeepseekV2Config, _LATENT, _EXPERTS, v_head_dim=6, head_dim=4, n_routed_experts=4,
@@ -116,14 +123,14 @@ def table() -> list[str]:
     """The lines of the table in docs/models.md."""
     lines = ["| family of transformers | layers | result |", "|---|---|---|"]
     for name, make in sorted({**FIRST, **TRAINED, **MIXED}.items()):
-        config = make()
+        config = make().get_text_config()
         window = ("sliding windows" if getattr(config, "sliding_window", None) else
                   "chunks" if getattr(config, "attention_chunk_size", None) else "full attention")
         keys = ("num_local_experts", "num_experts", "n_routed_experts")
         experts = any(getattr(config, key, None) for key in keys)
         layers = "other layers than attention, or chosen columns" if name in MIXED else window
         result = "refused at load" if name in MIXED else "trained"
-        kind = type(config).__name__.removesuffix("Config").removesuffix("Text")
+        kind = type(make()).__name__.removesuffix("Config").removesuffix("Text")
         lines.append(f"| {kind} (`{name}`) | {layers}{', experts' if experts else ''} | {result} |")
     return lines
 
@@ -138,8 +145,8 @@ def tiny(family: str, kind=AutoModelForCausalLM, window: int = WINDOW, std: floa
     config = (TRAINED | MIXED)[family]()
     config.num_labels = 1
     for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(config, name, None):
-            setattr(config, name, window)
+        if getattr(config.get_text_config(), name, None):
+            setattr(config.get_text_config(), name, window)
     torch.manual_seed(0)
     try:
         model = kind.from_config(config, dtype=torch.float32, attn_implementation="sdpa")

@@ -146,6 +146,19 @@ def test_no_dropout_is_left(family, made):
                    if isinstance(value, float) and ("drop" in name or "jitter" in name))
 
 
+def test_randomness_is_not_used_up():
+    """Supervised fine-tuning keeps a model's dropout, and its run begins at its seed."""
+    class Drawing(torch.nn.Module):
+        def forward(self, states):
+            return states + 0 * torch.rand(1)
+
+    model = policy("llama-gqa")
+    model.model.norm = torch.nn.Sequential(model.model.norm, Drawing())
+    state = torch.get_rng_state()
+    check(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 class Noisy(torch.nn.Module):
     """Randomness that no name gives away."""
 

@@ -8,7 +8,9 @@ import torch
 from families import EOS, FAMILIES, PAD, VOCAB, draw, policy, random_groups
 from utils.models import generation
 from utils.models.generation import _draw, _truncated
+from utils.models.loading import load_policy
 from utils.models.outputs import response_logprobs
+from utils.models.parents import Parent
 from utils.models.prompt_groups import pack
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -196,3 +198,18 @@ def test_the_bar_moves_within_a_batch_and_ends_full(monkeypatch):
     found = draw(policy("opt"), PROMPTS, k=1, temperature=2.0, batch_size=3, progress="sampling")
     assert sum(bars[0].moves) == bars[0].total == 2 * 8
     assert bars[0].moves.count(1) >= max(map(len, found.responses))
+
+
+@torch.no_grad()
+def test_a_ratio_of_1_is_float32s():
+    """In bfloat16 sampling and the update round differently; docs/metrics.md has what comes of it."""
+    parent = Parent("model", "assets/opt-mini")
+    model, pad = load_policy(parent).eval(), parent.tokenizer.pad_token_id
+    prompts, _ = random_groups([40] * 32, [[1]] * 32)
+    for bf16, least, most in ((False, 0.0, 1e-4), (True, 1e-3, 0.5)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found = draw(model, prompts, k=2, max_new_tokens=30, eos_id=-1, pad_id=pad)
+            groups = pack(prompts, [found.responses[2 * i : 2 * i + 2] for i in range(32)], pad)
+            logprobs = response_logprobs(model, groups, 0.7)
+        ratio = (logprobs - torch.tensor(found.logprobs)).exp()
+        assert least <= (ratio - 1).abs().max() < most and ratio.mean() == pytest.approx(1, abs=2e-3)

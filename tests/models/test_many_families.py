@@ -4,19 +4,22 @@ Rows are longer than the window: prompts that are longer, answers that cross it 
 answers that are longer themselves. Positions restart at a prompt's end, so columns and positions differ.
 """
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from families import EOS, PAD, draw, random_groups
+from families import EOS, PAD, VOCAB, draw, random_groups
 from many_families import TRAINED, WINDOW, WINDOWED, table, tiny, tiny_scalar
 from oracle import TEMPERATURE, each_row, stock_logprobs
-from utils.config import PROJECT
+from utils.config import PROJECT, UserError
 from utils.models import attention
+from utils.models.loading import load_scalar_model
 from utils.models.lora import add_adapter, merge_adapter
 from utils.models.outputs import response_logprobs, response_values, scores
+from utils.models.parents import Parent
 from utils.models.prompt_groups import pack
 
 PROMPTS, COMPLETIONS = random_groups([14, 3, WINDOW, 1], [[5, 1, 9], [10, 4], [2], [WINDOW + 2]])
@@ -50,6 +53,20 @@ def test_logprobs_and_gradients(family, monkeypatch):
                                    msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("family", WINDOWED)
+def test_recomputed_activations_have_the_same_windows(family):
+    """Layers run again in the backward pass, when the row is no longer at hand."""
+    groups, found = pack(PROMPTS, COMPLETIONS, PAD), []
+    for recompute in (False, True):
+        model = tiny(family).train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        found.append(gradients(model, response_logprobs(model, groups, 1.0).sum()))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
 @every_family
 @torch.no_grad()
 def test_scores_and_values(family):
@@ -79,6 +96,19 @@ def test_sampling(family):
         stock = model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=12,
                                eos_token_id=EOS, pad_token_id=PAD)[0, len(prompt):].tolist()
         assert greedy[2 * i] == greedy[2 * i + 1] == stock
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "llama4"])
+def test_rows_that_have_ended_leave_the_batch_with_their_positions(family):
+    model, settings = tiny(family), {"k": 2, "max_new_tokens": 16, "temperature": 1.5}
+    prompts = PROMPTS + random_groups([9, 2, 17, 5], [[1]] * 4, seed=3)[0]
+    often = Counter(token for response in draw(model, prompts, eos_id=-1, **settings).responses
+                    for token in response)
+    settings["eos_id"] = often.most_common(1)[0][0]
+    together, apart = draw(model, prompts, **settings), draw(model, prompts, batch_size=1, **settings)
+    assert together.responses == apart.responses and any(together.ended) and not all(together.ended)
+    for one, other in zip(together.logprobs, apart.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", WINDOWED)
@@ -114,3 +144,15 @@ def test_the_documents_table_is_that_of_these_tests():
     """When it is not, this prints the lines that belong into docs/models.md."""
     text = (PROJECT / "docs" / "models.md").read_text(encoding="utf-8")
     assert "\n".join(table()) in text, "\n".join(table())
+
+
+@torch.no_grad()
+def test_a_config_with_parts_says_its_sizes_in_the_part_for_text(tmp_path):
+    """Gemma 3 with images has no `vocab_size` and no `hidden_size` of its own."""
+    model = tiny_scalar("gemma3-images")
+    model.save_pretrained(tmp_path)
+    parent, groups = Parent("reward_model", str(tmp_path)), pack(PROMPTS, COMPLETIONS, PAD)
+    assert parent.hidden_size == 16
+    close(scores(load_scalar_model(parent, vocab_size=VOCAB), groups), scores(model, groups))
+    with pytest.raises(UserError, match=f"^reward_model: .* has {VOCAB} tokens, the policy 40"):
+        load_scalar_model(parent, vocab_size=40)

@@ -2,8 +2,8 @@
 adapters.
 
 Policies are stock `AutoModelForCausalLM` checkpoints, reward and value models stock
-`AutoModelForSequenceClassification` checkpoints with one label. Any architecture of transformers that takes a
-four-dimensional attention mask and position ids will do.
+`AutoModelForSequenceClassification` checkpoints with one label. Any architecture of transformers will do that
+`fitness.py` finds nothing against.
 """
 
 import copy
@@ -53,9 +53,9 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
     """
     if new_head_seed is None:
         labels = parent.config
-        if vocab_size not in (None, labels.vocab_size):
-            raise UserError(f"{parent.key}: '{parent.name}' has {labels.vocab_size} tokens, the policy "
-                            f"{vocab_size}; use "
+        rows = labels.get_text_config().vocab_size
+        if vocab_size not in (None, rows):
+            raise UserError(f"{parent.key}: '{parent.name}' has {rows} tokens, the policy {vocab_size}; use "
                             "models of one family")
         kind = (labels.architectures or ["unknown"])[0]
         if labels.num_labels != 1 or "SequenceClassification" not in kind:

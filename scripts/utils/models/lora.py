@@ -15,15 +15,16 @@ from utils.zero import gathered_weights
 
 
 def add_adapter(model, config):
-    """Freeze `model`, and give every linear layer but its heads a trainable adapter of rank
+    """Freeze `model`, and give every linear layer that reads text, but its heads, a trainable adapter of rank
     `config.lora_rank`, in place.
 
     The fresh adapter changes nothing: one of its two matrices is 0. A scalar head is trained whole.
     """
     heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None))
              if head is not None}
-    targets = [name for name, module in model.named_modules() if _is_linear(module)
-               and id(module) not in heads]
+    text = set(model.get_decoder().modules())  # an adapter of what reads images would get no gradient
+    targets = [name for name, module in model.named_modules()
+               if _is_linear(module) and module in text and id(module) not in heads]
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha,
                                        target_modules=targets), model)

@@ -110,7 +110,7 @@ class Parent:
     def hidden_size(self) -> int:
         """Width of the hidden states; UserError when the config does not say it."""
         try:
-            return self.config.hidden_size
+            return self.config.get_text_config().hidden_size
         except AttributeError as error:
             raise UserError(
                 f"{self.key}: the config of '{self.name}' says no hidden_size ({error})") from None

@@ -98,7 +98,7 @@ def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
     longest = max(answers, key=lambda name: getattr(config, name))
     refuse_unfit(policy, policy_parent, tokenizer, config.max_prompt_tokens + getattr(config, longest),
                  f"max_prompt_tokens + {longest}")
-    reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.vocab_size)
+    reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.get_text_config().vocab_size)
     refuse_unfit(reward_model, reward_parent, tokenizer, config.max_prompt_tokens + config.max_new_tokens,
                  "max_prompt_tokens + max_new_tokens")
     ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))
