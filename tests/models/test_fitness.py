@@ -184,11 +184,13 @@ def test_randomness_that_is_left_is_refused_by_the_modules_name(made):
     ({"rope_type": "dynamic", "factor": 2.0}, 64),
     ({"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0, 4.0],
       "original_max_position_embeddings": 16}, 16),
+    ({"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0, 1.01],
+      "original_max_position_embeddings": 16}, 16),  # seen at late positions only
     ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
     ({"rope_type": "linear", "factor": 2.0}, 64),
     ({"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
       "original_max_position_embeddings": 16}, 64),
-], ids=["dynamic", "longrope", "yarn", "linear", "llama3"])
+], ids=["dynamic", "longrope", "slight longrope", "yarn", "linear", "llama3"])
 @torch.no_grad()
 def test_rope_that_depends_on_the_longest_row(rope, longest):
     """Up to `longest` tokens a row's numbers are those of a shorter one; beyond it the run is refused."""
