@@ -23,7 +23,7 @@ def own_cache(tmp_path, monkeypatch):
 class Words:
     """A tokenizer whose tokens are known: a word's token is its length."""
 
-    eos_token_id, backend_tokenizer = 0, None
+    eos_token_id, backend_tokenizer, chat_template = 0, None, None
 
     def __call__(self, text, add_special_tokens=True, split_special_tokens=True):
         texts = [text] if isinstance(text, str) else text

@@ -15,8 +15,10 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, CTRLTokenizer, PreTrainedTokenizerFast
 
+from memory import peak_growth
 from tiny_models import mini_tokenizer
 from utils.config import PROJECT
+from utils.data import tokens as module
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, load_data, load_examples
@@ -180,6 +182,71 @@ def test_special_tokens_that_somebody_wrote_into_a_long_post_are_text(tokenizer)
     [(ids, cut)] = cut_prompts(tokenizer, [dialogue(3) + post + "\n\nHuman: </s> <pad>\n\nAssistant:"], 60)
     assert (cut == CUT and not {tokenizer.eos_token_id, tokenizer.pad_token_id}
             & set(ids[in_front(tokenizer):]))
+
+
+LONG = ("He said: \"it's 1,000 pots\", naïve as ever.\nAnd then… ☕ tea, I've got 2 of them. " * 30
+        + "一只猫。又一只猫，" * 40 + "x" * 500 + " end")
+
+
+@pytest.mark.parametrize("piece", [40, 100, 333])
+def test_a_long_text_has_the_tokens_of_the_whole(piece, tokenizer, monkeypatch):
+    """It is tokenised in pieces, which are cut where no token goes on."""
+    text = LONG.replace("x" * 500, "").replace("一只猫。又一只猫，", "")
+    monkeypatch.setattr(module, "_PIECE", piece)
+    [(ids, cut)] = cut_prompts(tokenizer, [text], 10_000)
+    assert list(ids) == tokenizer(text)["input_ids"] and cut == WHOLE
+    [completion] = completion_tokens(tokenizer, [f" {text}"])
+    assert [*tokenizer("Why:")["input_ids"], *completion] == [*tokenizer(f"Why: {text}")["input_ids"],
+                                                              tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("piece", [40, 100, 333])
+def test_a_long_text_without_a_break_loses_nothing(piece, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", piece)
+    [completion] = completion_tokens(tokenizer, [f" {LONG}"])
+    whole = tokenizer(f"Why: {LONG}")["input_ids"]
+    assert tokenizer.decode([*tokenizer("Why:")["input_ids"], *completion[:-1]]) == tokenizer.decode(whole)
+
+
+LONG_PROMPTS = {
+    "post": TLDR_TEMPLATE.format(subreddit="tea", title="t", post="One line here.\n" * 900),
+    "post of a line": TLDR_TEMPLATE.format(subreddit="tea", title="t", post="a few words more and " * 900),
+    "post of a word": TLDR_TEMPLATE.format(subreddit="tea", title="t", post="x" * 15_000),
+    "dialogue": dialogue(400), "a last turn": f"{dialogue(3)[:-12]} {'word ' * 3000}\n\nAssistant:",
+    "text": "a few words more and " * 900 + "the end",
+}
+
+
+@pytest.mark.parametrize("case", LONG_PROMPTS)
+def test_a_very_long_prompt_is_cut_as_any_other(case, tokenizer, monkeypatch):
+    """Of more than 256 characters for each token it may have, not all is tokenised."""
+    prompt, limit = LONG_PROMPTS[case], 40
+    found = cut_prompts(tokenizer, [prompt, "short"], limit)
+    monkeypatch.setattr(module, "_LONGEST_TOKEN", 10**6)
+    assert found == cut_prompts(tokenizer, [prompt, "short"], limit)
+    assert len(prompt) > 256 * limit and found[0][1] != WHOLE and len(found[0][0]) > 10
+
+
+TEN_MB = {"prompt": {"prompt": "the quick brown fox " * 500_000, "completion": "c"},
+          "completion": {"prompt": "P", "completion": "the quick brown fox " * 500_000},
+          "post": {"subreddit": "tea", "title": "t", "post": "a line\n" * 1_400_000, "summary": "s"},
+          "a word": {"prompt": "x" * 10**7, "completion": "c"},
+          "emoji": {"prompt": "🙂" * 2_500_000, "completion": "c"},
+          "another column": {"prompt": "P", "completion": "c", "x": "the quick brown fox " * 500_000},
+          "bad": {"text": "the quick brown fox " * 500_000}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TEN_MB)
+def test_a_row_of_ten_megabytes_takes_a_small_multiple_of_it(case, own_cache, tmp_path):
+    """Tokenised at once it took 2.6 GiB."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [
+        TEN_MB[case], *({"prompt": f"P{n}", "completion": "c"} for n in range(9))]))
+    config = SimpleNamespace(on_bad_rows="skip", max_row_bytes=10**8, max_prompt_tokens=512)
+    growth = peak_growth(lambda: load_data(config, {"actor_training_data": NamedSet(str(path), "examples")},
+                                           mini_tokenizer(), DataReport()))
+    assert growth < 300  # MiB
 
 
 def test_the_last_that_fits_is_found_from_any_guess():

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from utils.data.columns import NOTES
 from utils.data.conversations import readable
@@ -51,7 +53,7 @@ class SetWriter:
         self._folder, self.rejected_count, self.row_count = folder, 0, 0
         self._numbers: dict[bytes, int] = {}  # of texts, by digest
         self._digests: list[bytes] = []
-        self._texts, self._characters, self._rows = [], 0, []
+        self._texts, self._characters, self._rows, self._row_characters = [], 0, [], 0
 
     def __enter__(self):
         self._text_file = pa.ipc.new_stream(str(self._folder / "texts.arrow"), _TEXTS)
@@ -84,8 +86,9 @@ class SetWriter:
         """Write a row. `prompt` and `completions` are numbers of texts."""
         prompt_digest = self._digests[prompt]
         self._rows.append((prompt, completions, pairs, label_scores, notes, facts, number, prompt_digest))
+        self._row_characters += len(facts or "")
         self.row_count += 1
-        if len(self._rows) == _BATCH_ROWS:
+        if len(self._rows) == _BATCH_ROWS or self._row_characters > _BATCH_CHARACTERS:
             self._flush_rows()
 
     def reject(self, number: int, reason: str, row) -> None:
@@ -103,7 +106,7 @@ class SetWriter:
         columns = zip(*self._rows, strict=True) if self._rows else [[]] * len(_ROWS)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, _ROWS, strict=True)]
         self._row_file.write_batch(pa.record_batch(arrays, schema=_ROWS))
-        self._rows = []
+        self._rows, self._row_characters = [], 0
 
 
 class Pairs:
@@ -138,6 +141,10 @@ class StoredSet:
 
     def text(self, number: int) -> str:
         return self._texts[number].as_py()
+
+    def text_sizes(self) -> np.ndarray:
+        """(T,) the bytes of each text."""
+        return pc.binary_length(self._texts).to_numpy().astype(np.int64)
 
     def place(self, index: int) -> str:
         """The place of a row's first source row: `file:line`."""

@@ -2,12 +2,16 @@
 
 import bisect
 import hashlib
+import itertools
 import re
 import tempfile
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from utils.config import UserError
@@ -23,6 +27,10 @@ from utils.data.store import ROW_COLUMNS, StoredSet
 WHOLE, CUT, CUT_INSIDE, TOO_LONG = range(4)
 _IDS = pa.list_(pa.int32())
 _TURN = "\n\nHuman: "
+_PIECE = 1 << 16  # characters that are tokenised at once
+_BREAK = re.compile(r"(?<=\w)(?= \w)")
+_LONGEST_TOKEN = 256  # characters; the longest of usual vocabularies are rows of 128 spaces or dashes
+_PART_BYTES = 1 << 20  # of text that is tokenised for one batch of rows
 
 
 def token_rows(stored: StoredSet, tokenizer, max_prompt_tokens: int) -> Dataset:
@@ -67,7 +75,7 @@ def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -
     bar = progress_bar(desc=f"tokenising {stored.label}", total=stored.table.num_rows, unit=" rows",
                        leave=False)
     with pa.ipc.new_stream(str(folder / "tokens.arrow"), schema) as file, bar:
-        for batch in stored.table.select(["prompt", "completions", *extra]).to_batches():
+        for batch in _parts(stored, stored.table.select(["prompt", "completions", *extra])):
             prompts_and_cuts = _of_texts(stored, batch["prompt"].to_pylist(), cut)
             prompts, cuts = [ids for ids, _ in prompts_and_cuts], [cut for _, cut in prompts_and_cuts]
             numbers = batch["completions"].to_pylist()  # a list for each row
@@ -99,6 +107,18 @@ def _answers(chat: Chat, stored: StoredSet, prompt: int, answers: list[int], max
     return kept and chat.completions(kept, [stored.text(answer).strip() for answer in answers])
 
 
+def _parts(stored: StoredSet, rows: pa.Table) -> Iterator[pa.RecordBatch]:
+    """The rows in parts of at most 1,000 rows, and of about _PART_BYTES of text unless one row has more."""
+    sizes = stored.text_sizes()
+    for batch in rows.to_batches(max_chunksize=1000):
+        texts = [sizes[batch["prompt"].to_numpy()]]  # bytes of each row's prompt and completions
+        owners = pc.list_parent_indices(batch["completions"]).to_numpy()
+        texts.append(np.bincount(owners, sizes[batch["completions"].flatten().to_numpy()], len(batch)))
+        part = np.cumsum(sum(texts)) // _PART_BYTES
+        starts = [0, *(np.flatnonzero(np.diff(part)) + 1), len(batch)]
+        yield from (batch.slice(first, end - first) for first, end in itertools.pairwise(starts))
+
+
 def _of_texts(stored: StoredSet, numbers: list[int], tokenise) -> list:
     """The result of `tokenise`, a function of a list of texts, for each number.
 
@@ -110,6 +130,47 @@ def _of_texts(stored: StoredSet, numbers: list[int], tokenise) -> list:
 
 
 def _ids(tokenizer, text, add_special_tokens=True):
+    """Token ids of a text or of a list of texts.
+
+    A text of more than _PIECE characters is tokenised in pieces that end between two words, because a
+    tokenizer takes some 250 bytes for each character.
+    """
+    if isinstance(text, str):
+        pieces = _pieces(text)
+        ids = _ids_at_once(tokenizer, pieces[0], add_special_tokens)
+        if len(pieces) == 1:
+            return ids
+        rest = (_continued(tokenizer, piece) for piece in pieces[1:])
+        return np.concatenate([np.array(part, dtype=np.int32) for part in (ids, *rest)])
+    short = [one for one in text if len(one) <= _PIECE]
+    done = iter(_ids_at_once(tokenizer, short, add_special_tokens) if short else [])
+    return [next(done) if len(one) <= _PIECE else _ids(tokenizer, one, add_special_tokens) for one in text]
+
+
+def _pieces(text: str) -> list[str]:
+    """The text in pieces of at most _PIECE characters, cut before a space between two words.
+
+    No token of a usual tokenizer goes on there, so that the pieces have the tokens of the whole. A text
+    without such a place is cut anywhere.
+    """
+    pieces, begin = [], 0
+    while len(text) - begin > _PIECE:
+        places = [match.start() for match in _BREAK.finditer(text, begin + _PIECE // 2, begin + _PIECE)]
+        end = places[-1] if places else begin + _PIECE
+        pieces.append(text[begin:end])
+        begin = end
+    return [*pieces, text[begin:]]
+
+
+def _continued(tokenizer, piece: str) -> list[int]:
+    """Token ids of a text as it continues another."""
+    head = _head(tokenizer)
+    start = _ids_at_once(tokenizer, head, False) if head else []
+    ids = _ids_at_once(tokenizer, head + piece, False)
+    return ids[len(start):] if ids[: len(start)] == start else _ids_at_once(tokenizer, piece, False)
+
+
+def _ids_at_once(tokenizer, text, add_special_tokens):
     """Token ids of a text or of a list of texts.
 
     A special token that somebody has written into a text stays text: `</s>` in a post does not end it (detail
@@ -154,9 +215,12 @@ def cut_prompts(tokenizer, prompts: list[str], max_tokens: int) -> list[tuple[li
     conversations = [messages_of(prompt) if chat else None for prompt in prompts]
     plain = [readable(prompt) for prompt, messages in zip(prompts, conversations, strict=True)
              if not messages]
+    fitting = iter(_ids(tokenizer, [prompt for prompt in plain if _may_fit(prompt, max_tokens)]))
+    tried = [next(fitting) if _may_fit(prompt, max_tokens) else None for prompt in plain]
     found = iter([
-        (ids, WHOLE) if len(ids) <= max_tokens else _cut_prompt(tokenizer, prompt, ids, max_tokens)
-        for prompt, ids in zip(plain, _ids(tokenizer, plain) if plain else [], strict=True)
+        (ids, WHOLE) if ids is not None and len(ids) <= max_tokens
+        else _cut_prompt(tokenizer, prompt, max_tokens)
+        for prompt, ids in zip(plain, tried, strict=True)
     ])
     return [_cut_chat(chat, messages, max_tokens) if messages else next(found) for messages in conversations]
 
@@ -167,37 +231,47 @@ def _cut_chat(chat: Chat, messages, max_tokens: int) -> tuple[list[int], int]:
     return ([], TOO_LONG) if kept is None else (chat.prompt(kept), WHOLE if kept == messages else CUT)
 
 
-def _cut_prompt(tokenizer, prompt: str, ids: list[int], max_tokens: int) -> tuple[list[int], int]:
+def _may_fit(text: str, max_tokens: int) -> bool:
+    """Whether a text is worth tokenising to see if it fits: one of 10 MB takes 10 s."""
+    return len(text) <= _LONGEST_TOKEN * max_tokens
+
+
+def _cut_prompt(tokenizer, prompt: str, max_tokens: int) -> tuple[list[int], int]:
     """Cut off the end of a post (detail 1), the first turns of a dialogue, or the start of another prompt."""
     if parts := tldr_parts(prompt):
-        return _cut_post(tokenizer, *parts, max_tokens, len(prompt) / len(ids))
+        return _cut_post(tokenizer, *parts, max_tokens)
     turns = []  # where the user's turns begin
     if prompt.endswith("\n\nAssistant:"):
         turns = [match.start() + 2 for match in re.finditer(f"(?={_TURN})", prompt)]
     # the later the first turn, the shorter the dialogue: bisect for the earliest turn from which the rest
     # fits
-    first = bisect.bisect_left(
-        turns, True, key=lambda start: len(_ids(tokenizer, prompt[start:])) <= max_tokens)
+    first = bisect.bisect_left(turns, True, key=lambda start: _may_fit(prompt[start:], max_tokens) and len(
+        _ids(tokenizer, prompt[start:])) <= max_tokens)
     if first < len(turns):
         return _ids(tokenizer, prompt[turns[first]:]), CUT
-    special = len(ids) - len(_ids(tokenizer, prompt, add_special_tokens=False))  # special tokens at the start
-    return ids[:special] + ids[len(ids) - max_tokens + special :], CUT_INSIDE
+    with_special, text = (_ids(tokenizer, ":", add_special_tokens=special) for special in (True, False))
+    special = with_special[: len(with_special) - len(text)]  # special tokens at the start
+    end = _ids(tokenizer, prompt[-_LONGEST_TOKEN * max_tokens :], add_special_tokens=False)
+    return special + list(end[len(end) - max_tokens + len(special) :]), CUT_INSIDE
 
 
-def _cut_post(tokenizer, subreddit, title, post, max_tokens: int, token_size: float) -> tuple[list[int], int]:
-    """Cut the post at a newline, else at the end of a sentence, else at a word. `TL;DR:` is never cut off.
+def _cut_post(tokenizer, subreddit, title, post, max_tokens: int) -> tuple[list[int], int]:
+    """Cut the post at a newline, else at the end of a sentence, else at a word. `TL;DR:` is never cut off."""
+    def cut_prompt(end: int) -> str:
+        return TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=post[:end].rstrip())
 
-    Args:
-        token_size: characters of a token in this prompt; used to guess where to cut.
-    """
     @cache
     def cut_at(end: int) -> list[int]:
-        part = post[:end].rstrip()
-        return _ids(tokenizer, TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=part))
+        return _ids(tokenizer, cut_prompt(end))
 
-    guess = max_tokens * token_size - len(TLDR_TEMPLATE.format(subreddit=subreddit, title=title, post=""))
-    for breaks, cut in zip(_breaks(post), (CUT, CUT, CUT_INSIDE), strict=True):
-        last = _last_that_fits(breaks, lambda end: len(cut_at(end)) <= max_tokens, guess)
+    def fits(end: int) -> bool:
+        return _may_fit(cut_prompt(end), max_tokens) and len(cut_at(end)) <= max_tokens
+
+    sample = post[: 4 * max_tokens]
+    token_size = len(sample) / max(len(_ids(tokenizer, sample)), 1)  # in characters
+    guess = max_tokens * token_size - len(cut_prompt(0))
+    for breaks, cut in zip(_breaks(post[: _LONGEST_TOKEN * max_tokens]), (CUT, CUT, CUT_INSIDE), strict=True):
+        last = _last_that_fits(breaks, fits, guess)
         if last is not None:
             return cut_at(last), cut
     return [], TOO_LONG
@@ -244,7 +318,8 @@ def completion_tokens(tokenizer, completions: list[str]) -> list[list[int]]:
     skip = len(_ids(tokenizer, head, add_special_tokens=False)) if head else 0
     ids = _ids(tokenizer, [head + text for text in completions]
                if head else completions, add_special_tokens=False)
-    return [tokens[skip:] + [tokenizer.eos_token_id] for tokens in ids]
+    return [np.append(tokens[skip:], np.int32(tokenizer.eos_token_id)) if isinstance(tokens, np.ndarray)
+            else tokens[skip:] + [tokenizer.eos_token_id] for tokens in ids]
 
 
 def _head(tokenizer) -> str:
