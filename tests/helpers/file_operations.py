@@ -63,6 +63,11 @@ class Operations:
         finally:
             self._busy = False
 
+    def end(self) -> None:
+        """One more: the process has come to its end."""
+        self._busy = True
+        self._operation("end", (), [self.folder])
+
     def _below(self, event, args, place) -> str | None:
         """The path of an event when it is below the folder."""
         path = args[place]

@@ -5,8 +5,9 @@
 
 Each stage trains a random OPT of two layers on a few rows of data/tldr_mini for several epochs, with a
 checkpoint every step or two: SFT with dropout, PPO with every option that hands something on from update to
-update. Two undisturbed runs come first; the second must equal the first and says which files a run opens,
-renames and removes. In these runs every branch must move (`moves`): else a kill there would show nothing.
+update. Which weights are the best is scripted (`SCORES`), so that they change on every machine. Two
+undisturbed runs come first; the second must equal the first and says which files a run opens, renames and
+removes. In these runs every branch must move (`moves`): else a kill there would show nothing.
 
 Then, again and again, a new run dies before one of these operations, in one of three ways in turn: by
 SIGKILL; by SIGKILL while it wrote the file before, half of which is there; or by a loss of power, after which
@@ -48,17 +49,23 @@ from run_folders import checkpoints, metrics
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, key
 from utils.launch import read_config, start
-from utils.runs.checkpoints import checksums, number_of
+from utils.runs.checkpoints import Best, checksums, number_of
 from utils.runs.records import read_whole_rows
 from utils.runs.run import output_file
 
 STAGES = {
-    "sft": "--model {models}/base --actor_training_data {models}/sft.jsonl --max_steps 8 --eval_steps 1 "
+    "sft": "--model {models}/base --actor_training_data {models}/sft.jsonl "
+           "--actor_validation_data data/tldr_mini/actor_validation.jsonl.gz "
+           "--actor_test_data data/tldr_mini/actor_test.jsonl.gz --max_steps 8 --eval_steps 1 "
            "--save_steps 2 --logging_steps 3 --per_device_batch_size 4 --max_new_tokens 8 "
            "--eval_temperature 1.0 --learning_rate 0.03",
-    "reward": "--model {models}/base --reward_training_data {models}/reward.jsonl --max_steps 8 "
-           "--eval_steps 3 --save_steps 2 --logging_steps 3 --per_device_batch_size 4",
+    "reward": "--model {models}/base --reward_training_data {models}/reward.jsonl "
+              "--reward_validation_data data/tldr_mini/reward_validation.jsonl.gz "
+              "--reward_test_data data/tldr_mini/reward_test.jsonl.gz --max_steps 8 "
+              "--eval_steps 3 --save_steps 2 --logging_steps 3 --per_device_batch_size 4",
     "ppo": "--model {models}/base --reward_model {models}/reward --rlhf_training_data {models}/ppo.jsonl "
+           "--rlhf_validation_data data/tldr_mini/rlhf_validation.jsonl.gz "
+           "--rlhf_test_data data/tldr_mini/rlhf_test.jsonl.gz "
            "--total_episodes 48 --prompts_per_update 4 --responses_per_prompt 2 --ppo_epochs 2 "
            "--eval_steps 1 --save_steps 1 --per_device_batch_size 4 --max_new_tokens 8 --kl_target 0.01 "
            "--kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
@@ -67,6 +74,7 @@ STAGES = {
 }
 # training data: so many rows that an epoch ends within a step
 DATA = {"sft": ("actor_train", 10), "reward": ("reward_train", 10), "ppo": ("rlhf_train", 6)}
+SCORES = (0, 2, 1, 3, 2, 5, 4, 1, 0)  # held-out scores of the weights after each step, as `Best` gets them
 TIMES = re.compile("time/.*|seconds|.*_per_second|peak_memory_mb")
 _FORK = multiprocessing.get_context("fork")
 
@@ -103,11 +111,15 @@ def train(stage: str, models: Path, out: Path, more: list[str], dies_at: int | N
     os.dup2(log, 1)
     os.dup2(log, 2)
     Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(b"a plot")  # half a second less
+    offer = Best.offer
+    Best.offer = lambda best, step, score, weights, **figures: offer(best, step, SCORES[step], weights,
+                                                                     **figures)
     script = str(PROJECT / "scripts" / f"train_{stage}.py")
     words = STAGES[stage].format(models=models) + " --eval_rows 4 --test_rows 4"
     sys.argv = [script, *words.split(), "--output_dir", str(out), *more]
     operations = Operations(out, dies_at, how)
     runpy.run_path(script, run_name="__main__")
+    operations.end()
     Path(f"{out}.operations").write_text(json.dumps(operations.done))
 
 

@@ -162,11 +162,15 @@ class Run:
     def metrics_bytes(self) -> int:
         """Size of metrics.jsonl, by which a checkpoint remembers what was logged before it."""
         refuse_lost(self.folder)
+        self._sync_rows()
         path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return 0
-        durable.fsync(path)  # after a loss of power the checkpoint must not know of more rows than there are
-        return path.stat().st_size
+        return path.stat().st_size if path.exists() else 0
+
+    def _sync_rows(self) -> None:
+        """A checkpoint and final/ must not know of more rows than a loss of power leaves."""
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            if path.exists():
+                durable.fsync(path)
 
     def rewind(self, size: int) -> None:
         """Forget the metrics after the first so many bytes: the run is going to log them again. Say what of
@@ -218,6 +222,7 @@ class Run:
         write_json(temporary / "stage.json", stage)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         refuse_lost(self.folder)
+        self._sync_rows()
         durable.move(temporary, self.folder / "final")
 
     def catch_signals(self) -> None:
