@@ -370,7 +370,7 @@ MUTATIONS = [
     ]),
     *_of("utils/config.py", "held_out", [
         ("held-out sets of another training set are taken over", 7, "_layered",
-         "left += [(name, settings.pop(name).file, data) for name in gone]", "pass"),
+         "settings = {name: setting for name, setting in settings.items() if name not in gone}", "pass"),
     ]),
     *_of("utils/data/columns.py", "columns", [
         ("a row that fits two layouts is read by the first", None, "_kind_reading", "len(fits) > 1", "False"),

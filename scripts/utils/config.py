@@ -143,12 +143,16 @@ def _layered(config_class, layers: list[dict[str, Setting]]) -> tuple[dict[str, 
             if data in settings and settings[data].value != layer[data].value:
                 gone = [name for name in belonging if name in settings and settings[name].value is not None
                         and settings[name].file in homes[data]]
-                left += [(name, settings.pop(name).file, data) for name in gone]
+                left.append((data, ", ".join(sorted(homes[data])), gone))
+                settings = {name: setting for name, setting in settings.items() if name not in gone}
                 homes[data] = set()
             homes.setdefault(data, set()).add(layer[data].file)
         settings |= layer
-    notes = [f"{name}: that of '{file}' belongs to its {data} and is not used; name your own if you want one"
-             for name, file, data in left if name not in settings]
+    notes = []
+    for data, files, gone in left:
+        if names := [name for name in gone if name not in settings]:
+            notes.append(f"not used, since they belong to the {data} of {files}: {', '.join(names)}; name your "
+                         "own if you want some")
     return settings, notes
 
 
