@@ -60,7 +60,7 @@ PAIRS = {
     "trl, explicit prompt": {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
     "trl, implicit prompt": {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
     "ultrafeedback_binarized": {"prompt": "Tea?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER],
-                                "score_chosen": 8.0, "score_rejected": 3.0, "prompt_id": "x"},
+                                "messages": [USER, ANSWER], "score_chosen": 8.0, "score_rejected": 3.0},
     "ShareGPT": {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT2},
     "UltraFeedback": {"instruction": "Tea?", "source": "x", "completions": [
         {"response": "No.", "overall_score": 3.5, "model": "a"}, {"response": "Yes.", "overall_score": 8}]},

@@ -58,6 +58,8 @@ LAYOUTS = (
 _PROMPTS = (("messages",), ("conversations",), ("instruction",), ("prompt",), _POST,
             ("info", "summaries"), ("info", "summary"),
             ("history", "human_ref_A", "human_ref_B"), ("chosen", "rejected"))
+# HuggingFaceH4/ultrafeedback_binarized has the chosen conversation in `messages` as well
+_TWICE = {"messages", "prompt, chosen, rejected"}
 # Columns that are a part of the question, and columns that say how good an answer is. A layout that does not
 # read them would read something else than its author wrote.
 _ASKS = frozenset("""system system_prompt instruction input context history tools functions image images audio
@@ -114,6 +116,8 @@ def _reading(columns: tuple[str, ...], kind: str) -> Reading | str:
 
 def _kind_reading(columns: tuple[str, ...], kind: str) -> Reading | str:
     fits = layouts_of(columns)
+    if kind == "rankings" and {layout.name for layout in fits} == _TWICE:
+        fits = [layout for layout in fits if layout.kind == kind]
     if len(fits) > 1:
         return (f"fits two layouts, '{fits[0].name}' and '{fits[1].name}'; leave the columns of one of them "
                 "out")
@@ -131,6 +135,8 @@ def _kind_reading(columns: tuple[str, ...], kind: str) -> Reading | str:
 def _prompt_reading(columns: tuple[str, ...]) -> Reading | str:
     """The same for rows of which only the prompt is needed: what is said of answers changes nothing."""
     holders = [holder for holder in _PROMPTS if set(holder) <= set(columns)]
+    if _TWICE <= {layout.name for layout in layouts_of(columns)}:
+        holders = [("prompt",)]
     holders = holders[:-1] if len(holders) > 1 and holders[-1] == _PROMPTS[-1] else holders
     if len({holder[0] for holder in holders}) > 1:
         return (f"has a prompt in '{', '.join(holders[0])}' and one in '{', '.join(holders[1])}'; leave the "

@@ -148,6 +148,9 @@ def comparison_of(row: dict, reading: Reading, where: str):
         return _openai_comparison(row, where)
     if layout.startswith("history"):
         return _shp_comparison(row, where)
+    if row.get("messages") is not None and row["messages"] != row["chosen"]:
+        raise UserError(f"{where}: fits two layouts, 'messages' and '{layout}'; leave the columns of one of "
+                        "them out")
     note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
     _refuse_contradiction(row, reading.unread, where)
     in_turns = isinstance(row["chosen"], list | dict) or isinstance(row.get("prompt"), list)
