@@ -151,8 +151,8 @@ def _layered(config_class, layers: list[dict[str, Setting]]) -> tuple[dict[str, 
     notes = []
     for data, files, gone in left:
         if names := [name for name in gone if name not in settings]:
-            notes.append(f"not used, since they belong to the {data} of {files}: {', '.join(names)}; name your "
-                         "own if you want some")
+            notes.append(f"not used, since they belong to the {data} of {files}: {', '.join(names)}; name "
+                         "your own if you want some")
     return settings, notes
 
 

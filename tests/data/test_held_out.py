@@ -51,8 +51,8 @@ def test_an_own_training_set_is_held_out_of_and_a_line_says_so(stage, tmp_path):
     assert sum(found) == 40 and min(found) == 4
     embedded = f"{PROJECT}/configs/tldr_mini/{stage}.yaml"
     assert [note for note in report.notes if "belong to" in note] == [
-        f"not used, since they belong to the {role}_training_data of {embedded}: {', '.join(belonging)}; name "
-        "your own if you want some"]
+        f"not used, since they belong to the {role}_training_data of {embedded}: {', '.join(belonging)}; "
+        "name your own if you want some"]
     assert any(f"{role}_test_data: 4 rows held out of {role}_training_data" in note for note in report.notes)
 
 
