@@ -28,6 +28,9 @@ _WORDS = regex.compile(rf"[[{_LETTERS}]&&[{_UNSPACED}]]\p{{M}}*"
                        rf"|(?:[[{_LETTERS}]--[{_UNSPACED}]][\p{{M}}\u200c\u200d]*)+", regex.VERSION1)
 
 
+_WIDE = {code + 0xFEE0: code for code in range(0x21, 0x7F)}  # ASCII in the width of Chinese characters
+
+
 class AnyScript(tokenizers.Tokenizer):
     """Words of any script for ROUGE. (rouge-score's own tokenizer drops all letters but a to z.)
 
@@ -39,7 +42,7 @@ class AnyScript(tokenizers.Tokenizer):
         self._stemmer = PorterStemmer()
 
     def tokenize(self, text: str) -> list[str]:
-        words = _WORDS.findall(unicodedata.normalize("NFC", text.lower()))
+        words = _WORDS.findall(unicodedata.normalize("NFC", text.translate(_WIDE).lower()))
         return [self._stemmer.stem(word) if word.isascii() and len(word) > 3 else word for word in words]
 
 
