@@ -202,7 +202,7 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
     config = loop.config
     batches = PromptBatches(len(posts.prompts), config.prompts_per_update, config.seed)
     for update, places in loop.steps(batches):
-        began = time.time()
+        began = time.monotonic()
         queries = [posts.prompts[place] for place in places][own_prompts(loop)]
         # These call the models inside the accelerator's wrapper, so they need its autocast (detail 27). The
         # block is short: autocast keeps the weights it has cast until its end, and a step makes them old.
@@ -225,13 +225,13 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
 
         figures = rollout_metrics(loop, rollout, episodes.ended)
         refuse_collapse(loop, figures, update)  # before the update makes it worse
-        sampled = time.time()
+        sampled = time.monotonic()
         figures |= optimise(loop, models, episodes, rollout, posts.supervised)
         if config.kl_target is not None:
             loop.carried["kl_coef"] = adapted_kl_coef(
                 loop.carried["kl_coef"], figures["objective/kl"], config.kl_target,
                 config.episodes_per_update, config.kl_horizon)
-        seconds = {"time/rollout": sampled - began, "time/update": time.time() - sampled}
+        seconds = {"time/rollout": sampled - began, "time/update": time.monotonic() - sampled}
         loop.run.metrics(update, figures | seconds)
         loop.show(score=figures["objective/score"], kl=figures["objective/kl"])
         if loop.evaluates(update):
@@ -563,9 +563,9 @@ def main(config: PPOStageConfig) -> None:
     loop.resume()
     if loop.step == 0:
         evaluate(loop, models, posts.validation, judge, gold, 0)
-    began = time.time()
+    began = time.monotonic()
     train(loop, models, posts, judge, gold)
-    speed = loop.steps_done * config.episodes_per_update / (time.time() - began)
+    speed = loop.steps_done * config.episodes_per_update / (time.monotonic() - began)
     best_step = loop.best.restore(outcome_weights(models), last=loop.step)
     with loop.accelerator.autocast():
         end = ending(loop, models, posts.test, judge, gold, best_step)

@@ -289,9 +289,9 @@ def main(config: RewardStageConfig) -> None:
     loop.resume()
     if loop.step == 0:
         evaluate(loop, validation, 0)
-    began = time.time()
+    began = time.monotonic()
     train(loop, rankings, validation)
-    seconds = time.time() - began
+    seconds = time.monotonic() - began
     # only differences are trained, so the level of the scores is free: 0 is what people wrote
     if references is not None:
         centre(loop, references)

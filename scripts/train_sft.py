@@ -206,9 +206,9 @@ def main(config: SFTStageConfig) -> None:
     loop.resume()
     if loop.step == 0:
         evaluate(loop, validation, 0)
-    began = time.time()
+    began = time.monotonic()
     train(loop, examples, validation)
-    seconds = time.time() - began
+    seconds = time.monotonic() - began
     best_step = loop.best.restore(loop.weights["trained"], last=loop.step)
     after = rouge_of(loop, test, "test")
     rows = loop.steps_done * config.rows_per_step

@@ -129,7 +129,10 @@ def _wait_for_lock(lock: Path) -> None:
     if lock.exists():
         print(f"waiting for '{lock}': another run compiles there", flush=True)
     while lock.exists():
-        newest = max((path.stat().st_mtime for path in lock.parent.iterdir()), default=0)
+        try:
+            newest = max(path.stat().st_mtime for path in lock.parent.iterdir())
+        except (FileNotFoundError, ValueError):  # it has just been removed
+            continue
         if time.time() - newest > LOCK_SECONDS:
             raise UserError(f"deepspeed: '{lock}' is there, but nothing has been written beside it for "
                             f"{LOCK_SECONDS} seconds: a "

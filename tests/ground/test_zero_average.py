@@ -31,11 +31,12 @@ def average_of(run):
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_average_moves_as_much_as_without_an_engine(runs, name):
     before = weights(runs / "usual" / "policy")
+    if name == "bf16":  # there DeepSpeed makes the optimizer's weights of the rounded ones
+        before = {key: weight.bfloat16().float() for key, weight in before.items()}
     ours = average_of(runs / name)
     assert all(weight.dtype == torch.float32 for weight in ours.values())
     kept = sum(int((weight == before[key]).sum()) for key, weight in ours.items() if key in before)
     share = kept / sum(weight.numel() for key, weight in ours.items() if key in before)
-    print(name, share)
     assert share < 0.5, "rounded to bfloat16, almost all weights are those of the SFT model"
 
 
