@@ -9,14 +9,13 @@ from utils.distributed import world
 from utils.errors import UserError
 
 
-def ready_to_save(model, tokenizer, config) -> None:
-    """Set what the configs of `final/` say to whoever generates with it.
+def describe_sampling(model, tokenizer, config) -> None:
+    """Set what `final/generation_config.json` says to whoever generates with it.
 
     The parent's generation config is not taken over: it says how the parent was sampled from, and may be one
     that transformers reads but does not write. A policy of PPO is sampled from as it was trained; the others
     greedily, as far as nothing else is said.
     """
-    model.config.use_cache = True  # a base model may have it off; whoever generates with final/ wants it
     if not model.can_generate():
         return
     sampling = {}
@@ -34,7 +33,7 @@ def rehearse_saving(model, tokenizer, config) -> None:
     Raises:
         UserError: when the libraries read a part of the parent model, but do not write it.
     """
-    ready_to_save(model, tokenizer, config)
+    describe_sampling(model, tokenizer, config)
     if not world().is_main_process:
         return
     parts = {"config.json": model.config, "the tokenizer": tokenizer}

@@ -28,7 +28,6 @@ from utils.distributed import on_main, world
 from utils.input_files import read_json
 from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
-from utils.runs.final import ready_to_save
 from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
 from utils.runs.hub import refuse_closed_hub
 from utils.runs.origins import BY_CONTENT, FREE, origins_of
@@ -212,7 +211,9 @@ class Run:
         temporary = self.folder / "final.tmp"
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
-        ready_to_save(model, tokenizer, self.config)
+        model.config.use_cache = True  # a base model may have it off; whoever generates with final/ wants it
+        if model.can_generate():
+            model.generation_config.use_cache = True
         save_pretrained(model, temporary)
         if not self.is_main:
             return
