@@ -32,14 +32,25 @@ PPO_KEYS = {"score_before", "score_after", "gold_before", "gold_after", "gold_wi
             "rouge_avg", "episodes", "episodes_per_second", "best_step"}
 EVERY_STAGE = {"seconds", "peak_memory_mb", "seed"}
 FILES = {"config.yaml", "data.json", "metrics.jsonl", "samples.jsonl", "train.log", "summary.json", "plots",
-         "checkpoints", "final", "tensorboard"}
+         "checkpoints", "final", "tensorboard", "run.lock"}
+
+DATA = "data/tldr_mini"
+
+
+def held_out(role):
+    """The demo's, which a configuration gives with its own training data only."""
+    return " ".join(f"--{role}_{part}_data {DATA}/{role}_{part}.jsonl.gz" for part in ("validation", "test"))
+
 
 EPOCHS = ("--max_steps 4 --logging_steps 1 --per_device_batch_size 4 --save_steps 2 --eval_steps 2 "
           "--eval_rows 4")
 QUICK = {
-    train_sft: f"{EPOCHS} --actor_training_data {{0}}/actor_train.jsonl --test_rows 4 --max_new_tokens 8",
-    train_reward: f"{EPOCHS} --reward_training_data {{0}}/reward_train.jsonl --test_rows 8",
-    train_ppo: "--rlhf_training_data {0}/rlhf_train.jsonl --total_episodes 32 --prompts_per_update 4 "
+    train_sft: f"{EPOCHS} --actor_training_data {{0}}/actor_train.jsonl {held_out('actor')} --test_rows 4 "
+               "--max_new_tokens 8",
+    train_reward: f"{EPOCHS} --reward_training_data {{0}}/reward_train.jsonl {held_out('reward')} "
+                  f"--centring_data {DATA}/actor_validation.jsonl.gz --test_rows 8",
+    train_ppo: f"--rlhf_training_data {{0}}/rlhf_train.jsonl {held_out('rlhf')} "
+               f"--gold_rules {DATA}/gold.json --total_episodes 32 --prompts_per_update 4 "
                "--responses_per_prompt 2 --ppo_epochs 2 --eval_steps 2 --save_steps 2 --eval_rows 4 "
                "--test_rows 4 --max_new_tokens 8",
 }
