@@ -205,7 +205,8 @@ def test_the_three_stages_on_a_terminal(columns, folder):
         others = [line for line in running if not BAR.fullmatch(line)]
         assert [line for line in others if line in logged] == logged and len(logged) >= 3
         said = [line for line in others if line not in logged]  # before the run has its log
-        assert len(said) <= 4 and not any(mark in line for line in others for mark in ("%|", "it/s", "step/s"))
+        assert len(said) <= 4
+        assert not any(mark in line for line in others for mark in ("%|", "it/s", "step/s"))
         table = [line for line in screen.rows_of_text if line[:1] in "┏┃┡│└" and line]
         assert len(table) >= 5 and len({len(line) for line in table}) == 1 and len(table[0]) <= columns
         assert not any(mark in line for line in screen.lines for mark in ("Removed shared", "Warning"))
