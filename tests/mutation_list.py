@@ -443,7 +443,7 @@ MUTATIONS = [
         ("an empty answer is kept", 6, "_Rankings._take_pair",
          "not chosen.strip() or not rejected.strip()", "False"),
         ("a group may get larger than max_completions", 18, "split_group",
-         "max_completions)", "max_completions + 1)", "validation:groups_hold_the_pairs"),
+         "<= max_completions", "<= max_completions + 1", "validation:groups_hold_the_pairs"),
     ]),
     *_of("utils/data/json_rows.py", "broken_inputs:a_broken_row_is_named", [
         ("of a column that stands twice the last value is read", None, "_Decoder._object",

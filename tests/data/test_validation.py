@@ -4,6 +4,7 @@ twice.
 
 import json
 import os
+import random
 import re
 import threading
 import tracemalloc
@@ -205,6 +206,37 @@ def test_groups_hold_the_pairs_of_their_prompt_and_each_completion_once(cap, tmp
 def test_a_pair_goes_into_the_first_group_that_has_room():
     assert split_group([(7, 8, 0), (7, 9, 1), (8, 9, 2), (5, 7, 3), (9, 7, 4)], 3) == [
         ([7, 8, 9], [(0, 1), (0, 2), (1, 2), (2, 0)], [0, 1, 2, 4]), ([5, 7], [(0, 1)], [3])]
+
+
+def first_with_room(triples, most):
+    """The definition, looking at all groups for each pair."""
+    groups = []
+    for better, worse, note in triples:
+        group = next((group for group in groups if len({*group[0], better, worse}) <= most), None)
+        if group is None:
+            groups.append(group := ([], [], []))
+        group[0].extend(text for text in (better, worse) if text not in group[0])
+        group[1].append((group[0].index(better), group[0].index(worse)))
+        group[2].append(note)
+    return groups
+
+
+@pytest.mark.parametrize("most", [2, 3, 4, 9])
+@pytest.mark.parametrize("texts", [3, 8, 30, 400])
+def test_groups_are_those_of_the_definition(texts, most):
+    draw = random.Random(texts * most)
+    triples = [(*draw.sample(range(texts), 2), number) for number in range(300)]
+    assert split_group(triples, most) == first_with_room(triples, most)
+    ranked = [(a, b, 0) for a in range(min(texts, 20)) for b in range(a + 1, min(texts, 20))]
+    assert split_group(ranked, most) == first_with_room(ranked, most)
+
+
+def test_a_ranking_of_very_many_completions_is_a_bad_row(tmp_path):
+    """Each with each is 5 * 10^9 pairs for a row of 1 MB."""
+    row = {"prompt": "P", "completions": [f"a{n}" for n in range(100_000)]}
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match="a.jsonl:1: column 'completions' has 100000 texts; at most 1000 are"):
+        load_rankings(path, "reward_training_data", 9, print)
 
 
 def test_rankings_of_either_kind_can_stand_in_one_file(tmp_path):

@@ -23,6 +23,7 @@ from utils.data.layouts import (
     type_name,
 )
 
+_MOST_RANKED = 1000  # completions of a row: they make half a million pairs
 _ORACLE = ("gold",)  # column of the embedded data: true scores, which are not for training
 
 
@@ -42,6 +43,9 @@ def ranking_of(row: dict, reading: Reading, where: str) -> Ranking:
         column = "responses" if "responses" in row else "completions"
         raise UserError(f"{where}: column '{column}' must be a list of two or more texts"
                         + (", best first" if layout == "prompt, completions" else ""))
+    if len(completions) > _MOST_RANKED:
+        raise UserError(f"{where}: column 'completions' has {len(completions)} texts; at most {_MOST_RANKED} "
+                        "are compared with each other")
     texts = [spaced(text_of(text, "a text in column 'completions'", where)) for text in completions]
     if len(set(texts)) < len(texts):
         raise UserError(f"{where}: column 'completions' holds the same text twice")

@@ -10,8 +10,9 @@ All pairwise rows of one prompt become one group, in which each distinct complet
 a group of its own.
 """
 
+import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -309,13 +310,25 @@ def split_group(
         For each group its completions, its pairs as indices into the completions, and the notes of its pairs.
     """
     groups: list[tuple[dict, list, list]] = []  # (completion -> index, pairs, notes)
+    # numbers of groups, so that not all are looked at for each pair: by completion those with room and those
+    # without; and those with room for two more
+    with_room, full, roomy = defaultdict(set), defaultdict(set), deque()
     for better, worse, note in triples:
-        group = next((g for g in groups if
-                      len(g[0]) + (better not in g[0]) + (worse not in g[0]) <= max_completions), None)
-        if group is None:
-            group = ({}, [], [])
-            groups.append(group)
-        places, pairs, notes = group
+        def has_room(number, pair=(better, worse)):
+            places = groups[number][0]
+            return len(places) + sum(text not in places for text in pair) <= max_completions
+
+        while roomy and not has_room(roomy[0], (None, None)):
+            roomy.popleft()
+        known = with_room[better] | with_room[worse] | full[better] & full[worse]
+        number = min(filter(has_room, [*known, *itertools.islice(roomy, 1)]), default=len(groups))
+        if number == len(groups):
+            groups.append(({}, [], []))
+            roomy.append(number)
+        places, pairs, notes = groups[number]
         pairs.append((places.setdefault(better, len(places)), places.setdefault(worse, len(places))))
         notes.append(note)
+        for text in places if len(places) == max_completions else (better, worse):
+            with_room[text].discard(number)
+            (full if len(places) == max_completions else with_room)[text].add(number)
     return [(list(places), pairs, notes) for places, pairs, notes in groups]
