@@ -5,6 +5,7 @@ with the token that ends it. Special tokens are those that the template writes: 
 somebody's message stay text (detail 4).
 """
 
+import bisect
 import json
 import re
 from collections.abc import Sequence
@@ -79,11 +80,10 @@ class Chat:
         """
         stays = [message for message in messages[:2] if message["role"] in ("tools", "system")]
         starts = [n for n, message in enumerate(messages) if message["role"] == "user"]
-        for start in starts:  # conversations have few turns
-            kept = [*stays, *messages[start:]]
-            if len(self.prompt(kept)) <= max_tokens:
-                return kept
-        return None
+        # the later the first turn, the shorter the prompt
+        first = bisect.bisect_left(starts, True, key=lambda start: len(
+            self.prompt([*stays, *messages[start:]])) <= max_tokens)
+        return [*stays, *messages[starts[first]:]] if first < len(starts) else None
 
     def _render(self, messages: Messages, ask: bool) -> str:
         """The template's text; special tokens in messages are replaced by stand-ins."""
