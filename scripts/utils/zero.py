@@ -108,9 +108,8 @@ def _compile_ops(devices: set[str]) -> None:
                 builder.load(verbose=False)
             except (RuntimeError, ImportError) as error:
                 reason = str(error).splitlines()[0]
-                spaced = [path for path in (str(Path(torch.__file__).parent), str(folder)) if " " in path]
-                if spaced:
-                    reason = f"torch cannot compile in a path with spaces, as is '{spaced[0]}'"
+                if " " in torch.__file__:  # which the linker's command line splits
+                    reason = f"torch itself lies in a path with spaces, '{torch.__file__}'"
                 raise UserError(f"deepspeed: its extension {builder.name} cannot be compiled here "
                                 f"({reason}); it takes g++ and "
                                 "ninja, and for NVMe libaio-dev") from None
