@@ -23,7 +23,7 @@ import kill_test
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.truncate", "os.remove")
 REFUSALS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS, "EDQUOT": errno.EDQUOT}
-LIMITS = (300, 3_000, 30_000, 100_000)
+LIMITS = (3_000, 30_000, 100_000)  # below them the output itself is cut
 
 
 def at_operation(out: Path, number: int, fault: str) -> list[int]:
@@ -55,11 +55,11 @@ def at_operation(out: Path, number: int, fault: str) -> list[int]:
 def run(stage: str, models: Path, out: Path, fault: str, number: int) -> None:
     if fault == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
-        kill_test.train(stage, models, out, [])
+        kill_test.train(stage, models, out, [], None, kill_test.KILLED)
         return
     counted = at_operation(out, number, fault)
     try:
-        kill_test.train(stage, models, out, [])
+        kill_test.train(stage, models, out, [], None, kill_test.KILLED)
     finally:
         Path(f"{out}.count").write_text(str(counted[0]))
 

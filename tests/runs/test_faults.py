@@ -18,7 +18,7 @@ def test_a_fault_of_the_disk_ends_a_run_in_one_line(stage, tmp_path):
     subprocess.run([sys.executable, faults.__file__, stage, str(tmp_path)], check=True, capture_output=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     undisturbed, *report = json.loads((tmp_path / "report.json").read_text())
-    assert undisturbed["status"] == 0 and undisturbed["final"] and len(report) == 22
+    assert undisturbed["status"] == 0 and undisturbed["final"] and len(report) == 21
     for row in report:
         lines = [line for line in row["said"].splitlines() if line.startswith("error: ")]
         case = f"{row['fault']} at {row['number']}: {row['said'][-2000:]}"
