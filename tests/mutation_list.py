@@ -572,7 +572,7 @@ MUTATIONS = [
         ("frequencies of the longest row are not refused", 5, "_Check.refuse",
          "not torch.equal(buffer, buffers[name])", "False", "fitness:rope_that"),
         ("a head that does more is not refused", None, "_Check.refuse_outputs",
-         "self.differ(ours, stock)", "False", "fitness:a_head_that_does_more"),
+         "self.differ(ours, stock, scale)", "False", "fitness:a_head_that_does_more"),
         ("leaks of the sampler are not refused", 5, "_Check.refuse_outputs",
          "self.differ(sampled[1], logits[:, :-1])", "False", "fitness:a_leak_in_decoding"),
         ("the check moves the random state", 2, "refuse_unfit",

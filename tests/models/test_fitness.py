@@ -274,3 +274,15 @@ def test_what_it_costs(monkeypatch):
         check(model)
         counts.append(tokens)
     assert counts == [[42, 18, 8, 12, 4, 4, 4], [42, 18, 8]]
+
+
+@torch.no_grad()
+def test_a_score_near_0_is_no_other_head():
+    """A sum of terms that cancel has the rounding of the terms: the demo's reward model was refused."""
+    model = without_dropout(scalar_model("opt")).eval()
+    words = [(VOCAB // 2 + i) % VOCAB for i in range(8)]  # the row that is looked at
+    state = model.base_model(input_ids=torch.tensor([words])).last_hidden_state[0, -1]
+    weight = model.score.weight
+    for score in (1e-3, 1e-7, 0.0):
+        weight -= ((weight @ state - score) / (state @ state))[:, None] * state
+        check(model)

@@ -128,12 +128,14 @@ class _Check:
         """The same for what the model makes of its states, and for what the sampler sees."""
         stock = self.model(input_ids=self.rows[:1], use_cache=False).logits[0]  # (P + R, V), or (1,)
         score, head = getattr(self.model, "score", None), self.model.get_output_embeddings()
+        scale = None
         if score is not None:
             ours = score(states[0, -1])
+            scale = score.weight.abs() @ states[0, -1].abs()  # a score near 0 is a sum of terms that cancel
         elif head is not None:
             logits = head.logits(head(states))  # (K, R + 1, V)
             ours, stock = logits[0], stock[3:, : head.words].float()
-        if (score is None and head is None) or self.differ(ours, stock):
+        if (score is None and head is None) or self.differ(ours, stock, scale):
             raise UserError(f"{name} does more to its last hidden states than one linear head, which is not "
                             f"built in here; {_ADVICE}")
         if score is None:
@@ -142,8 +144,9 @@ class _Check:
                 raise UserError(f"{name} would sample from other probabilities than it is trained on; "
                                 f"{_ADVICE}")
 
-    def differ(self, ours, stock) -> bool:
-        return not (ours - stock).abs().max() <= self.bound * stock.abs().max()
+    def differ(self, ours, stock, scale=None) -> bool:
+        """Whether two results are further apart than rounding. `scale`: the size of what was summed."""
+        return not (ours - stock).abs().max() <= self.bound * (stock if scale is None else scale).abs().max()
 
     def stock(self, far: int | None = None) -> torch.Tensor:
         """States of plain rows. With `far` they end in a token at that position, which a causal model cannot
