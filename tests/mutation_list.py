@@ -360,6 +360,12 @@ MUTATIONS = [
         ("a prompt does not end with the assistant's turn", None, "Chat.prompt",
          "self._render(messages, True)", "self._render(messages, False)"),
     ]),
+    *_of("utils/data/cache.py", "cache:a_damaged_result", [
+        ("a damaged result of the cache is used", None, "_is_whole",
+         "_checksum(folder / name) == value", "(folder / name).exists()"),
+        ("what a living run builds is removed", None, "_make",
+         "with _locked(aside):", "with suppress():", "cache:the_folder_that_is_being_built"),
+    ]),
     *_of("utils/data/batches.py", "ppo_update:prompts_come_once", [
         ("SFT and reward take the rows in the same order in every pass", 11, "LengthGroupedBatches._order",
          'f"{self.seed}-{epoch}"', 'f"{self.seed}"', "batches:rows_meet_others"),
@@ -433,6 +439,8 @@ MUTATIONS = [
         ("a completion is tokenised with the special tokens of a text's beginning", 2, "completion_tokens",
          "completions, add_special_tokens=False", "completions"),
         ("a completion has no EOS", 2, "completion_tokens", "+ [tokenizer.eos_token_id]", ""),
+        ("a long text is tokenised in pieces that end inside words", None, "_pieces",
+         "places[-1] if places else begin + _PIECE", "begin + _PIECE", "tokens:a_long_text_has"),
     ]),
     *_of("utils/data/validation.py", "data", [
         ("an unwanted answer is the better one", None, "_Rankings._pair_graded",
