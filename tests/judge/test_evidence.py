@@ -21,6 +21,7 @@ from tiny_models import mini_tokenizer, opt_config
 from utils.config import PROJECT, UserError, parse_config
 from utils.judge.gold import gold_score, load_gold
 from utils.models.generation import sample
+from utils.models.loading import with_our_heads
 from utils.models.parents import Parent
 
 # -------------------------------------------------------------------------------------------------- the seeds
@@ -341,8 +342,8 @@ def naive_best_of_n(models):
         ["gzip", "-dc", PROJECT / "data/tldr_mini/rlhf_validation.jsonl.gz"], capture_output=True, check=True
     ).stdout.splitlines()[:POSTS]]
     prompts = [tokenizer(post["prompt"])["input_ids"] for post in posts]
-    found = sample(AutoModelForCausalLM.from_pretrained(models / "sft"), prompts, k=K, max_new_tokens=8,
-                   temperature=0.9,
+    policy = with_our_heads(AutoModelForCausalLM.from_pretrained(models / "sft"))
+    found = sample(policy, prompts, k=K, max_new_tokens=8, temperature=0.9,
                    seeds=list(range(POSTS * K)), eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(found.responses, skip_special_tokens=True)
     cut = [text for text, ended in zip(texts, found.ended, strict=True) if not ended]
