@@ -41,5 +41,5 @@ def outlive_readers() -> None:
         stream = getattr(sys, name)
         if stream is None:  # started with `2>&-`; its number must not become that of a file
             setattr(sys, name, open(os.devnull, "w"))
-        elif stream is getattr(sys, f"__{name}__"):  # not one that a test put there
+        elif stream in (sys.__stdout__, sys.__stderr__):  # not one that a test put there
             setattr(sys, name, Screen(stream))

@@ -63,6 +63,7 @@ def test_lines_stand_above_the_bars_and_whole(columns, on_terminal):
         log = logging.Logger("ours")
         log.addHandler(AboveBars(sys.stdout))
         root.handlers.clear()
+        logging.captureWarnings(False)  # a test before may have left it on
         warn_above_bars()
         with progress_bar(total=3, desc="outer") as outer:
             for number in range(3):

@@ -55,7 +55,7 @@ def test_parts_are_read_when_asked_for_and_once(tmp_path):
 
 
 def test_a_config_without_a_width_is_said(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(UserError, match="^model: the config of '.*' says no hidden_size"):
         Parent("model", str(tmp_path)).hidden_size  # noqa: B018  a property that raises
     gpt2 = CONFIGS["gpt2"]()  # which calls it n_embd

@@ -126,15 +126,16 @@ def plot_calibration(run, curves: dict[str, list[tuple[float, float, int]]]) -> 
 def plot_lengths(path, lengths: dict[str, np.ndarray]) -> None:
     """Histograms side by side of how many tokens something has, by its name; a dotted line at the median."""
     lengths = {name: sizes for name, sizes in lengths.items() if len(sizes)}
+    plural = {"prompt": "prompts", "completion": "completions"}
     figure, axes = plt.subplots(1, len(lengths), figsize=(4.4 * len(lengths), 3.4), squeeze=False)
     for axis, (name, sizes) in zip(axes[0], lengths.items(), strict=True):
         # whole, or some bars would count more lengths than others
         step = -(-int(sizes.max() - sizes.min() + 1) // 40)
         axis.hist(sizes, bins=np.arange(sizes.min(), sizes.max() + step + 1, step) - 0.5)
         axis.axvline(np.median(sizes), color="black", linestyle=":", label=f"median {np.median(sizes):g}")
-        axis.set_title(f"{len(sizes)} {name}s")
+        axis.set_title(f"{len(sizes)} {plural[name]}")
         axis.set_xlabel("tokens")
-        axis.set_ylabel(f"{name}s")
+        axis.set_ylabel(plural[name])
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
