@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
+import environment  # noqa: E402, F401  where the scripts are, and no network; libraries read it when imported
+
+# isort: split
 import pytest  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-
-import environment  # noqa: E402, F401  where the scripts are, and no network
 
 
 @pytest.fixture(scope="module", autouse=True)
