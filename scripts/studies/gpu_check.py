@@ -255,4 +255,4 @@ def main(config: CheckConfig) -> None:
 
 
 if __name__ == "__main__":
-    start(main, read_config(CheckConfig, None, __doc__))
+    start(main, read_config(CheckConfig, None, __doc__, notes=sys.stderr))

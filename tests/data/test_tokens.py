@@ -243,7 +243,8 @@ def test_a_row_of_ten_megabytes_takes_a_small_multiple_of_it(case, own_cache, tm
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [
         TEN_MB[case], *({"prompt": f"P{n}", "completion": "c"} for n in range(9))]))
-    config = SimpleNamespace(on_bad_rows="skip", max_row_bytes=10**8, max_prompt_tokens=512)
+    config = SimpleNamespace(on_bad_rows="skip", max_row_bytes=10**8, max_prompt_tokens=512,
+                             max_dropped_share=1.0)
     growth = peak_growth(lambda: load_data(config, {"actor_training_data": NamedSet(str(path), "examples")},
                                            mini_tokenizer(), DataReport()))
     assert growth < 300  # MiB

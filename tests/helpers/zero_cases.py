@@ -63,7 +63,9 @@ def launch(folder: Path, processes: int, cases: list[tuple]) -> None:
 
 
 def losses(run: Path) -> list[float]:
-    return [row[name] for row in metrics(run) for name in sorted(row) if "loss" in name]
+    """Of training, in the order of the steps."""
+    return [row[name] for row in metrics(run) for name in sorted(row)
+            if "loss" in name and not name.startswith(("eval/", "test/"))]
 
 
 def weights_of(folder: Path) -> Tensors:
