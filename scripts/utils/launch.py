@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from utils.config import parse_config, refuse_missing
@@ -67,15 +68,20 @@ def _refuse_odd_ranks() -> None:
                             f"{numbers[size]}; start with torchrun, or unset them")
 
 
+def _say_stopped() -> None:
+    with suppress(OSError):  # the terminal may be what has gone
+        os.write(2, b"stopped\n")  # print may have been interrupted, and is not reentrant
+
+
 def _stop_at_once(number, frame) -> None:
-    os.write(2, b"stopped\n")  # print may have been interrupted, and is not reentrant
+    _say_stopped()
     os._exit(130)  # an exception could be caught by what is being imported
 
 
 def _stop(number, frame) -> None:
     """Until a run catches signals itself nothing is lost, but what was begun is tidied up."""
     signal.signal(number, signal.SIG_IGN)  # a second one, of a launcher, must not interrupt that
-    os.write(2, b"stopped\n")
+    _say_stopped()
     sys.exit(128 + number)
 
 
