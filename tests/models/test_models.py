@@ -194,7 +194,7 @@ def test_plain_transformers_sees_the_centred_scores(family, tmp_path):
 
 @torch.no_grad()
 def test_centring_twice_adds_up():
-    for family in ("opt", "opt-350m"):
+    for family in ("opt", "opt-350m", "llama-gqa"):
         model, groups = scalar_model(family), pack(*random_groups(*SIZES), PAD)
         before = scores(model, groups)
         centre_scores(model, 2.0)

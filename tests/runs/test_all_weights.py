@@ -5,10 +5,12 @@ Mixtral, Qwen-MoE, OLMoE, Phi-MoE and DeepSeek, which it also splits. Numbers of
 in silence when one of these is not found again.
 """
 
+import json
 from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -96,5 +98,8 @@ def test_final_in_several_files_brings_back_every_weight(family, kind, tmp_path,
     monkeypatch.setattr(zero, "FILE_BYTES", 3000)
     model = random_model(family, kind, 1)
     zero.save_pretrained(model, tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1 and not (tmp_path / "part").exists()
+    files = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
+    assert len(files) > 1 and not (tmp_path / "part").exists()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index == {key: name for name, weights in files.items() for key in weights}
     assert_final(tmp_path, kind, copies(model))
