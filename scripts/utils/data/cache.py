@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 import datasets.config
 
 from utils.distributed import first_of_a_node, world
-from utils.durable import move
+from utils.durable import delete, move
 from utils.errors import UserError
 from utils.input_files import open_input, read_json
 
@@ -75,7 +74,7 @@ def _make(target: Path, build) -> None:
                             f"({error.strerror or error}); set this environment variable to another folder"
                             ) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        delete(aside)
 
 
 def _aside(target: Path) -> Path:
@@ -121,7 +120,7 @@ def _discard_damaged(target: Path) -> None:
     except OSError as error:
         raise UserError(f"HF_DATASETS_CACHE: '{target}' is damaged and cannot be removed ({error.strerror}); "
                         "remove it") from None
-    _remove(aside)
+    delete(aside)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -131,15 +130,7 @@ def _remove_leftovers(folder: Path) -> None:
             if time.time() - path.lstat().st_mtime > _YOUNG:
                 with _locked(path, fcntl.LOCK_EX) as alone:
                     if alone:
-                        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or whatever else has its name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+                        delete(path)
 
 
 @contextmanager
