@@ -7,6 +7,7 @@ and renamed can then be empty.
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -61,8 +62,9 @@ def remove(path: Path) -> None:
 
 
 def delete(temporary: Path) -> None:
-    """Delete what nobody reads, whole or half, if it is there."""
+    """Delete what nobody reads, whole or half, if it is there. What cannot be deleted stays."""
     if temporary.is_dir() and not temporary.is_symlink():
         shutil.rmtree(temporary, ignore_errors=True)
     else:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

@@ -2,7 +2,7 @@
 
 import os
 
-from utils.durable import move
+from utils.durable import delete, move
 
 
 def recorded(monkeypatch):
@@ -45,3 +45,11 @@ def test_a_file_takes_the_place_of_an_older_one(tmp_path, monkeypatch):
     said = recorded(monkeypatch)
     move(tmp_path / "a.tmp", tmp_path / "a")
     assert said == ["a.tmp", "a.tmp -> a", tmp_path.name] and (tmp_path / "a").read_text() == "new"
+
+
+def test_what_cannot_be_deleted_raises_nothing(tmp_path):
+    """It runs while another error is on its way to the user, which must not be replaced."""
+    (tmp_path / "file").write_text("a file")
+    delete(tmp_path / "file" / "below")
+    delete(tmp_path / "never made")
+    assert (tmp_path / "file").read_text() == "a file"
