@@ -1,0 +1,547 @@
+"""The database of the rating page: prompts, answers, who rated what, and rounds of training.
+
+Each rating is one transaction, and its caller gets an id only after the transaction is on the disk: a kill or
+a loss of power at any moment loses no rating that was confirmed. Ids and names here are inside the server;
+what a rater sees is a `Task`, which names no policy.
+"""
+
+import json
+import random
+import sqlite3
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.data.ratings import (
+    APPLICATION,
+    PATIENCE,
+    SCHEMA,
+    database_errors,
+    is_database,
+    rated_rows,
+    refuse_foreign,
+    shown_of,
+)
+from utils.errors import UserError, quoted
+
+KINDS = ("ranking", "all_bad", "skip")
+CLAIM = 600  # seconds for which an open task keeps its prompt from other raters
+REPEAT_AFTER = 5  # tasks between a task and its repetition
+TRIES = 3  # a policy is sampled at most so often for each distinct answer that is wanted of it
+CHAT = "chat"  # the source of prompts that are rated before all others
+_RECENT = 20  # ratings from which the time that is left is estimated
+_LONGEST_NAME = 100  # characters of a rater's or policy's name, or of a rating's key
+
+# Step n makes schema n + 1 out of schema n. Steps are only ever added: files of all versions are out there.
+_STEPS = ((
+    """CREATE TABLE prompts (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE, source TEXT NOT NULL,
+                             created REAL NOT NULL) STRICT""",
+    """CREATE TABLE policies (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, path TEXT NOT NULL,
+                              created REAL NOT NULL) STRICT""",
+    """CREATE TABLE answers (id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL REFERENCES prompts,
+                             policy_id INTEGER NOT NULL REFERENCES policies, text TEXT NOT NULL,
+                             ended INTEGER NOT NULL, temperature REAL NOT NULL,
+                             created REAL NOT NULL) STRICT""",
+    "CREATE INDEX answers_of_prompt ON answers (prompt_id)",
+    """CREATE TABLE raters (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
+                            created REAL NOT NULL) STRICT""",
+    """CREATE TABLE tasks (id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL REFERENCES prompts,
+                           rater_id INTEGER NOT NULL REFERENCES raters, shown TEXT NOT NULL,
+                           repeat_of INTEGER REFERENCES tasks, created REAL NOT NULL,
+                           claimed REAL NOT NULL) STRICT""",
+    "CREATE INDEX tasks_of_prompt ON tasks (prompt_id)",
+    "CREATE INDEX tasks_of_rater ON tasks (rater_id)",
+    """CREATE TABLE ratings (id INTEGER PRIMARY KEY, task_id INTEGER NOT NULL REFERENCES tasks,
+                             key TEXT NOT NULL UNIQUE,
+                             kind TEXT NOT NULL CHECK (kind IN ('ranking', 'all_bad', 'skip')),
+                             confidence INTEGER, seconds REAL, created REAL NOT NULL, undone REAL) STRICT""",
+    "CREATE UNIQUE INDEX rating_of_task ON ratings (task_id) WHERE undone IS NULL",
+    """CREATE TABLE ranks (rating_id INTEGER NOT NULL REFERENCES ratings,
+                           answer_id INTEGER NOT NULL REFERENCES answers, rank INTEGER NOT NULL,
+                           PRIMARY KEY (rating_id, answer_id)) STRICT, WITHOUT ROWID""",
+    """CREATE TABLE edits (id INTEGER PRIMARY KEY, rating_id INTEGER NOT NULL UNIQUE REFERENCES ratings,
+                           text TEXT NOT NULL) STRICT""",
+    """CREATE TABLE rounds (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, folder TEXT NOT NULL,
+                            state TEXT NOT NULL
+                                CHECK (state IN ('running', 'finished', 'failed', 'cancelled')),
+                            ratings INTEGER NOT NULL, created REAL NOT NULL, ended REAL) STRICT""",
+),)
+assert len(_STEPS) == SCHEMA
+
+
+class Refused(UserError):
+    """What a rater sent cannot be taken: it is wrong in itself, or names what is not there."""
+
+
+class Conflict(Refused):
+    """What a rater sent came too late: its task has been rated already."""
+
+
+class Task(NamedTuple):
+    """A prompt with answers for one rater to rank."""
+
+    id: int
+    prompt_id: int
+    prompt: str  # as `utils/data/conversations.py` stores it
+    answers: list[str]  # in the order in which they are shown
+
+
+class Ratings:
+    """The database in a file, which is made if it is not there. Its methods may be called from several
+    threads.
+
+    Args:
+        path: the file.
+        seed: of the order in which answers are shown, and of which tasks are repeated; None: by chance.
+
+    Raises:
+        UserError: when the file is not such a database or belongs to newer code. Every method raises it when
+            the disk is full, or the file cannot be read or written; then nothing of the call is stored.
+    """
+
+    def __init__(self, path, seed: int | None = None):
+        self.path = Path(path)
+        self._lock, self._random = threading.RLock(), random.Random(seed)
+        _make_folder(self.path.parent)
+        if self.path.exists() and not is_database(self.path) and self.path.stat().st_size:
+            raise UserError(f"{self.path}: is no SQLite database; name another file")
+        with database_errors(self.path):
+            self._connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None,
+                                               check_same_thread=False)
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def _prepare(self) -> None:
+        """Bring the file to the newest schema."""
+        run = self._connection.execute
+        # a file of another program must not be changed, not even its journal
+        if run("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            refuse_foreign(self._connection, self.path)
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")  # WAL's usual NORMAL may lose the last transactions with the power
+        run("PRAGMA foreign_keys = ON")
+        with self._transaction():
+            version = run("PRAGMA user_version").fetchone()[0]  # again: another process may have been faster
+            for step in _STEPS[version:]:
+                for statement in step:
+                    run(statement)
+            if version < len(_STEPS):
+                run(f"PRAGMA application_id = {APPLICATION}")
+                run(f"PRAGMA user_version = {len(_STEPS)}")
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction. It is on the disk when the body has ended, or nothing of it is stored."""
+        with self._lock, database_errors(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:  # SQLite itself rolls back when the disk is full
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, database_errors(self.path):
+            yield self._connection
+
+    # ------------------------------------------------------------------------------------ prompts and answers
+
+    def add_prompts(self, texts, source: str) -> int:
+        """Add prompts that are not there yet, and return how many were new.
+
+        Args:
+            texts: as `utils/data/conversations.py` stores them. Empty ones are left out.
+            source: where they are from; those of CHAT are rated first.
+        """
+        rows = [(_stored(text), source, time.time()) for text in texts if text.strip()]
+        with self._transaction() as db:
+            before = db.total_changes
+            db.executemany("INSERT OR IGNORE INTO prompts (text, source, created) VALUES (?, ?, ?)", rows)
+            return db.total_changes - before
+
+    def add_policy(self, name: str, path) -> int:
+        """The id of a policy; of one that is there already, with another path, the path is replaced."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO policies (name, path, created) VALUES (?, ?, ?) "
+                       "ON CONFLICT (name) DO UPDATE SET path = excluded.path",
+                       (_stored(name), str(path), time.time()))
+            return db.execute("SELECT id FROM policies WHERE name = ?", (_stored(name),)).fetchone()[0]
+
+    def policies(self) -> list[tuple[int, str, str]]:
+        """(id, name, path) of each policy, oldest first."""
+        with self._reading() as db:
+            return db.execute("SELECT id, name, path FROM policies ORDER BY id").fetchall()
+
+    def add_answers(self, prompt_id: int, policy_id: int, answers: list[tuple[str, bool]],
+                    temperature: float) -> None:
+        """Add answers of a policy: (text, whether it ended by itself)."""
+        rows = [(prompt_id, policy_id, _stored(text), bool(ended), temperature, time.time())
+                for text, ended in answers]
+        with self._transaction() as db:
+            db.executemany("INSERT INTO answers (prompt_id, policy_id, text, ended, temperature, created) "
+                           "VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def to_sample(self, policies: list[int], k: int, limit: int) -> list[tuple[int, str, dict[int, int]]]:
+        """What to sample now, so that the next prompts can be rated.
+
+        Args:
+            policies: ids of those that answer.
+            k: answers of a prompt.
+            limit: how many prompts of those that nobody has rated or is rating are to have answers.
+
+        Returns:
+            (prompt's id, its text, policy -> answers that are missing), those that come first in the queue
+            first. Prompts that have all their answers are left out.
+        """
+        with self._reading() as db:
+            rows = db.execute(f"""SELECT id, text FROM prompts WHERE NOT EXISTS (
+                                      SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND ({_BUSY}))
+                                  {_QUEUE} LIMIT :limit""",
+                              {"now": time.time(), "limit": limit}).fetchall()
+            wanted = [(number, text, self._pick(number, policies, k)[1]) for number, text in rows]
+        return [row for row in wanted if row[2]]
+
+    def _pick(self, prompt_id: int, policies: list[int], k: int) -> tuple[list[int], dict[int, int]]:
+        """The answers to show for a prompt, and policy -> how many of its answers are missing.
+
+        Equal texts are shown once. A policy that keeps repeating itself is not sampled for ever (TRIES).
+        """
+        rows = self._connection.execute("SELECT id, policy_id, text FROM answers WHERE prompt_id = ? "
+                                        "ORDER BY id", (prompt_id,)).fetchall()
+        picked, seen, missing = [], set(), {}
+        for policy, share in _shares(prompt_id, policies, k).items():
+            own = [(number, text.strip()) for number, owner, text in rows if owner == policy]
+            fresh = {}
+            for number, text in own:
+                if text not in seen and len(fresh) < share:
+                    fresh.setdefault(text, number)
+            seen.update(fresh)
+            picked += fresh.values()
+            if len(fresh) < share and len(own) < TRIES * share:
+                missing[policy] = share - len(fresh)
+        return picked, missing
+
+    def queue(self, policies: list[int], k: int) -> dict[str, int]:
+        """How many `prompts` there are, how many of them are `rated`, and how many others are `ready`."""
+        with self._reading() as db:
+            prompts = db.execute("SELECT count(*) FROM prompts").fetchone()[0]
+            rated = db.execute(f"SELECT count(DISTINCT prompt_id) FROM tasks WHERE {_LIVE}").fetchone()[0]
+            answered = db.execute(f"""SELECT DISTINCT prompt_id FROM answers WHERE prompt_id NOT IN (
+                                          SELECT prompt_id FROM tasks WHERE {_LIVE})""").fetchall()
+            ready = sum(self._is_ready(*self._pick(number, policies, k)) for number, in answered)
+        return {"prompts": prompts, "ready": ready, "rated": rated}
+
+    @staticmethod
+    def _is_ready(picked: list[int], missing: dict[int, int]) -> bool:
+        return bool(picked) and not missing
+
+    # -------------------------------------------------------------------------------------------------- tasks
+
+    def rater(self, name: str) -> int:
+        """The id of the rater of that name.
+
+        Raises:
+            Refused: when the name is empty or too long.
+        """
+        name = _stored(" ".join(name.split()))
+        if not name or len(name) > _LONGEST_NAME:
+            raise Refused(f"a rater's name must have 1 to {_LONGEST_NAME} characters")
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO raters (name, created) VALUES (?, ?)", (name, time.time()))
+            return db.execute("SELECT id FROM raters WHERE name = ?", (name,)).fetchone()[0]
+
+    def task(self, rater: int, k: int, policies: list[int], repeat_share: float, overlap_share: float
+             ) -> Task | None:
+        """What a rater is to rank now: the task that is open, else a new one, or one that is repeated.
+
+        Args:
+            k: answers of a new task.
+            policies: ids of those whose answers a new task has.
+            repeat_share: how often an earlier task of this rater comes again, to see how consistent they are.
+            overlap_share: share of the prompts that all raters get, with the same answers.
+
+        Returns:
+            None when no prompt with all its answers is left for this rater.
+        """
+        values = {"rater": rater, "now": time.time(), "overlap": _threshold(overlap_share)}
+        with self._transaction() as db:
+            number = self._open_task(db, values)
+            if number is None and self._random.random() < repeat_share:
+                number = self._repeated(db, values)
+            if number is None:
+                number = self._new(db, values, policies, k)
+            if number is None:
+                return None
+            db.execute("UPDATE tasks SET claimed = ? WHERE id = ?", (time.time(), number))
+            return self._task(db, number)
+
+    def _open_task(self, db, values: dict) -> int | None:
+        """The first task of the rater that is not rated, unless someone else has its prompt by now."""
+        row = db.execute(f"""SELECT id FROM tasks WHERE rater_id = :rater AND NOT {_LIVE} AND (
+                                 repeat_of IS NOT NULL OR {_FOR_ALL} OR NOT EXISTS (
+                                     SELECT 1 FROM tasks AS other WHERE other.prompt_id = tasks.prompt_id
+                                     AND other.rater_id <> :rater AND ({_BUSY.replace('tasks.', 'other.')})))
+                             ORDER BY id LIMIT 1""", values).fetchone()
+        return row and row[0]
+
+    def _repeated(self, db, values: dict) -> int | None:
+        """A new task that repeats an earlier ranking of the rater."""
+        rows = db.execute(f"""SELECT id FROM tasks WHERE rater_id = :rater AND repeat_of IS NULL AND {_RANKED}
+                                  AND id NOT IN (SELECT repeat_of FROM tasks WHERE repeat_of IS NOT NULL)
+                                  AND id <= (SELECT id FROM tasks WHERE rater_id = :rater
+                                             ORDER BY id DESC LIMIT 1 OFFSET {REPEAT_AFTER})""",
+                          values).fetchall()
+        if not rows:
+            return None
+        first, = self._random.choice(rows)
+        prompt, shown = db.execute("SELECT prompt_id, shown FROM tasks WHERE id = ?", (first,)).fetchone()
+        return self._add_task(db, values, prompt, shown_of(shown), first)
+
+    def _new(self, db, values: dict, policies: list[int], k: int) -> int | None:
+        """A new task with the first prompt in the queue that has its answers, and is for the rater."""
+        rows = db.execute(f"""SELECT id FROM prompts WHERE id IN (SELECT prompt_id FROM answers)
+                              AND NOT EXISTS (
+                                  SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND (
+                                      rater_id = :rater OR NOT {_FOR_ALL} AND ({_BUSY})))
+                              {_QUEUE}""", values)
+        for prompt, in rows:
+            # the others have had the same answers: only then their ranking can be compared
+            earlier = db.execute("SELECT shown FROM tasks WHERE prompt_id = ? ORDER BY id LIMIT 1",
+                                 (prompt,)).fetchone()
+            picked, missing = (shown_of(earlier[0]), {}) if earlier else self._pick(prompt, policies, k)
+            if self._is_ready(picked, missing):
+                rows.close()
+                return self._add_task(db, values, prompt, picked, None)
+        return None
+
+    def _add_task(self, db, values: dict, prompt: int, answers: list[int], repeat_of: int | None) -> int:
+        shown = self._random.sample(answers, len(answers))
+        return db.execute("INSERT INTO tasks (prompt_id, rater_id, shown, repeat_of, created, claimed) "
+                          "VALUES (?, ?, ?, ?, ?, ?)",
+                          (prompt, values["rater"], json.dumps(shown), repeat_of, values["now"],
+                           values["now"])).lastrowid
+
+    def _task(self, db, number: int) -> Task:
+        prompt, text, shown = db.execute("SELECT prompt_id, text, shown FROM tasks JOIN prompts "
+                                         "ON prompts.id = prompt_id WHERE tasks.id = ?", (number,)).fetchone()
+        answers = db.execute("SELECT text FROM json_each(?) JOIN answers ON answers.id = value "
+                             "ORDER BY json_each.key", (shown,)).fetchall()
+        return Task(number, prompt, text, [answer for answer, in answers])
+
+    # ------------------------------------------------------------------------------------------------ ratings
+
+    def rate(self, key: str, task: int, rater: int, kind: str, order: list[list[int]] | None = None,
+             confidence: int | None = None, seconds: float | None = None, better: str | None = None) -> int:
+        """Store a rating. When the call returns, it is on the disk.
+
+        Args:
+            key: a name that the sender made for this rating. The same key again stores nothing.
+            kind: one of KINDS.
+            order: for "ranking" only: the places of the shown answers, best first, ties together.
+            confidence: 1 to 3.
+            seconds: what the rater took for it.
+            better: an answer that the rater wrote.
+
+        Returns:
+            The id of the rating; of a key that is there already, of that rating.
+
+        Raises:
+            Refused: when a value is wrong, or there is no such task of this rater.
+            Conflict: when the task has been rated with another key.
+        """
+        if not isinstance(key, str) or not 0 < len(key) <= _LONGEST_NAME:
+            raise Refused(f"key must be text of 1 to {_LONGEST_NAME} characters")
+        if type(task) is not int or not 0 < task < 2**63:
+            raise Refused(f"task is {quoted(task)}; the number of a task is needed")
+        with self._transaction() as db:
+            row = db.execute("SELECT ratings.id, task_id, rater_id FROM ratings JOIN tasks "
+                             "ON tasks.id = task_id WHERE key = ?", (key,)).fetchone()
+            if row:
+                if row[1:] != (task, rater):
+                    raise Refused("this key belongs to another rating")
+                return row[0]
+            row = db.execute(f"SELECT shown, {_LIVE} FROM tasks WHERE id = ? AND rater_id = ?",
+                             (task, rater)).fetchone()
+            if row is None:
+                raise Refused(f"there is no task {task} of this rater")
+            if row[1]:
+                raise Conflict("this task has been rated already")
+            shown = shown_of(row[0])
+            ranks = _checked(kind, order, confidence, seconds, better, len(shown))
+            number = db.execute("INSERT INTO ratings (task_id, key, kind, confidence, seconds, created) "
+                                "VALUES (?, ?, ?, ?, ?, ?)",
+                                (task, key, kind, confidence, seconds, time.time())).lastrowid
+            db.executemany("INSERT INTO ranks VALUES (?, ?, ?)",
+                           [(number, shown[place], rank) for place, rank in ranks.items()])
+            if better and better.strip():
+                db.execute("INSERT INTO edits (rating_id, text) VALUES (?, ?)", (number, _stored(better)))
+            return number
+
+    def undo(self, rater: int) -> tuple[Task, dict] | None:
+        """Take back the last rating of a rater, whose task is open again.
+
+        Returns:
+            The task and what was said: `kind`, `order`, `confidence`, `better`, as `rate` takes them. None
+            when nothing is left to take back.
+        """
+        with self._transaction() as db:
+            row = db.execute("""SELECT ratings.id, task_id, kind, confidence, text FROM ratings
+                                JOIN tasks ON tasks.id = task_id
+                                LEFT JOIN edits ON rating_id = ratings.id
+                                WHERE rater_id = ? AND undone IS NULL ORDER BY ratings.id DESC LIMIT 1""",
+                             (rater,)).fetchone()
+            if row is None:
+                return None
+            number, task, kind, confidence, better = row
+            db.execute("UPDATE ratings SET undone = ? WHERE id = ?", (time.time(), number))
+            db.execute("UPDATE tasks SET claimed = ? WHERE id = ?", (time.time(), task))
+            places = db.execute("""SELECT json_each.key, rank FROM tasks JOIN json_each(shown)
+                                   JOIN ranks ON answer_id = value AND rating_id = ?
+                                   WHERE tasks.id = ? ORDER BY rank, json_each.key""",
+                                (number, task)).fetchall()
+            levels: dict[int, list[int]] = {}
+            for place, rank in places:
+                levels.setdefault(rank, []).append(place)
+            order = list(levels.values()) if kind == "ranking" else None
+            return self._task(db, task), {"kind": kind, "order": order, "confidence": confidence,
+                                          "better": better}
+
+    def progress(self, rater: int, overlap_share: float = 0.0) -> dict:
+        """How far a rater has come.
+
+        Returns:
+            `rated`: ratings of this rater. `total`: these and the prompts that are left for them.
+            `seconds_left`: for those at the speed of the last ratings; None before the first one.
+        """
+        values = {"rater": rater, "overlap": _threshold(overlap_share)}
+        with self._reading() as db:
+            rated = db.execute(f"SELECT count(*) FROM tasks WHERE rater_id = :rater AND {_LIVE}",
+                               values).fetchone()[0]
+            prompts = db.execute("SELECT count(*) FROM prompts").fetchone()[0]
+            done = db.execute(f"""SELECT count(DISTINCT prompt_id) FROM tasks WHERE {_LIVE}
+                                  AND (rater_id = :rater OR NOT {_FOR_ALL})""", values).fetchone()[0]
+            seconds = db.execute("""SELECT seconds FROM ratings JOIN tasks ON tasks.id = task_id
+                                    WHERE rater_id = ? AND undone IS NULL AND seconds IS NOT NULL
+                                    ORDER BY ratings.id DESC LIMIT ?""", (rater, _RECENT)).fetchall()
+        left = prompts - done
+        each = statistics.median(value for value, in seconds) if seconds else None
+        return {"rated": rated, "total": rated + left,
+                "seconds_left": None if each is None else round(each * left)}
+
+    def rated(self, rater: int | None = None, before: int | None = None, most: int | None = None
+              ) -> list[dict]:
+        """The ratings that count, oldest first: see `utils.data.ratings.rated_rows`."""
+        with self._reading() as db:
+            return list(rated_rows(db, rater, before, most))
+
+    # ------------------------------------------------------------------------------------- rounds of training
+
+    def add_round(self, name: str, folder) -> int:
+        """A round of training that begins now, with the ratings that there are."""
+        with self._transaction() as db:
+            count = db.execute("SELECT count(*) FROM ratings WHERE undone IS NULL").fetchone()[0]
+            return db.execute("INSERT INTO rounds (name, folder, state, ratings, created) "
+                              "VALUES (?, ?, 'running', ?, ?)",
+                              (name, str(folder), count, time.time())).lastrowid
+
+    def end_round(self, number: int, state: str) -> None:
+        """Say how a round has ended: "finished", "failed" or "cancelled"."""
+        with self._transaction() as db:
+            db.execute("UPDATE rounds SET state = ?, ended = ? WHERE id = ?", (state, time.time(), number))
+
+    def rounds(self) -> list[dict]:
+        """All rounds, oldest first: `id`, `name`, `folder`, `state`, `ratings`, `created`, `ended`."""
+        names = ("id", "name", "folder", "state", "ratings", "created", "ended")
+        with self._reading() as db:
+            rows = db.execute(f"SELECT {', '.join(names)} FROM rounds ORDER BY id").fetchall()
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def copy_to(self, path) -> None:
+        """Write a copy of the database, as it is now, into a new file."""
+        with self._reading() as db:
+            db.execute("VACUUM INTO ?", (str(path),))
+
+
+# Conditions of SQL on a row of `tasks` or `prompts`.
+_LIVE = "EXISTS (SELECT 1 FROM ratings WHERE task_id = tasks.id AND undone IS NULL)"
+_RANKED = "EXISTS (SELECT 1 FROM ratings WHERE task_id = tasks.id AND undone IS NULL AND kind = 'ranking')"
+_BUSY = f"{_LIVE} OR tasks.claimed > :now - {CLAIM}"  # of a task: its prompt is not for someone else
+_QUEUE = f"ORDER BY source <> '{CHAT}', id"
+_HASHES = 2**32
+# a prompt is for all raters: Knuth's multiplicative hash of its id, which spreads neighbours evenly
+_FOR_ALL = f"(prompt_id * 2654435761 % {_HASHES} < :overlap)"
+
+
+def _threshold(share: float) -> int:
+    """The hash from which prompts are not for all raters."""
+    return round(share * _HASHES)
+
+
+def _shares(prompt_id: int, policies: list[int], k: int) -> dict[int, int]:
+    """Policy -> how many of the k answers to a prompt are its own. Who comes first changes by prompt: the
+    first has one more where k cannot be divided, and keeps an answer that another one gives, too.
+    """
+    start = prompt_id % len(policies)
+    turned = [*policies[start:], *policies[:start]]
+    shares = {policy: k // len(policies) + (place < k % len(policies))
+              for place, policy in enumerate(turned)}
+    return {policy: share for policy, share in shares.items() if share}
+
+
+def _checked(kind, order, confidence, seconds, better, count: int) -> dict[int, int]:
+    """Place of a shown answer -> its rank; empty unless the kind is "ranking".
+
+    Raises:
+        Refused: naming the value that is wrong.
+    """
+    if kind not in KINDS:
+        raise Refused(f"kind is {quoted(kind)}; it must be one of {', '.join(KINDS)}")
+    if confidence is not None and (type(confidence) is not int or not 1 <= confidence <= 3):
+        raise Refused(f"confidence is {quoted(confidence)}; it must be 1, 2 or 3, or null")
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 <= seconds <= 1e9):
+        raise Refused(f"seconds is {quoted(seconds)}; a number that is not negative is needed, or null")
+    if better is not None and not isinstance(better, str):
+        raise Refused("better must be text or null")
+    if kind != "ranking":
+        if order is not None:
+            raise Refused(f"order has no meaning for the kind {kind}; it must be null")
+        return {}
+    levels = order if isinstance(order, list) and all(isinstance(level, list) for level in order) else []
+    places = [place for level in levels for place in level]
+    if not all(levels) or any(type(place) is not int for place in places) \
+            or sorted(places) != list(range(count)):
+        raise Refused(f"order is {quoted(order)}; it must be lists of places, best first, with each of 0 to "
+                      f"{count - 1} once")
+    ranks, better_ones = {}, 0
+    for level in levels:
+        ranks |= dict.fromkeys(level, better_ones + 1)
+        better_ones += len(level)
+    return ranks
+
+
+def _stored(text: str) -> str:
+    """The text without lone surrogates, which are no characters, and which SQLite does not store."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another place for the ratings"
+                        ) from None
