@@ -1,18 +1,31 @@
-"""The database of the rating page (`scripts/feedback.py`): how it is opened, and the ratings in it.
+"""The database of the rating page (`scripts/feedback.py`) as a data set: rankings, edited answers or prompts.
 
 It is SQLite with a write-ahead log, so the newest ratings may stand in the file beside it (`-wal`): only
-SQLite can tell what the database holds. `utils/feedback/database.py` writes it.
+SQLite can tell what the database holds. A digest is therefore one of the rows, not of the file.
+`utils/feedback/database.py` writes it.
+
+What counts: of a ranking each pair of answers that are not tied; "all bad" and "skip" compare nothing. Where
+a prompt was rated several times (by several raters, or again by the same one), every rating counts, as labels
+that may contradict each other: all pairs of a prompt are one prompt group, so its answers are computed once.
 """
 
+import hashlib
 import itertools
 import json
+import os
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
+from utils.data.conversations import messages_of
+from utils.data.json_rows import BadRow, too_long
 from utils.errors import UserError
 from utils.input_files import open_input
+
+DATABASE_ENDINGS = (".db", ".sqlite", ".sqlite3")  # usual ones; any name will do
 
 APPLICATION = 0x52414E4B  # "RANK", SQLite's mark of the program that a file belongs to
 SCHEMA = 1  # the version that this code reads and writes
@@ -110,3 +123,115 @@ def rated_rows(connection: sqlite3.Connection, rater: int | None = None, before:
 def shown_of(text: str) -> list[int]:
     """The ids of a task's answers in the order in which they are shown."""
     return json.loads(text)
+
+
+# ---------------------------------------------------------------------------------------------- as a data set
+
+
+def read_database(path: Path, field: str, most: int) -> tuple[str, Iterator[tuple[int, dict | BadRow]]]:
+    """The rows of a database that a data key takes, as they are now.
+
+    Args:
+        field: the data key. The reward stage's take pairs, the SFT stage's and `centring_data` the edited
+            answers, PPO's the prompts, rated or not. `data` (prepare_data.py) takes pairs.
+        most: bytes of a row (`max_row_bytes`).
+
+    Returns:
+        A digest of the rows; and (number, row) of each, where the number is the id of the rating, or of the
+        prompt.
+
+    Raises:
+        UserError: when the file cannot be read, or holds no such rows.
+    """
+    if field == "rating_data":
+        raise UserError(f"{field}: '{path}' holds rankings and no rated answers; name it as "
+                        "reward_training_data")
+    with database_errors(path), _read_only(path) as connection:
+        refuse_foreign(connection, path)
+        if field.startswith("rlhf_"):
+            rows = [(number, prompt_row(text)) for number, text in
+                    connection.execute("SELECT id, text FROM prompts ORDER BY id")]
+            what = "prompt"
+        else:
+            edits = field.startswith("actor_") or field == "centring_data"
+            of_rating, what = ((edit_rows, "edited answer") if edits
+                               else (pair_rows, "ranking with a better and a worse answer"))
+            rated = list(rated_rows(connection))
+            rows = [(rating["id"], row) for rating in rated for row in of_rating(rating)]
+    if not rows:
+        kinds = "" if what == "prompt" else _kinds(rated)
+        raise UserError(f"{field}: '{path}' holds no {what}{kinds}; rate more with scripts/feedback.py")
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    numbered = ((number, BadRow(too_long(most), row)) if len(line.encode()) > most else (number, row)
+                for (number, row), line in zip(rows, lines, strict=True))
+    return digest, numbered
+
+
+@contextmanager
+def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that writes nothing, within one transaction."""
+    path = path.resolve()
+    log = path.with_name(f"{path.name}-wal")
+    # SQLite makes files beside a database with a log, unless it is told that nobody writes to it
+    alone = not os.access(path.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro{'&immutable=1' * alone}", uri=True,
+                                 timeout=PATIENCE, isolation_level=None)
+    try:
+        connection.execute("BEGIN")
+        yield connection
+    finally:
+        connection.close()
+
+
+def _kinds(rated: list[dict]) -> str:
+    """What ratings there are instead, for a message."""
+    kinds = Counter(rating["kind"] for rating in rated)
+    return f" (its ratings: {', '.join(f'{count} {kind}' for kind, count in kinds.items())})" if kinds else ""
+
+
+def pair_rows(rating: dict) -> Iterator[dict]:
+    """The pairs of a ranking as rows with the columns of NOTES; `worker` is the rater, `batch` the day."""
+    if rating["ranks"] is None:
+        return
+    asked = _question(rating["prompt"], "conversations")
+    known = {"worker": rating["rater"], "batch": day_of(rating["time"])}
+    if rating["confidence"] is not None:
+        known["confidence"] = str(rating["confidence"])
+    answers = list(zip(rating["ranks"], rating["completions"], rating["policies"], strict=True))
+    for (rank, chosen, policy), (other_rank, rejected, other) in itertools.product(answers, repeat=2):
+        if rank < other_rank:
+            yield asked | {"chosen": chosen, "rejected": rejected,
+                           "policies": " and ".join(sorted([policy, other]))} | known
+
+
+def edit_rows(rating: dict) -> Iterator[dict]:
+    """The answer that a rater wrote, as an example."""
+    if rating["better"] is None:
+        return
+    asked = _question(rating["prompt"], "messages")
+    if "messages" in asked:
+        answer = {"role": "assistant", "content": rating["better"]}
+        yield asked | {"messages": [*asked["messages"], answer]}
+    else:
+        yield asked | {"completion": rating["better"]}
+
+
+def prompt_row(text: str) -> dict:
+    """A prompt as a row."""
+    return _question(text, "messages")
+
+
+def _question(text: str, column: str) -> dict:
+    """A stored prompt as columns: `prompt`, or a conversation in `column` and perhaps its `tools`."""
+    messages = messages_of(text)
+    if messages is None:
+        return {"prompt": text}
+    if messages[0]["role"] == "tools":
+        return {column: messages[1:], "tools": messages[0]["content"]}
+    return {column: messages}
+
+
+def day_of(time: float) -> str:
+    """The day of a Unix time, UTC."""
+    return datetime.fromtimestamp(time, UTC).date().isoformat()

@@ -1,4 +1,5 @@
-"""Where rows come from: a local file, a folder saved by `datasets`, a data set of the hub, or a mix of them.
+"""Where rows come from: a file, a database of ratings, a folder saved by `datasets`, a data set of the hub,
+or a mix of them.
 
 A data key of the configuration holds a name, a mapping with `name` and more, or a list of both. `weight` says
 how often the rows of a set are taken for training: 2 is each row twice, 0.5 a random half that the seed
@@ -17,6 +18,7 @@ import pyarrow
 from utils.config import UserError, find_input, key
 from utils.data.arrow_rows import rows_of
 from utils.data.files import FILE_ENDINGS, BadRow, read_file
+from utils.data.ratings import DATABASE_ENDINGS, is_database, read_database
 from utils.input_files import ROW_BYTES, open_input, refuse_special
 from utils.paths import find_local, is_hub_name
 from utils.yaml_files import YamlError, parse_yaml
@@ -109,7 +111,8 @@ def refuse_missing_sources(field: str, value) -> None:
 
 
 def _is_on_hub(name: str) -> bool:
-    return is_hub_name(name) and not name.endswith(FILE_ENDINGS) and find_local(name) is None
+    here = (*FILE_ENDINGS, *DATABASE_ENDINGS)
+    return is_hub_name(name) and not name.endswith(here) and find_local(name) is None
 
 
 class Opened(NamedTuple):
@@ -187,6 +190,12 @@ def _opened(source: Source, field: str, most: int) -> Opened:
                         "out")
     if path.is_dir():
         return _open_saved(path, source.split, field, most)
+    if is_database(path):
+        if source.columns or source.only_wanted:
+            raise UserError(f"{field}: '{name}' is a database of ratings, whose columns are known; leave "
+                            "columns and only_wanted out")
+        content, rows = read_database(path, field, most)
+        return Opened(str(path), [content], rows)
     # the ending is part of the content, because the same bytes under another ending are other rows
     ending = next(filter(path.name.endswith, FILE_ENDINGS), "")
     return Opened(str(path), [_digest([path]), ending], read_file(path, field, most))
