@@ -1,13 +1,14 @@
 """A model that answers: prompts in the layout it was trained on, answers as text, and their scores."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from utils.config import UserError
-from utils.data.conversations import readable, stored_conversation
+from utils.data.conversations import stored_conversation
 from utils.data.layouts import TLDR_TEMPLATE, tldr_layout, tldr_parts
 from utils.data.tokens import prompt_tokens
 from utils.distributed import world
@@ -53,22 +54,27 @@ class Talker:
         """The longest row that the model can read."""
         return getattr(self.model.config, "max_position_embeddings", None) or 2**20
 
-    def prompt(self, messages: list[dict], max_new_tokens: int) -> list[int]:
-        """Token ids of a conversation, as long as there is room for an answer; earlier turns are cut off.
+    def text(self, messages: list[dict]) -> str:
+        """A conversation as a data set stores such a prompt (`utils/data/conversations.py`).
 
         A model that was trained on posts sees the last message as a post.
+        """
+        if self.layout in ("chat", "dialogue"):
+            return stored_conversation(messages)
+        text = messages[-1]["content"].rstrip()
+        return as_post(text) if self.layout == "tldr" else text
+
+    def prompt(self, messages: list[dict], max_new_tokens: int) -> list[int]:
+        """Token ids of a conversation; see `tokens`."""
+        return self.tokens(self.text(messages), max_new_tokens)
+
+    def tokens(self, text: str, max_new_tokens: int) -> list[int]:
+        """Token ids of a stored prompt, as long as there is room for an answer; earlier turns are cut off.
 
         Raises:
             UserError: when the last message does not fit.
         """
         room = self.positions - max_new_tokens
-        if self.layout in ("chat", "dialogue"):
-            text = stored_conversation(messages)
-            if self.layout == "dialogue" or not self.tokenizer.chat_template:
-                text = readable(text)
-        else:
-            text = messages[-1]["content"].rstrip()
-            text = as_post(text) if self.layout == "tldr" else text
         if room < 1:
             raise UserError(f"max_new_tokens: {max_new_tokens} tokens leave no room for a prompt in the "
                             f"{self.positions} positions of '{self.parent.name}'")
@@ -77,12 +83,13 @@ class Talker:
 
     @torch.no_grad()
     def answers(self, prompt: list[int], count: int, max_new_tokens: int, temperature: float | None,
-                streamer=None) -> list[Answer]:
+                streamer=None, stop: Callable[[], bool] | None = None) -> list[Answer]:
         """Sample answers to a prompt.
 
         Args:
             temperature: None: that of generation_config.json; 0: the likeliest token each time.
             streamer: gets the tokens of a single answer as they come (transformers' `TextStreamer`).
+            stop: asked after each token; True: the answers end here, as they are.
         """
         sampling = {}
         if temperature is not None:
@@ -92,14 +99,25 @@ class Talker:
         ids = torch.tensor([prompt], device=self.model.device)
         settings = GenerationConfig(**{**self.model.generation_config.to_diff_dict(), **sampling,
                                        "max_new_tokens": max_new_tokens, "num_return_sequences": count})
+        stopping = StoppingCriteriaList([_Stop(stop)] if stop else [])
         rows = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                                   streamer=streamer)
+                                   streamer=streamer, stopping_criteria=stopping)
         found = [self._until_end(row[len(prompt):].tolist()) for row in rows]
         return [Answer(self.tokenizer.decode(row, skip_special_tokens=True).strip(), row) for row in found]
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+class _Stop(StoppingCriteria):
+    """Ends all rows of a batch when somebody asks for it."""
+
+    def __init__(self, asked: Callable[[], bool]):
+        self.asked = asked
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.asked(), device=input_ids.device)
 
 
 class Scorer:
