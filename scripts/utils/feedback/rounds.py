@@ -130,7 +130,7 @@ class Rounds:
         state = "failed"
         try:
             state = self._train(name, folder)
-        except Exception as error:  # no disk for the log, no memory for a process, a policy that does not load
+        except Exception as error:  # a full disk, no memory, a policy that does not load
             with suppress(OSError), (folder / _LOG).open("a", encoding="utf-8") as log:
                 log.write(f"error: {error}\n")
         finally:

@@ -5,7 +5,6 @@ A chat goes first. What is being sampled ahead is given up as soon as one begins
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,6 +119,7 @@ class Ahead(threading.Thread):
 
     Attributes:
         trouble: why nothing can be sampled; None: all is well.
+        idle: there is nothing to sample now.
     """
 
     def __init__(self, models: Models, precedence: Precedence, k: int, temperature: float, ahead: int,
@@ -128,11 +128,13 @@ class Ahead(threading.Thread):
         self.models, self.precedence, self.training = models, precedence, training
         self.k, self.temperature, self.ahead = k, temperature, ahead
         self.trouble: str | None = None
+        self.idle = False
         self._unfit: set[tuple[int, int]] = set()  # (prompt, policy): the prompt does not fit into the model
         self._wake, self._end = threading.Event(), threading.Event()
 
     def wake(self) -> None:
         """Look at once whether there is something to sample."""
+        self.idle = False
         self._wake.set()
 
     def end(self) -> None:
@@ -155,7 +157,8 @@ class Ahead(threading.Thread):
                 if reason != self.trouble:
                     print(f"sampling: {reason}; tried again every {_TROUBLE:.0f} s", file=sys.stderr)
                 self.trouble = reason
-            if not sampled:
+            if not sampled and not self._wake.is_set():
+                self.idle = self.trouble is None
                 self._wake.wait(pause)
 
     def _sample(self) -> bool:
@@ -241,13 +244,3 @@ def policy_name(path: str) -> str:
     """A short name of a model: outputs/mine/ppo/final is mine/ppo."""
     parts = [part for part in Path(path).parts if part not in ("outputs", "final", "/", "..", ".")]
     return "/".join(parts[-2:]) or path
-
-
-def wait_for(ready: Callable[[], bool], seconds: float) -> bool:
-    """Whether it became true in time."""
-    until = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True

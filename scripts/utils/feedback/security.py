@@ -1,7 +1,7 @@
 """What stands between the network and the rating page: sessions, login, hosts, limits, and headers.
 
-A session is a signed cookie, so it outlives a restart of the server and nothing is kept for it. The key of the
-signature is in a file beside the ratings; the login token is part of it, so another token ends all sessions.
+A session is a signed cookie, so it outlives a restart of the server and nothing is kept for it. The key of
+the signature is in a file beside the rounds; the login token is part of it: another token ends all sessions.
 """
 
 import asyncio
@@ -233,7 +233,8 @@ class Guard:
             return await self.application(scope, receive, send)
         if scope["type"] != "http":  # no WebSocket is served
             return None
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1")
+                   for name, value in scope["headers"]}
         session = self._session(headers)
         scope["session"] = session or self.sessions.new()
         scope["new_session"] = None if session else scope["session"]
@@ -266,7 +267,7 @@ class Guard:
     def _check(self, scope, headers: dict) -> None:
         """Raise HTTPError for a request that is not for us, or too many of them."""
         if not self._serves(headers.get("host", "")):
-            raise HTTPError(403, "this server is not known under that name; the key `names` takes further ones")
+            raise HTTPError(403, "this server is not known under that name; the key names takes others")
         if not self.requests.take(_address(scope)):
             raise HTTPError(429, "too many requests; wait a second")
         if not scope["path"].startswith("/api/"):
@@ -305,8 +306,8 @@ class Guard:
         added = {**HEADERS, "cache-control": "no-store" if scope["path"].startswith("/api/") else "no-cache"}
         if scope["new_session"] is not None:
             secure = "; Secure" if scope["scheme"] == "https" else ""
-            added["set-cookie"] = (f"{COOKIE}={self.sessions.cookie(scope['new_session'])}; Path=/; HttpOnly; "
-                                   f"SameSite=Strict; Max-Age={_DAYS * 86_400}{secure}")
+            added["set-cookie"] = (f"{COOKIE}={self.sessions.cookie(scope['new_session'])}; Path=/; "
+                                   f"HttpOnly; SameSite=Strict; Max-Age={_DAYS * 86_400}{secure}")
         return [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
 
 
