@@ -489,7 +489,7 @@ MUTATIONS = [
         ("intervals are over rows, not posts", 20, "bootstrap_interval",
          "[numbers[post] for post in posts]", "range(len(posts))"),
         ("intervals over few posts are too narrow", 20, "bootstrap_interval",
-         "_each_tail(level, len(sums))", "(1 - level) / 2"),
+         "each_tail(level, len(sums))", "(1 - level) / 2"),
         ("the labels' ceiling is that of the preferred one", 20, "label_ceiling", "abs", ""),
         ("the win rate counts ties as losses", 37, "win_rate",
          "_wins(np.asarray(ours), np.asarray(theirs))", "np.asarray(ours) > np.asarray(theirs)"),

@@ -122,12 +122,12 @@ def bootstrap_interval(
         raise ValueError("nothing to average: every denominator is 0")
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     ratios = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)  # (resamples,)
-    tail = _each_tail(level, len(sums))
+    tail = each_tail(level, len(sums))
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
-def _each_tail(level: float, posts: int) -> float:
+def each_tail(level: float, posts: int) -> float:
     """Share of the resamples beyond each end of an interval.
 
     Plain percentiles are too narrow for few posts: at 20 they cover 91 % in place of 95 %. The expanded
