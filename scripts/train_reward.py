@@ -8,7 +8,7 @@
 K ranked summaries of a post are one row: the post is computed once and all K(K-1)/2 pairs are trained on. The
 loss is -log sigmoid(r_better - r_worse), one mean over all pairs of an optimizer step, or over its posts
 (`pair_weighting`). At the end the scores are shifted so that reference summaries score 0, and the model is
-saved as a stock one-label classifier.
+saved as a stock one-label classifier. With a reward model as `--model` training goes on from that one.
 
 It does not train on absolute ratings.
 """
@@ -34,8 +34,9 @@ class RewardStageConfig(EpochStageConfig):
     belongs_to: ClassVar[dict] = {"reward_training_data": ("reward_validation_data", "reward_test_data",
                                                            "centring_data", "rating_data")}
 
-    model: str = model_key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used: a "
-                                                         "folder or a hub name.")
+    model: str = model_key("outputs/opt-125m/sft/final", "The SFT model whose trunk is used, or a "
+                                                         "reward model that goes on learning: a folder or a "
+                                                         "hub name.")
     reward_training_data: str = data_key("CarperAI/openai_summarize_comparisons", "Comparisons or rankings.")
     reward_validation_data: str | None = data_key(None, "Rankings to watch during training; none: held "
                                                          "out of the training data.")
@@ -265,7 +266,7 @@ def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
 
 
 def main(config: RewardStageConfig) -> None:
-    base = Parent("model", config.model, config.chat_template)
+    base = Parent("model", config.model, config.chat_template, stages=("sft", "ppo", "reward"))
     open_stage(config, base)
     refuse_impossible(config)
     set_seed(config.seed)
@@ -275,7 +276,8 @@ def main(config: RewardStageConfig) -> None:
     rankings, validation, test, references, ratings = load_splits(config, base.tokenizer, report)
     report.tokens("reward_training_data", rankings)
     deepspeed = load_settings(config, base)
-    model = load_scalar_model(base, new_head_seed=config.seed)
+    # a reward model keeps its head, and goes on from what it knows
+    model = load_scalar_model(base, new_head_seed=None if base.is_reward_model else config.seed)
     model.config.pad_token_id = base.tokenizer.pad_token_id
     refuse_unfit(model, base, base.tokenizer, config.max_prompt_tokens + config.max_completion_tokens,
                  "max_prompt_tokens + max_completion_tokens")

@@ -401,6 +401,21 @@ def test_plain_transformers_scores_like_the_reward_stage(finished):
         assert found.tolist() == pytest.approx(row["scores"], abs=2e-3)
 
 
+def test_a_reward_model_goes_on_from_its_own_head(finished, folder):
+    """Before the first step its scores are those of the stock model in the folder; then it learns."""
+    parent = finished / "reward" / "final"
+    train_reward.main(config_of(train_reward, folder, "further", f"--model {parent}"))
+    model = AutoModelForSequenceClassification.from_pretrained(parent).eval()
+    tokenizer = AutoTokenizer.from_pretrained(parent)
+    rows = [row for row in samples(folder / "further" / "reward", "validation") if row["step"] == 0]
+    for row in rows:
+        for text, score in zip(row["completions"], row["scores"], strict=True):
+            ids = tokenizer(row["prompt"] + text + tokenizer.eos_token, return_tensors="pt")
+            assert model(**ids).logits.item() == pytest.approx(score, abs=2e-3)
+    assert len({score for row in rows for score in row["scores"]}) > 4, "the scores tell answers apart"
+    assert furthest(weights(parent), weights(folder / "further" / "reward" / "final")) > 0
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shift", [0.0, 1.25])
 def test_the_reward_models_card_says_how_its_scores_are_read(shift, finished, tmp_path):

@@ -57,8 +57,8 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
         if vocab_size not in (None, rows):
             raise UserError(f"{parent.key}: '{parent.name}' has {rows} tokens, the policy {vocab_size}; use "
                             "models of one family")
-        kind = (labels.architectures or ["unknown"])[0]
-        if labels.num_labels != 1 or "SequenceClassification" not in kind:
+        if not parent.is_reward_model:
+            kind = (labels.architectures or ["unknown"])[0]
             raise UserError(f"{parent.key}: '{parent.name}' is no reward model: {kind} with "
                             f"{labels.num_labels} labels, "
                             "needed is a sequence classification model with one (made by train_reward.py)")

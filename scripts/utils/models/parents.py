@@ -40,13 +40,16 @@ class Parent:
         key: the configuration key that names it, for messages.
         name: a folder (looked up from the current folder, then the project's) or a hub name.
         chat_template: a Jinja file in place of the tokenizer's own template; None: its own, if there is one.
+        stages: which may have made it; None: those that the key says.
 
     Raises:
         UserError: when the name is neither.
     """
 
-    def __init__(self, key: str, name: str, chat_template: str | None = None):
+    def __init__(self, key: str, name: str, chat_template: str | None = None,
+                 stages: tuple[str, ...] | None = None):
         self.key, self.name, self.chat_template, self._told = key, name, chat_template, False
+        self.stages = stages or _STAGES_OF.get(key, ())
         self.folder = model_folder(key, name)  # None: on the hub
 
     @property
@@ -114,6 +117,12 @@ class Parent:
         except AttributeError as error:
             raise UserError(
                 f"{self.key}: the config of '{self.name}' says no hidden_size ({error})") from None
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it is a sequence classification model with one label, whose output is a score."""
+        kind = (self.config.architectures or ["unknown"])[0]
+        return self.config.num_labels == 1 and "SequenceClassification" in kind
 
     @property
     def has_tokenizer(self) -> bool:
@@ -204,10 +213,10 @@ def check_task(*parents: Parent) -> None:
         theirs = parent.stage
         if theirs is None:
             theirs = {} if parent is parents[0] else task_of(parent.tokenizer)
-        elif theirs.get("stage") not in _STAGES_OF[parent.key]:
+        elif theirs.get("stage") not in parent.stages:
             raise UserError(f"{parent.key}: '{parent.name}' comes from the stage "
                             f"'{theirs.get('stage')}'; needed is one of "
-                            f"{' or '.join(_STAGES_OF[parent.key])}")
+                            f"{' or '.join(parent.stages)}")
         for item, value in ours.items():
             if item in theirs and theirs[item] != value:
                 raise UserError(f"{parent.key}: '{parent.name}' was trained with another "
