@@ -155,6 +155,8 @@ MUTATIONS = [
          "centre_scores(loop.module.model, mean)", "pass", "reward:centring_puts_reference"),
         ("the reward stage forgets to centre its scores", 19, "main",
          "centre(loop, references)", "pass", "stages:reference_summaries_score"),
+        ("a reward model that goes on learning gets a new head", 17, "main",
+         "None if base.is_reward_model else config.seed", "config.seed", "stages:a_reward_model_goes_on"),
     ]),
     *_of("train_sft.py", "loop:a_step_follows", [
         ("only the last part of an SFT step is counted", 12, "train",

@@ -402,9 +402,12 @@ def test_plain_transformers_scores_like_the_reward_stage(finished):
 
 
 def test_a_reward_model_goes_on_from_its_own_head(finished, folder):
-    """Before the first step its scores are those of the stock model in the folder; then it learns."""
+    """Before the first step its scores are those of the stock model in the folder; then it learns.
+
+    The seed is not that of the first run: a new head would be another one.
+    """
     parent = finished / "reward" / "final"
-    train_reward.main(config_of(train_reward, folder, "further", f"--model {parent}"))
+    train_reward.main(config_of(train_reward, folder, "further", f"--model {parent} --seed 1"))
     model = AutoModelForSequenceClassification.from_pretrained(parent).eval()
     tokenizer = AutoTokenizer.from_pretrained(parent)
     rows = [row for row in samples(folder / "further" / "reward", "validation") if row["step"] == 0]
