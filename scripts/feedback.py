@@ -29,13 +29,14 @@ class FeedbackConfig:
 
     model: list[str] = key([], "Models whose answers are rated; none: the demo's last one.")
     compare: list[str] = key([], "Further models to talk to, which are not rated.")
-    reward_model: str | None = key(None, "Reward model that scores answers in the chat and is compared with "
-                                   "the ratings; none: the demo's with the demo's model, else no scores.")
-    base: str | None = key(None, "SFT model that the reward stage of a round starts from; none: the demo's "
-                           "with the demo's model, else the first of `model`.")
+    reward_model: str | None = key(None, "Reward model that scores answers in the chat, is compared with the "
+                                   "ratings, and that a round's reward stage starts from; none: the demo's "
+                                   "with the demo's model, else no scores.")
+    base: str | None = key(None, "SFT model that the reward stage of a round starts from without a "
+                           "reward_model; none: the first of `model`.")
     prompts: str | None = key(None, "Prompts to rate, in any layout of PPO's data, which a round's PPO "
-                              "trains on, too; none: the demo's with the demo's model.", parse=parse_sources,
-                              there=refuse_missing_sources)
+                              "trains on, too; none: the demo's with the demo's model, else those of "
+                              "`ratings`.", parse=parse_sources, there=refuse_missing_sources)
     prompt_count: int = key(2000, "Prompts that are taken from `prompts`, drawn by `seed`.", unit="prompts",
                             low=1, high=10**6)
     k: int = key(4, "Answers to each prompt.", unit="answers", low=2, high=9)
@@ -72,7 +73,8 @@ class FeedbackConfig:
 
     def without_effect(self) -> dict[str, str]:
         if self.export is None:
-            return {"export_layout": "it is for export, which is not given"}
+            idle = {"base": "a round's reward stage starts from reward_model"} if self.reward_model else {}
+            return idle | {"export_layout": "it is for export, which is not given"}
         others = {field.name for field in fields(self)} - {"export", "export_layout", "ratings"}
         return dict.fromkeys(others, "export writes the ratings and ends")
 
@@ -99,6 +101,7 @@ from utils.runs.folder import claim
 DEMO = PROJECT / "outputs" / "tldr_mini"
 PAGE = Path(__file__).resolve().parent / "utils" / "feedback" / "page"
 _WAITING = 128  # connections that wait while models load
+_CONNECTIONS = 500  # at once; more get the status 503
 
 
 def fill_in_demo(config: FeedbackConfig) -> None:
@@ -115,7 +118,6 @@ def fill_in_demo(config: FeedbackConfig) -> None:
     others = [path for stage, path in there.items() if stage == "sft" and [path] != config.model]
     config.compare = config.compare or others
     config.reward_model = config.reward_model or there.get("reward")
-    config.base = config.base or there.get("sft")
     config.prompts = config.prompts or str(PROJECT / "data" / "tldr_mini" / "rlhf_train.jsonl.gz")
 
 
@@ -176,12 +178,14 @@ def add_prompts(config: FeedbackConfig, ratings: Ratings) -> None:
 
 def stages_of(config: FeedbackConfig, folder: Path) -> dict[str, list[str]]:
     """The commands of a round of training. Each round begins with the first model and all ratings."""
-    prompts = config.prompts if isinstance(config.prompts, str) else json.dumps(config.prompts)
+    prompts = config.prompts or str(folder / "ratings.db")
+    prompts = prompts if isinstance(prompts, str) else json.dumps(prompts)
     seed = ["--seed", str(config.seed)]
     return {
         "reward": [script("train_reward.py"), "--config", config.reward_config,
-                   "--model", config.base or config.model[0], "--reward_training_data",
-                   str(folder / "ratings.db"), "--output_dir", str(folder / "reward"), *seed],
+                   "--model", config.reward_model or config.base or config.model[0],
+                   "--reward_training_data", str(folder / "ratings.db"),
+                   "--output_dir", str(folder / "reward"), *seed],
         "ppo": [script("train_ppo.py"), "--config", config.ppo_config, "--model", config.model[0],
                 "--reward_model", str(folder / "reward" / "final"), "--rlhf_training_data", prompts,
                 "--output_dir", str(folder / "ppo"), *seed],
@@ -190,9 +194,8 @@ def stages_of(config: FeedbackConfig, folder: Path) -> dict[str, list[str]]:
 
 def why_no_training(config: FeedbackConfig) -> str | None:
     """Why no round can be started from the page; None: one can."""
-    if missing := [path for path in (config.reward_config, config.ppo_config) if find_local(path) is None]:
-        return f"there is no file '{missing[0]}'"
-    return None if config.prompts else "PPO needs prompts: start with --prompts"
+    missing = [path for path in (config.reward_config, config.ppo_config) if find_local(path) is None]
+    return f"there is no file '{missing[0]}'" if missing else None
 
 
 class Page:
@@ -233,12 +236,15 @@ class Page:
         print(f"open http://{f'[{host}]' if ':' in host else host}:{port}/ in a browser; Ctrl-C ends",
               flush=True)
 
-    def serve(self) -> None:
-        """Serve until a signal comes."""
+    def server(self) -> uvicorn.Server:
+        """What serves the page; its log has no addresses, so no token or name is in it."""
         application = self.application.guarded(self.config.host, self.config.names)
-        server = uvicorn.Server(uvicorn.Config(
+        return uvicorn.Server(uvicorn.Config(
             application, log_level="warning", access_log=False, server_header=False, lifespan="off",
-            ws="none", timeout_graceful_shutdown=2, limit_concurrency=500))
+            ws="none", timeout_graceful_shutdown=2, limit_concurrency=_CONNECTIONS))
+
+    def serve(self, server: uvicorn.Server) -> None:
+        """Serve until a signal comes, or `server.should_exit` is set."""
         self.ahead.start()
         self.say_what_is_served()
         try:
@@ -256,7 +262,8 @@ def main(config: FeedbackConfig) -> None:
     if config.export:
         raise UserError("export: not there yet")
     torch.manual_seed(config.seed)
-    Page(config).serve()
+    page = Page(config)
+    page.serve(page.server())
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from utils.data.conversations import conversation_in, messages_of, text_of_turn
+from utils.data.conversations import conversation_in, messages_of, readable, text_of_turn
 from utils.errors import UserError, quoted
 from utils.feedback.database import CHAT, Conflict, Ratings, Refused, Task
 from utils.feedback.rounds import Rounds, RunningError
 from utils.feedback.sampling import Ahead, BusyError, Models, Precedence, chat
 from utils.feedback.security import Guard, HTTPError, Sessions, safe_html
+from utils.feedback.statistics import look
 
 OPEN_PATHS = ("/api/state", "/api/login")  # before the login
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml",
@@ -56,6 +57,7 @@ class Application:
         self.rounds, self.sessions, self.shares = rounds, sessions, shares
         self.files = {path.name: path for path in sorted(page.glob("*")) if path.suffix in _TYPES}
         self._rater_id = lru_cache(10_000)(ratings.rater)
+        self._looked = None  # (what the statistics are of, the statistics)
 
     def guarded(self, host: str, names: list[str]) -> Guard:
         """The ASGI application, with all that protects it."""
@@ -187,10 +189,19 @@ class Application:
     # --------------------------------------------------------------------------------------- what was rated
 
     def look(self, request: Request) -> Response:
-        raise HTTPError(404, "not there yet")
+        rows = self.ratings.rated()
+        scores = {pair: score for pair, score in list(self.ahead.scores.items()) if math.isfinite(score)}
+        state = (tuple(row["id"] for row in rows), len(scores))
+        if self._looked is None or self._looked[0] != state:  # the intervals take a second
+            self._looked = state, look(rows, scores)
+        return JSONResponse(self._looked[1])
 
     def rated(self, request: Request) -> Response:
-        raise HTTPError(404, "not there yet")
+        before = request.query_params.get("before")
+        if before is not None and not (before.isascii() and before.isdecimal() and len(before) < 19):
+            raise HTTPError(400, "before must be the id of a rating")
+        rows = self.ratings.rated(before=before and int(before), most=_ROWS)
+        return JSONResponse({"rows": [_rated(row) for row in reversed(rows)]})
 
     def export(self, request: Request) -> Response:
         raise HTTPError(404, "not there yet")
@@ -341,6 +352,15 @@ def _shown(task: Task) -> dict:
     """A task as the rater sees it: nothing of who answered."""
     return {"id": task.id, "prompt": {"messages": shown_messages(task.prompt)},
             "answers": [{"text": text, "html": safe_html(text)} for text in task.answers]}
+
+
+def _rated(row: dict) -> dict:
+    """A rating as the page lists it."""
+    ranks = row["ranks"] or [None] * len(row["completions"])
+    answers = [{"text": text, "rank": rank, "policy": policy} for text, rank, policy in
+               zip(row["completions"], ranks, row["policies"], strict=True)]
+    return {**{name: row[name] for name in ("id", "rater", "time", "kind", "better")},
+            "prompt": readable(row["prompt"]), "answers": answers}
 
 
 def shown_messages(prompt: str) -> list[dict]:

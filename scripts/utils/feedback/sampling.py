@@ -3,6 +3,7 @@
 A chat goes first. What is being sampled ahead is given up as soon as one begins, and is sampled again later.
 """
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -120,6 +121,7 @@ class Ahead(threading.Thread):
     Attributes:
         trouble: why nothing can be sampled; None: all is well.
         idle: there is nothing to sample now.
+        scores: by the reward model of each (prompt, answer) that was rated; while idle, more are added.
     """
 
     def __init__(self, models: Models, precedence: Precedence, k: int, temperature: float, ahead: int,
@@ -129,6 +131,8 @@ class Ahead(threading.Thread):
         self.k, self.temperature, self.ahead = k, temperature, ahead
         self.trouble: str | None = None
         self.idle = False
+        self.scores: dict[tuple[str, str], float] = {}
+        self._scored: int | None = None  # the newest rating when all answers had their scores
         self._unfit: set[tuple[int, int]] = set()  # (prompt, policy): the prompt does not fit into the model
         self._wake, self._end = threading.Event(), threading.Event()
 
@@ -148,7 +152,7 @@ class Ahead(threading.Thread):
         while not self._end.is_set():
             self._wake.clear()
             try:
-                sampled = self._sample()
+                sampled = self._sample() or self._score()
                 self.trouble, pause = None, _PAUSE
             except Exception as error:  # a full disk, no memory on the GPU: the page must go on
                 sampled, pause = False, _TROUBLE
@@ -189,6 +193,29 @@ class Ahead(threading.Thread):
             self.models.ratings.add_answers(
                 prompt, policy, [(answer.text, ended(talker, answer)) for answer in answers],
                 self.temperature)
+
+    def _score(self) -> bool:
+        """Score the answers of one rated prompt. False: all are."""
+        scorer, talker = self.models.scorer, self.models.talker(self.models.rated[0])
+        newest = self.models.ratings.rated(most=1)
+        if scorer is None or not newest or newest[0]["id"] == self._scored:
+            return False
+        for row in self.models.ratings.rated():
+            prompt = row["prompt"]
+            missing = [text for text in row["completions"] if (prompt, text) not in self.scores]
+            if not missing:
+                continue
+            try:
+                ids = talker.tokens(prompt, self.models.longest(talker))
+                answers = [Answer(text, tokens) for text, tokens in
+                           zip(missing, talker.completions(prompt, missing), strict=True)]
+                found = [answer.score for answer in scorer.scored(ids, answers)]
+            except UserError:  # a prompt that does not fit is not scored
+                found = [math.nan] * len(missing)
+            self.scores |= zip([(prompt, text) for text in missing], found, strict=True)
+            return True
+        self._scored = newest[0]["id"]
+        return False
 
     def _must_stop(self) -> bool:
         return self.precedence.is_taken() or self._end.is_set()

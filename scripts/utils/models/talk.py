@@ -8,9 +8,10 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from utils.config import UserError
-from utils.data.conversations import stored_conversation
-from utils.data.layouts import TLDR_TEMPLATE, tldr_layout, tldr_parts
-from utils.data.tokens import prompt_tokens
+from utils.data.chat import Chat
+from utils.data.conversations import messages_of, stored_conversation
+from utils.data.layouts import TLDR_TEMPLATE, spaced, tldr_layout, tldr_parts
+from utils.data.tokens import completion_tokens, prompt_tokens
 from utils.distributed import world
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.outputs import scores
@@ -80,6 +81,14 @@ class Talker:
                             f"{self.positions} positions of '{self.parent.name}'")
         [ids] = prompt_tokens(self.tokenizer, [text], room)
         return ids
+
+    def completions(self, text: str, answers: list[str]) -> list[list[int]]:
+        """Token ids of finished answers to a stored prompt, as the reward stage sees them."""
+        messages = messages_of(text)
+        if messages and self.tokenizer.chat_template:
+            return Chat(self.tokenizer).completions(messages, [answer.strip() for answer in answers])
+        return [list(map(int, row)) for row in
+                completion_tokens(self.tokenizer, [spaced(answer) for answer in answers])]
 
     @torch.no_grad()
     def answers(self, prompt: list[int], count: int, max_new_tokens: int, temperature: float | None,
