@@ -43,7 +43,7 @@ def patient(monkeypatch):
     monkeypatch.setattr(Buckets, "take", lambda self, address: True)
 
 
-# --------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 BIG = json.dumps({"name": "x" * 1_000_001}).encode()
 BAD = [
@@ -125,8 +125,8 @@ def test_a_token_of_another_session_does_not_count(port):
 def test_a_changed_cookie_is_none(port):
     browser = Browser(port).rater("Ann")
     content, signature = browser.cookie.split(".")
-    for cookie in (f"{content[:-2]}AA.{signature}", f"{content}.", f"{content}.{signature[:-3]}AA=", "feedback=",
-                   "feedback=\xff.\xff", "feedback=W10=.W10="):
+    for cookie in (f"{content[:-2]}AA.{signature}", f"{content}.", f"{content}.{signature[:-3]}AA=",
+                   "feedback=", "feedback=\xff.\xff", "feedback=W10=.W10="):
         status, state = browser.get("/api/state", cookie=cookie)
         assert status == 200 and state["rater"] is None
     assert browser.get("/api/state", cookie=f"a=b; {content}.{signature}; c=d")[1]["rater"] == "Ann"
@@ -157,7 +157,7 @@ def test_the_cookie_is_for_this_page_only(port):
     assert "Secure" in {flag.strip() for flag in other.headers["set-cookie"].split(";")}
 
 
-# --------------------------------------------------------------------------------------------------- the login
+# -------------------------------------------------------------------------------------------------- the login
 
 
 def test_nothing_is_told_before_the_login(closed_port):
@@ -278,9 +278,10 @@ HARMLESS = {"p", "br", "em", "strong", "code", "pre", "ul", "ol", "li", "blockqu
 NASTY = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[x](javascript:alert(1))",
          "[x](JaVaScRiPt:alert(1))", "[x](&#106;avascript:alert(1))", "[x](java\tscript:alert(1))",
          "![x](http://evil.example/pixel.png)", "[x](data:text/html,<script>)", "[x]: vbscript:x\n\n[x]",
-         "<javascript:alert(1)>", "[x](//evil.example)", "[x](/api/export/jsonl)", '[x](http://a "\\" onclick=1")',
+         "<javascript:alert(1)>", "[x](//evil.example)", "[x](/api/export/jsonl)",
+         '[x](http://a "\\" onclick=1")',
          "<a href='http://x' onclick=1>", "```<script>\nalert(1)\n```", "<!-- --><svg/onload=alert(1)>",
-         "# <b>x</b>", "|a|\n|-|\n|<script>|", "a\u202eb\u0000c", "[" * 5000, "> " * 3000, "*a " * 5000]
+         "# <b>x</b>", "|a|\n|:-:|\n|<script>|", "a\u202eb\u0000c", "[" * 5000, "> " * 3000, "*a " * 5000]
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -288,9 +289,8 @@ def test_text_becomes_harmless_html(text):
     seen = Tags(safe_html(text))
     assert seen.tags <= HARMLESS
     for name, value in seen.attributes:
-        assert name in ("href", "rel", "target", "title", "class", "start", "style")
+        assert name in ("href", "rel", "target", "title", "class", "start")
         assert name != "href" or value.startswith(("http:", "https:", "mailto:"))
-        assert name != "style" or value.startswith("text-align:")
 
 
 def test_markup_is_shown_and_html_stays_text():

@@ -31,7 +31,8 @@ def words_of(folder: Path, output: Path, *words: str) -> list[str]:
     """The command line of a page on what `write_models` wrote; `words` may replace some of it."""
     given = {"--model": [str(folder / "first")], "--prompts": [str(folder / "posts.jsonl")], "--port": ["0"],
              "--ratings": [str(output / "ratings.db")], "--output_dir": [str(output)]}
-    return [word for name, values in given.items() if name not in words for word in (name, *values)] + [*words]
+    kept = [[name, *values] for name, values in given.items() if name not in words]
+    return [*sum(kept, []), *words]
 
 
 @contextmanager

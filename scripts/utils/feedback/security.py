@@ -79,7 +79,15 @@ def _opens_apart(self, tokens, index, options, env) -> str:
     return self.renderToken(tokens, index, options, env)
 
 
+def _without_style(self, tokens, index, options, env) -> str:
+    """A cell of a table; the policy of the page lets no style attribute act."""
+    tokens[index].attrs = {}
+    return self.renderToken(tokens, index, options, env)
+
+
 _MARKDOWN.validateLink = _is_harmless
+_MARKDOWN.add_render_rule("th_open", _without_style)
+_MARKDOWN.add_render_rule("td_open", _without_style)
 _MARKDOWN.add_render_rule("link_open", _opens_apart)
 
 
