@@ -4,7 +4,8 @@
     python scripts/train_sft.py --config configs/opt/sft.yaml configs/opt/125m.yaml    # a real model and data
     python scripts/train_sft.py --actor_training_data my.jsonl --output_dir outputs/mine/sft
 
-The loss is taken on the completion and its EOS, and the language-model head is applied there only. Every
+The loss is taken on the completion and its EOS, and the language-model head is applied there only. In
+conversations this is the last answer, or with `loss_on: turns` every answer of the assistant. Every
 `eval_steps` the model summarises held-out posts; the checkpoint with the highest mean of ROUGE-1/2/L is kept.
 
 Conversations go through the tokenizer's chat template. Several examples are not packed into one row.
@@ -35,8 +36,9 @@ class SFTStageConfig(EpochStageConfig):
     actor_validation_data: str | None = data_key(None, "Examples that choose the checkpoint; "
                                                         "none: held out of the training data.")
     actor_test_data: str | None = data_key(None, "Examples of the final figures; none: held out too.")
-    loss_on: str = key("completion", "Tokens that the loss is taken on.", source="detail 13",
-                       choices=["completion", "sequence"])
+    loss_on: str = key("completion", "Tokens that the loss is taken on: the completion, which is the last "
+                                     "answer of a conversation; all its answers; or all tokens.",
+                       source="detail 13", choices=["completion", "turns", "sequence"])
     max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens",
                                      low=2, high=10_000_000)
     max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="detail 3",
@@ -107,16 +109,21 @@ def train(loop: Loop, examples, validation) -> None:
 
 def collate(rows: list[dict], loop: Loop) -> PromptGroups:
     """Prompt groups of one completion each. With the loss on the sequence the first token alone is the
-    prompt.
+    prompt. With the loss on all turns the prompt ends where the first answer begins.
     """
+    pad = loop.tokenizer.pad_token_id
+    if loop.config.loss_on == "turns":
+        turns = [row["turns"] for row in rows]
+        columns = ([one[name] for one in turns] for name in ("prompt", "completions", "labels"))
+        prompts, completions, labels = columns
+        return pack(prompts, completions, pad, labels).to(loop.device)
     prompts = [row["prompt"] for row in rows]
     completions = [row["completion"] for row in rows]
     if loop.config.loss_on == "sequence":
         completions = [prompt[1:] + completion for prompt, completion in zip(prompts, completions,
                                                                              strict=True)]
         prompts = [prompt[:1] for prompt in prompts]
-    return pack(prompts, [[completion] for completion in completions],
-                loop.tokenizer.pad_token_id).to(loop.device)
+    return pack(prompts, [[completion] for completion in completions], pad).to(loop.device)
 
 
 # -------------------------------------------------------------------------------------------- what it reaches
@@ -167,12 +174,15 @@ def load_splits(config: SFTStageConfig, tokenizer, report: DataReport) -> list[T
     """Training, validation and test examples as tokens, no prompt in two of them."""
     longest = config.max_completion_tokens
     loaded = load_data(config, {
-        "actor_training_data": NamedSet(config.actor_training_data, "examples", longest),
+        "actor_training_data": NamedSet(config.actor_training_data, "examples", longest,
+                                        turns=config.loss_on == "turns"),
         "actor_validation_data": NamedSet(config.actor_validation_data, "examples", longest),
         "actor_test_data": NamedSet(config.actor_test_data, "examples", longest),
     }, tokenizer, report)
     parts = split_rows(config, loaded, "actor_training_data", "actor_validation_data", "actor_test_data",
                        report)
+    if config.loss_on == "turns":
+        report.turns("actor_training_data", parts[0])
     return list(map(tokenised, parts))
 
 
@@ -190,7 +200,8 @@ def main(config: SFTStageConfig) -> None:
     deepspeed = load_settings(config, base)
     policy = load_policy(base)
     longest_prompt = max(map(len, [*validation.prompts, *test.prompts]))
-    longest = max(training.examples.token_column("length").max(), longest_prompt + config.max_new_tokens)
+    positions = training.examples.token_column("positions" if config.loss_on == "turns" else "length")
+    longest = max(positions.max(), longest_prompt + config.max_new_tokens)
     refuse_unfit(policy, base, base.tokenizer, longest, "actor_training_data", dropout=True)
     rehearse_saving(policy, base.tokenizer, config)
     policy = trainable(policy, config)

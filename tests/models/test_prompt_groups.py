@@ -167,3 +167,10 @@ def test_unpack_gives_back_what_was_packed():
     """Also where groups share a row."""
     prompts, completions = random_groups([9, 1, 2, 5], [[3, 1], [2], [1, 2, 4], [6]])
     assert unpack(pack(prompts, completions, PAD)) == list(zip(prompts, completions, strict=True))
+
+
+def test_places_without_a_label_take_no_part():
+    groups = pack([[5, 6]], [[[7, 8, 9], [4]]], 1, [[[7, -100, 2], [4]]])
+    assert groups.responses.tolist() == [[7, 1, 2], [4, 1, 1]]
+    assert groups.response_mask.tolist() == [[True, False, True], [True, False, False]]
+    assert groups.input_ids.tolist() == [[5, 6, 7, 8, 9, 4]]

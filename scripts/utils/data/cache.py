@@ -28,7 +28,8 @@ from utils.input_files import open_input, read_json
 
 # modules of this folder that decide what a row becomes
 _CODE = ("arrow_rows", "chat", "columns", "comparisons", "conversations", "dialogues", "examples", "files",
-         "json_rows", "layouts", "ratings", "sources", "store", "tokens", "unpacking", "validation")
+         "json_rows", "layouts", "ratings", "sources", "store", "tokens", "turns", "unpacking",
+         "validation")
 
 
 def cache_folder() -> Path:

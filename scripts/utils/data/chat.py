@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 
 from utils.config import UserError
-from utils.data.conversations import text_of_turn
+from utils.data.conversations import learnt_turns, text_of_turn
 
 Messages = list[dict]
 _STAND_IN = "\ue000{}\ue001"  # for a special token in a message: characters that no text has
@@ -58,10 +58,21 @@ class Chat:
             UserError: when the template writes the prompt otherwise once it is answered.
         """
         prompt = self._render(messages, True)
-        return [self._completion(prompt, messages, answer) for answer in answers]
+        return [self._completion(prompt, messages, {"role": "assistant", "content": answer})
+                for answer in answers]
 
-    def _completion(self, prompt: str, messages, answer) -> list[int]:
-        both = self._render([*messages, {"role": "assistant", "content": answer}], False)
+    def turns(self, messages: Messages) -> list[tuple[list[int], list[int]]]:
+        """(prompt, answer) as token ids, of each answer in a conversation that is to be learnt.
+
+        Raises:
+            UserError: as `completions` does.
+        """
+        texts = [(self._render(messages[:n], True), n) for n in learnt_turns(messages)]
+        return [(self._tokens(prompt), self._completion(prompt, messages[:n], messages[n]))
+                for prompt, n in texts]
+
+    def _completion(self, prompt: str, messages, turn: dict) -> list[int]:
+        both = self._render([*messages, turn], False)
         if not both.startswith(prompt):
             raise UserError("chat_template: the prompt is written otherwise when its answer follows, so the "
                             "model would learn on another text than it is asked with; give another "
@@ -71,6 +82,9 @@ class Chat:
         # tokens are those that the model is asked with
         tokens = (tokens[len(asked):] if tokens[: len(asked)] == asked else self._tokens(both[len(prompt):]))
         end = self._ids[self.end]
+        if end not in tokens:  # a call of a tool may end otherwise than an answer
+            raise UserError(f"chat_template: a turn of the assistant does not end with {self.end!r}, which "
+                            "ends answers; give another chat_template, or take loss_on: completion")
         return tokens[: len(tokens) - tokens[::-1].index(end)]  # what templates write between turns goes
 
     def cut(self, messages: Messages, max_tokens: int) -> Messages | None:
@@ -97,6 +111,8 @@ class Chat:
     def _spelled(self, messages: Messages) -> tuple[Messages, list | None]:
         """The messages as the template knows them, and the tools; what it does not know becomes text."""
         template, tools = str(self.tokenizer.chat_template), None
+        messages = [{name: value for name, value in message.items() if name != "weight"}
+                    for message in messages]
         if messages[0]["role"] == "tools":
             text, messages = messages[0]["content"], messages[1:]
             if "tools" in template:

@@ -2,7 +2,7 @@
 
 A stored conversation is a mark and its messages as JSON. So a set is read once for all tokenizers, and
 equal conversations are equal texts. The tools that the assistant may call stand in a first message of the
-role `tools`, as JSON text.
+role `tools`, as JSON text. An answer that is not to be learnt has the weight 0.
 """
 
 import json
@@ -36,6 +36,12 @@ def text_of_turn(message: dict) -> str:
     """The text of a message; calls of tools as a line of JSON each."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
     return "\n".join([part for part in [message["content"], *calls] if part])
+
+
+def learnt_turns(messages: list[dict]) -> list[int]:
+    """Numbers of the assistant's turns, without those of weight 0."""
+    return [number for number, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("weight") != 0]
 
 
 def conversation_in(prompt: str) -> list[dict] | None:

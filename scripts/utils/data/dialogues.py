@@ -47,7 +47,7 @@ def answer_of(message, number: int, where: str, needed: bool = True) -> str | No
     try:
         if not isinstance(message, dict) or _ROLES.get(_role(message)) != "assistant":
             raise UserError(f"{where}: message {number} is no answer of the assistant")
-        if message.get("weight") == 0:
+        if _has_no_weight(message, f"{where}: message {number} (assistant)"):
             raise UserError(f"{where}: message {number} (assistant) has the weight 0, so it is not to be "
                             "learnt; leave the row out")
         if message.get("tool_calls") or _role(message) == "function_call":
@@ -113,9 +113,19 @@ def _turn(message, number: int, where: str) -> dict | None:
     calls = _calls(message, number, where)
     text = "" if given == "function_call" else _text(message, number, where,
                                                      may_be_empty=role == "system" or bool(calls))
-    if calls:
-        return {"role": role, "content": text, "tool_calls": calls}
-    return {"role": role, "content": text} if text else None
+    if not text and not calls:
+        return None
+    turn = {"role": role, "content": text} | ({"tool_calls": calls} if calls else {})
+    left_out = role == "assistant" and _has_no_weight(message, f"{where}: message {number} ({given})")
+    return turn | ({"weight": 0} if left_out else {})
+
+
+def _has_no_weight(message: dict, place: str) -> bool:
+    """Whether an answer is not to be learnt (OpenAI's `weight`)."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise UserError(f"{place} has the weight {str(weight)[:40]!r}; 1 (to be learnt) and 0 are read")
+    return weight == 0
 
 
 def _calls(message: dict, number: int, where: str) -> list[dict]:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from utils.config import UserError
 from utils.data.columns import listed
 from utils.data.tokens import CUT, CUT_INSIDE
 
@@ -59,6 +60,29 @@ class DataReport:
             "prompts_cut_inside": int((cut == CUT_INSIDE).sum()),  # inside a sentence or turn
             **{f"{name}_tokens": _spread(sizes) for name, sizes in lengths.items()},
         })
+
+    def turns(self, field: str, rows) -> None:
+        """Record and log how many answers of a data key's conversations are learnt (`loss_on: turns`).
+
+        Raises:
+            UserError: when no conversation has an answer before its last.
+        """
+        answers, lengths = (rows.token_column(name) for name in ("answers", "length"))
+        if answers.max() == 1:
+            raise UserError(f"loss_on: 'turns' has no effect, since no row of {field} has an answer before "
+                            "its last; leave it out")
+        learnt = several = 0
+        for batch in _batches(rows.dataset().select_columns("turns")):
+            labels = pc.struct_field(batch["turns"], "labels")
+            learnt += pc.sum(pc.greater_equal(labels.flatten().flatten(), 0)).as_py()
+            several += int((_sizes(labels) > 1).sum())
+        total = int(lengths.sum())
+        self.figures.setdefault(field, {})["turns"] = {
+            "answers": int(answers.sum()), "tokens": total, "tokens_learnt": learnt, "in_parts": several}
+        more = (f"; {several} conversations are computed in parts, since an answer is written otherwise in "
+                "the prompts behind it") if several else ""
+        self.log(f"{field}: loss on {answers.sum()} answers of {len(rows)} rows, {learnt} of their {total} "
+                 f"tokens{more}")
 
     def groups(self, field: str, rows) -> None:
         """Record and log how much prompt groups save on a data key's rankings.

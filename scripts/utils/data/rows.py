@@ -136,7 +136,7 @@ class Rows(Sequence):
                    "row": self[index]._asdict()}
 
     def token_column(self, name: str) -> np.ndarray:
-        """(N,) a column of numbers of the token table: `length`, `longest` or `cut`."""
+        """(N,) a column of numbers of the token table, such as `length`, `longest` or `cut`."""
         return np.concatenate([table.data.column(name).to_numpy() for table in self.tokens])[self.indices]
 
 
@@ -146,6 +146,7 @@ class NamedSet(NamedTuple):
     value: object
     kind: str
     max_completion_tokens: int | None = None  # rows with a longer completion are dropped; None: none is
+    turns: bool = False  # whether all answers of a conversation are to be learnt, see `token_rows`
 
 
 def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport,
@@ -163,12 +164,12 @@ def load_data(config, named: dict[str, NamedSet], tokenizer, report: DataReport,
             one, or more is dropped of it than `max_dropped_share`.
     """
     loaded = {}
-    for field, (value, kind, _) in named.items():
+    for field, (value, kind, _, turns) in named.items():
         if value is not None:
             sources = sources_of(value)
             own = limits or {} if kind == "rankings" else {}
             sets = [read_set(source, field, kind, config.max_row_bytes, **own) for source in sources]
-            tokens = (tokenizer and [token_rows(stored, tokenizer, config.max_prompt_tokens)
+            tokens = (tokenizer and [token_rows(stored, tokenizer, config.max_prompt_tokens, turns)
                                      for stored in sets])
             loaded[field] = Rows(sets, tokens, [source.weight for source in sources])
     if config.on_bad_rows == "error":

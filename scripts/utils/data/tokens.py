@@ -18,14 +18,25 @@ from utils.config import UserError
 from utils.console import progress_bar
 from utils.data.cache import cached
 from utils.data.chat import Chat
-from utils.data.conversations import messages_of, readable
+from utils.data.conversations import (
+    learnt_turns,
+    messages_of,
+    readable,
+    stored_conversation,
+    text_of_turn,
+)
 from utils.data.layouts import TLDR_TEMPLATE, tldr_parts
 from utils.data.store import ROW_COLUMNS, StoredSet
+from utils.data.turns import TurnGroup, turn_group
 
 # What was done to a prompt: nothing; cut at the end of a sentence or turn; cut inside one; nothing, because
 # even its fixed parts do not fit.
 WHOLE, CUT, CUT_INSIDE, TOO_LONG = range(4)
 _IDS = pa.list_(pa.int32())
+_TURN_COLUMNS = {
+    "turns": pa.struct([("prompt", _IDS), ("completions", pa.list_(_IDS)), ("labels", pa.list_(_IDS))]),
+    "answers": pa.int32(), "positions": pa.int32(),
+}
 _TURN = "\n\nHuman: "
 _PIECE = 1 << 16  # characters that are tokenised at once
 _BREAK = re.compile(r"(?<=\w)(?= \w)")
@@ -33,16 +44,19 @@ _LONGEST_TOKEN = 256  # characters; the longest of usual vocabularies are rows o
 _PART_BYTES = 1 << 20  # of text that is tokenised for one batch of rows
 
 
-def token_rows(stored: StoredSet, tokenizer, max_prompt_tokens: int) -> Dataset:
+def token_rows(stored: StoredSet, tokenizer, max_prompt_tokens: int, turns: bool = False) -> Dataset:
     """The rows of a stored set as token ids, on the disk, in the set's order.
 
     Columns: `prompt`; `completion` (examples, prompts) or `completions`, `pairs`, `label_scores`, `notes`
     (rankings, ratings); `length`, the number of all tokens of the row; `longest`, that of its longest
     completion; `cut`, what was done to the prompt. A prompt that is TOO_LONG and a missing completion have no
     tokens.
+
+    With `turns`, for examples only: `turns`, the group of all answers in the conversation (see `turn_group`),
+    whose tokens `length` counts; `answers`, how many these are; `positions`, tokens of its longest sequence.
     """
-    key = [stored.folder.name, tokenizer_key(tokenizer), max_prompt_tokens]
-    folder = cached("tokens", key, partial(_build, stored, tokenizer, max_prompt_tokens))
+    key = [stored.folder.name, tokenizer_key(tokenizer), max_prompt_tokens, turns]
+    folder = cached("tokens", key, partial(_build, stored, tokenizer, max_prompt_tokens, turns))
     return Dataset.from_file(str(folder / "tokens.arrow"))
 
 
@@ -61,7 +75,7 @@ def _saved(tokenizer) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -> None:
+def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, turns: bool, folder: Path) -> None:
     """Tokenise a stored set into `folder`."""
     ranked = stored.meta["kind"] in ("rankings", "ratings")
     extra = list(ROW_COLUMNS) if ranked else []
@@ -69,6 +83,7 @@ def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -
         ("prompt", _IDS), ("completions", pa.list_(_IDS)) if ranked else ("completion", _IDS),
         *((name, ROW_COLUMNS[name]) for name in extra),
         ("length", pa.int32()), ("longest", pa.int32()), ("cut", pa.int8()),
+        *(_TURN_COLUMNS.items() if turns else ()),
     ])
     cut = partial(cut_prompts, tokenizer, max_tokens=max_prompt_tokens)
     chat = Chat(tokenizer) if tokenizer.chat_template else None
@@ -93,7 +108,16 @@ def _build(stored: StoredSet, tokenizer, max_prompt_tokens: int, folder: Path) -
             longest = [max(map(len, group), default=0) for group in completions]
             if not ranked:
                 completions = [group[0] if group else [] for group in completions]
-            columns = [prompts, completions, *(batch[name] for name in extra), lengths, longest, cuts]
+            more = []
+            if turns:
+                answers = [_turns(tokenizer, chat, stored, *row, max_prompt_tokens) if row[2] else []
+                           for row in zip(batch["prompt"].to_pylist(), numbers, prompts, completions,
+                                          strict=True)]
+                groups = [turn_group(row) if row else TurnGroup([], [], []) for row in answers]
+                lengths = [len(one.prompt) + sum(map(len, one.completions)) for one in groups]
+                positions = [len(one.prompt) + max(map(len, one.completions), default=0) for one in groups]
+                more = [[one._asdict() for one in groups], list(map(len, answers)), positions]
+            columns = [prompts, completions, *(batch[name] for name in extra), lengths, longest, cuts, *more]
             arrays = [column if isinstance(column, pa.Array) else pa.array(column, field.type)
                       for column, field in zip(columns, schema, strict=True)]
             file.write_batch(pa.record_batch(arrays, schema=schema))
@@ -105,6 +129,45 @@ def _answers(chat: Chat, stored: StoredSet, prompt: int, answers: list[int], max
     messages = messages_of(stored.text(prompt))
     kept = messages and chat.cut(messages, max_tokens)
     return kept and chat.completions(kept, [stored.text(answer).strip() for answer in answers])
+
+
+def _turns(tokenizer, chat: Chat | None, stored: StoredSet, text: int, answers: list[int], prompt, completion,
+           max_tokens: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) as token ids, of each answer of an example that is learnt.
+
+    Args:
+        chat: None: the model reads conversations in the plain layout.
+        text, answers: numbers of the example's texts.
+        prompt, completion: the last turn's token ids.
+    """
+    messages, [answer] = messages_of(stored.text(text)), map(stored.text, answers)
+    last = list(prompt), list(completion)  # of a very long text they are arrays
+    if not messages or not learnt_turns(messages):
+        return [last]
+    if chat is None:
+        return [*_earlier_turns(tokenizer, messages, last[0]), last]
+    kept, said = chat.cut(messages, max_tokens), {"role": "assistant", "content": answer.strip()}
+    return chat.turns([*kept, said])
+
+
+def _earlier_turns(tokenizer, messages, prompt: list[int]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) as token ids, of each answer that a prompt in the plain layout holds.
+
+    Args:
+        prompt: the conversation's token ids, perhaps without its first turns. Cut inside a turn it holds no
+            answer.
+    """
+    def ids(part) -> list[int]:
+        return list(_ids(tokenizer, readable(stored_conversation(part))))
+
+    starts = [0, *(n for n, message in enumerate(messages) if n and message["role"] == "user")]
+    # the later the first turn, the shorter the prompt
+    first = bisect.bisect_left(starts, True, key=lambda start: len(ids(messages[start:])) <= len(prompt))
+    kept = messages[starts[first]:] if first < len(starts) else []
+    if not kept or ids(kept) != prompt:
+        return []
+    answers = completion_tokens(tokenizer, [f" {text_of_turn(kept[n])}" for n in learnt_turns(kept)])
+    return [(ids(kept[:n]), list(answer)) for n, answer in zip(learnt_turns(kept), answers, strict=True)]
 
 
 def _parts(stored: StoredSet, rows: pa.Table) -> Iterator[pa.RecordBatch]:

@@ -31,7 +31,8 @@ class PromptGroups(NamedTuple):
     # (N, R) column of the token *before* each response token: the prompt's last for the first
     state_columns: torch.Tensor
     responses: torch.Tensor  # (N, R) response tokens
-    response_mask: torch.Tensor  # (N, R) True = a real response token
+    # (N, R) True = a real response token that takes part
+    response_mask: torch.Tensor
     end_columns: torch.Tensor  # (N,) column of each completion's last token
 
     def to(self, device) -> "PromptGroups":
@@ -40,13 +41,16 @@ class PromptGroups(NamedTuple):
 
 
 def pack(
-    prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]], pad_id: int
+    prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]], pad_id: int,
+    labels: Sequence[Sequence[list[int]]] | None = None
 ) -> PromptGroups:
     """Lay out prompts and their completions in rows.
 
     Args:
         prompts: token ids.
         completions: token ids of the completions of each prompt.
+        labels: for each token of the completions, the response token in its place; a negative number: none,
+            and the place takes no part. None: the tokens themselves.
 
     Raises:
         ValueError: for an empty prompt, because its completions' first tokens would be predicted from
@@ -81,8 +85,9 @@ def pack(
             state_columns[n, :size] = torch.arange(column - 1, column - 1 + size)
             # the token before a completion in its row is another completion's, except for the first
             state_columns[n, 0] = first + len(prompt) - 1
-            responses[n, :size] = tokens
-            response_mask[n, :size] = True
+            targets = tokens if labels is None else torch.tensor(labels[owner][k - 1])
+            response_mask[n, :size] = targets >= 0
+            responses[n, :size] = targets.where(targets >= 0, pad_id)
             row_index.append(row)
             end_columns.append(column + size - 1)
             column += size
