@@ -495,7 +495,7 @@ def _shares(prompt_id: int, policies: list[int], k: int) -> dict[int, int]:
     """Policy -> how many of the k answers to a prompt are its own. Who comes first changes by prompt: the
     first has one more where k cannot be divided, and keeps an answer that another one gives, too.
     """
-    start = prompt_id % len(policies)
+    start = prompt_id % max(len(policies), 1)
     turned = [*policies[start:], *policies[:start]]
     shares = {policy: k // len(policies) + (place < k % len(policies))
               for place, policy in enumerate(turned)}

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from utils.config import PROJECT, UserError
-from utils.errors import escaped
+from utils.errors import escaped, one_line
 from utils.feedback.database import Ratings
 from utils.runs.records import read_whole_rows
 
@@ -58,15 +58,15 @@ class Rounds:
         self._lock, self._thread, self._process = threading.Lock(), None, None
         self._stage, self._cancelled = None, threading.Event()
         for row in ratings.rounds():
-            if row["state"] == "running":
+            # those elsewhere belong to another server
+            if row["state"] == "running" and Path(row["folder"]).resolve().parent == folder.resolve():
                 self._give_up(row)
 
     def _give_up(self, row: dict) -> None:
         """End what an earlier server has left of a round."""
         folder = Path(row["folder"])
         _kill_left_over(folder)
-        with suppress(OSError), (folder / _LOG).open("a", encoding="utf-8") as log:
-            log.write("error: the server ended while this round was running; start another one\n")
+        _append(folder / _LOG, "error: the server ended while this round was running; start another one")
         self.ratings.end_round(row["id"], "failed")
 
     def is_running(self) -> bool:
@@ -131,8 +131,7 @@ class Rounds:
         try:
             state = self._train(name, folder)
         except Exception as error:  # a full disk, no memory, a policy that does not load
-            with suppress(OSError), (folder / _LOG).open("a", encoding="utf-8") as log:
-                log.write(f"error: {error}\n")
+            _append(folder / _LOG, f"error: {one_line(error)}")
         finally:
             self._stage = self._process = None
             self.ratings.end_round(row, state)
@@ -187,6 +186,11 @@ class Rounds:
                                   for stage in ("reward", "ppo")},
                        "error": error or "the log says no more" if newest["state"] == "failed" else None}
         return {"rounds": [{name: row[name] for name in shown} for row in rounds], "current": current}
+
+
+def _append(path: Path, line: str) -> None:
+    with suppress(OSError), path.open("a", encoding="utf-8") as log:
+        log.write(f"{line}\n")
 
 
 def _tail(path: Path) -> list[str]:
