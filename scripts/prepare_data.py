@@ -108,8 +108,9 @@ def _answered(messages) -> bool:
 def canonical(rows: Rows):
     """Rows in one layout for each kind, which the training scripts read to the same content.
 
-    A set of rankings stays one. Pairs stay pairs, because a ranking cannot hold two contradicting labels, or
-    two completions that were not compared. Each pair and each rating becomes one row.
+    A set of rankings stays one; a ranking with NOTES becomes pairs, which have them. Pairs stay pairs,
+    because a ranking cannot hold two contradicting labels, or two completions that were not compared. Each
+    pair and each rating becomes one row.
     """
     ranked = all(set(stored.meta["layouts"]) == {"prompt, completions"} for stored in rows.sets)
     for row in rows:
@@ -117,7 +118,7 @@ def canonical(rows: Rows):
             yield {name: value for name, value in row._asdict().items() if value is not None}
         elif rows.sets[0].meta["kind"] == "ratings":
             yield from _rating_rows(row)
-        elif ranked:
+        elif ranked and not row.notes:
             yield _ranking_row(row)
         else:
             yield from _pair_rows(row)

@@ -61,9 +61,34 @@ def ranking_of(row: dict, reading: Reading, where: str) -> Ranking:
     if ranks is None:
         ranks = list(range(len(texts)))
     pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-    plain = layout == "prompt, completions"
-    prompt = plain_prompt(row, where) if plain else question_of(row, "prompt", where)
-    return Ranking(prompt, texts, pairs, strengths)
+    if layout != "prompt, completions":
+        return Ranking(question_of(row, "prompt", where), texts, pairs, strengths)
+    return Ranking(_ranked_prompt(row, where), texts, pairs, strengths, _notes(row, pairs, where))
+
+
+def _ranked_prompt(row: dict, where: str) -> str:
+    """The prompt of a ranking: text, or a list of messages and perhaps `tools`."""
+    if isinstance(row["prompt"], list):
+        return conversation_row(row, "prompt", where, need_answer=False)[0]
+    if row.get("tools"):
+        raise UserError(f"{where}: column 'tools' needs a prompt that is a list of messages; write it so, or "
+                        "leave the column out")
+    return plain_prompt(row, where)
+
+
+def _notes(row: dict, pairs: list[tuple[int, int]], where: str) -> list[dict[str, str]] | None:
+    """The values of NOTES for each pair of a ranking, whose `policies` names one for each completion."""
+    policies, count = row.get("policies"), len(row["completions"])
+    named = isinstance(policies, list) and len(policies) == count and all(
+        isinstance(name, str) for name in policies)
+    if policies is not None and not named:
+        raise UserError(f"{where}: column 'policies' must name one for each of the {count} completions")
+    note = {column: str(row[column]) for column in NOTES
+            if column != "policies" and row.get(column) is not None}
+    if not note and not named:
+        return None
+    return [note | ({"policies": " and ".join(sorted([policies[i], policies[j]]))} if named else {})
+            for i, j in pairs]
 
 
 def question_of(row: dict, column: str, where: str) -> str:
@@ -128,8 +153,9 @@ def _order(ranks: list) -> list[int]:
 
 def _refuse_other_orders(row: dict, count: int, where: str) -> None:
     """Raise UserError for a column that may order the completions and is not read."""
+    read = ("ranks", "scores", "label_scores", "policies", *_ORACLE)
     for column, values in row.items():
-        if column in ("ranks", "scores", "label_scores", *_ORACLE) or not isinstance(values, list):
+        if column in read or not isinstance(values, list):
             continue
         if len(values) == count and None not in map(_grade, values):
             raise UserError(f"{where}: column '{listed([column])}' has a number for each completion, and is "

@@ -81,7 +81,7 @@ def prompt_of(row: dict, reading: Reading, where: str) -> Example | None:
     if holder in _CONVERSATIONS:
         prompt, answer = _asked(row, holder, where, need_answer=False)
     elif holder == "prompt" and isinstance(row["prompt"], list):
-        prompt, answer = conversation(row["prompt"], f"{where}: column 'prompt'", need_answer=False)[0], None
+        prompt, answer = conversation_row(row, "prompt", where, need_answer=False)[0], None
     elif isinstance(row.get("chosen"), list) and holder in ("prompt", "chosen"):
         prompt = _asked_in_chosen(row, where)
     elif holder == "prompt" and {"responses", "response"} & set(reading.layout.needs):

@@ -125,7 +125,9 @@ def _csv_row(cells: list[str], header: list[str], damaged: bool) -> dict | BadRo
         return BadRow(f"has {len(cells)} cells, but the first line names {len(header)} columns", cells)
     row = dict(zip(header, cells, strict=True))
     row |= {name: None for name in _CSV_OPTIONAL if row.get(name) == ""}
-    for name in _CSV_JSON:
+    # beside one pair it is text, "a and b"
+    policies = ("policies",) if "completions" in row else ()
+    for name in (*_CSV_JSON, *policies):
         if row.get(name):
             value = parsed(row[name], f"column '{name}' needs JSON")
             if isinstance(value, BadRow):

@@ -279,12 +279,13 @@ class _Rankings:
         prompt = self.writer.text(ranking.prompt)
         texts = [self.writer.text(text) for text in ranking.completions]
         if len(texts) <= self.max_completions:
-            self.writer.row(number, prompt, texts, ranking.pairs, ranking.label_scores)
+            self.writer.row(number, prompt, texts, ranking.pairs, ranking.label_scores, ranking.notes)
             return None
         scores = dict(zip(texts, ranking.label_scores, strict=True)) if ranking.label_scores else None
-        triples = [(texts[i], texts[j], 0) for i, j in ranking.pairs]
-        for part, pairs, _ in split_group(triples, self.max_completions):
-            self.writer.row(number, prompt, part, pairs, scores and [scores[text] for text in part])
+        triples = [(texts[i], texts[j], place) for place, (i, j) in enumerate(ranking.pairs)]
+        for part, pairs, places in split_group(triples, self.max_completions):
+            self.writer.row(number, prompt, part, pairs, scores and [scores[text] for text in part],
+                            ranking.notes and [ranking.notes[place] for place in places])
         return None
 
     def finish(self):
