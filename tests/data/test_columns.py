@@ -179,7 +179,7 @@ def test_a_part_of_the_question_is_refused_and_an_empty_one_is_nothing(load, row
 
 @pytest.mark.parametrize("column", ASKS_BESIDE_TEXT)
 @pytest.mark.parametrize(("load", "row"), [(examples, EXAMPLE), (pairs, PAIR), (pairs, RANKED),
-                                           (prompts, PAIR)])
+                                           (prompts, PAIR), (prompts, RANKED)])
 def test_instructions_and_tools_beside_a_text_are_refused(load, row, column, tmp_path):
     message = reason(load, tmp_path, row | {column: ASKS_BESIDE_TEXT[column]})
     assert f"column '{column}' is a part of what is asked" in message
@@ -301,3 +301,46 @@ UNUSABLE = [  # rows whose answers are of no use to anybody, and their prompt
 def test_ppo_takes_the_prompt_whatever_the_answers_are(row, prompt, tmp_path):
     [(found, completion)] = prompts(tmp_path, row)
     assert found == prompt and completion in (None, " c")
+
+
+# -------------------------------------------------------------------------------- who ranked, and who wrote
+
+
+def notes(folder, row, most=9):
+    """(better, worse) -> what is known of the pair, whatever groups it stands in."""
+    groups = load_rankings(write(folder, row), "reward_training_data", most, print)
+    return {(group.completions[b].strip(), group.completions[w].strip()): note
+            for group in groups for (b, w), note in zip(group.pairs, group.notes or (), strict=True)}
+
+
+@pytest.mark.parametrize("most", [9, 2])  # 2: the group is split
+def test_each_pair_of_a_ranking_has_its_own_notes(most, tmp_path):
+    row = {"prompt": "P", "completions": ["a", "b", "c"], "ranks": [2, 1, 2], "policies": ["new", "old", "1"],
+           "worker": "Ann", "confidence": 3, "batch": None}
+    common = {"worker": "Ann", "confidence": "3"}
+    assert notes(tmp_path, row, most) == {("b", "a"): common | {"policies": "new and old"},
+                                          ("b", "c"): common | {"policies": "1 and old"}}
+    assert notes(tmp_path, {"prompt": "P", "completions": ["a", "b"], "worker": "w"}) == {
+        ("a", "b"): {"worker": "w"}}
+
+
+@pytest.mark.parametrize("policies", ["new and old", ["new"], ["new", 1], ["new", None], 3])
+def test_policies_of_a_ranking_are_one_name_for_each_completion(policies, tmp_path):
+    assert "column 'policies' must name one for each of the 2 completions" in reason(
+        pairs, tmp_path, RANKED | {"policies": policies})
+
+
+def test_policies_of_a_ranking_in_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completions", "policies"], ["P", '["a", "b"]', '["x", "y"]']])
+    [group] = load_rankings(str(path), "reward_training_data", 9, print)
+    assert group.notes == [{"policies": "x and y"}]
+
+
+def test_a_ranking_of_answers_in_a_conversation(tmp_path):
+    row = {"prompt": CHAT[:1], "completions": ["a", "b"], "tools": [{"name": "f"}]}
+    [[prompt, *_]] = pairs(tmp_path, row)
+    assert [[prompt, None]] == [list(one) for one in prompts(tmp_path, row)]
+    assert [[prompt, None]] == [list(one) for one in prompts(
+        tmp_path, {"messages": CHAT[:1], "tools": [{"name": "f"}]})]

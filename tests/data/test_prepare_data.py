@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import prepare_data
 from hub_layouts import COMPARED, PROMPTS, SUPERVISED, openai_axis, rows_of, stories, write
+from rated import TALK, database, rank_all
 from real_posts import data_folder
 from utils.config import PROJECT, UserError, parse_config
 from utils.data.report import DataReport
@@ -234,3 +235,26 @@ def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         prepare(data, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_database_of_ratings_loads_again_to_the_same(tmp_path):
+    ratings = database(tmp_path / "r.db", ["a", TALK, "b"], ("old", "new"))
+    rank_all(ratings, "Ann")
+    figures = prepare(str(tmp_path / "r.db"), tmp_path / "out")
+    assert figures["key"] == "reward_training_data" and figures["rows"] == 3
+    assert rankings(tmp_path / "out/rows.jsonl") == rankings(tmp_path / "r.db")
+
+
+def test_a_ranking_keeps_who_ranked_and_who_wrote(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "P", "completions": ["a", "b", "c"], "ranks": [2, 1, 2], "policies": ["x", "y", "z"],
+           "worker": "Ann"}
+    path.write_text(json.dumps(row) + "\n")
+    prepare(str(path), tmp_path / "out")
+
+    def noted(name):
+        [group] = rankings(name)
+        return {(group.prompt, group.completions[better], group.completions[worse]): note
+                for (better, worse), note in zip(group.pairs, group.notes, strict=True)}
+
+    assert noted(tmp_path / "out/rows.jsonl") == noted(path) and len(noted(path)) == 2

@@ -250,6 +250,19 @@ def test_undo_goes_back_step_by_step(tmp_path, clock):
     assert next_task(ratings, "Ann") == second and len(ratings.rated()) == 1
 
 
+def test_ratings_of_a_prompt_are_counted_whatever_happens(tmp_path, clock):
+    ratings, rng = database(tmp_path / "r.db", [f"p{n}" for n in range(12)], k=2), random.Random(0)
+    for _ in range(150):
+        clock[0] += rng.choice([1, CLAIM])
+        rater = rng.choice("ABC")
+        task = next_task(ratings, rater, repeat_share=0.3, overlap_share=0.5)
+        if task is None or rng.random() < 0.4:
+            ratings.undo(ratings.rater(rater))
+        else:
+            rate(ratings, rater, task, kind=rng.choice(["all_bad", "skip"]))
+        assert ratings._connection.execute(MISCOUNTED).fetchall() == []
+
+
 def test_only_my_own_rating_is_undone(tmp_path):
     ratings = database(tmp_path / "r.db", ["a", "b"])
     rate(ratings, "Ann", next_task(ratings, "Ann"), ORDER)
@@ -436,6 +449,9 @@ def test_the_shuffle_hides_who_wrote_what(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ kills
 
+MISCOUNTED = """SELECT id FROM prompts WHERE rated <> (
+                    SELECT count(*) FROM tasks JOIN ratings ON task_id = tasks.id
+                    WHERE prompt_id = prompts.id AND repeat_of IS NULL AND undone IS NULL)"""
 # rates as fast as it can; names each rating once it is confirmed
 WRITER = """
 import sys
@@ -478,6 +494,7 @@ def test_a_kill_at_any_moment_loses_no_confirmed_rating(tmp_path):
             halves = db.execute("""SELECT ratings.id FROM ratings LEFT JOIN ranks ON rating_id = ratings.id
                                    GROUP BY ratings.id HAVING count(answer_id) <> 4""").fetchall()
             without = db.execute("SELECT id FROM ratings WHERE id NOT IN (SELECT rating_id FROM edits)")
+            assert db.execute(MISCOUNTED).fetchall() == []
         assert confirmed <= set(stored) and all(stored[key] for key in undone)
         assert not halves and not without.fetchall()
         assert len(stored) - len(confirmed) <= run + 1  # at most the one that was under way at each kill

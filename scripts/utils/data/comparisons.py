@@ -70,10 +70,15 @@ def _ranked_prompt(row: dict, where: str) -> str:
     """The prompt of a ranking: text, or a list of messages and perhaps `tools`."""
     if isinstance(row["prompt"], list):
         return conversation_row(row, "prompt", where, need_answer=False)[0]
-    if row.get("tools"):
-        raise UserError(f"{where}: column 'tools' needs a prompt that is a list of messages; write it so, or "
-                        "leave the column out")
+    refuse_tools_beside_text(row, where)
     return plain_prompt(row, where)
+
+
+def refuse_tools_beside_text(row: dict, where: str) -> None:
+    """Raise UserError for tools beside a prompt that is text, which has no place for them."""
+    if row.get("tools"):
+        raise UserError(f"{where}: column 'tools' is a part of what is asked, and is not read beside a text; "
+                        "write the prompt as a list of messages, or leave the column out")
 
 
 def _notes(row: dict, pairs: list[tuple[int, int]], where: str) -> list[dict[str, str]] | None:

@@ -10,6 +10,7 @@ from utils.data.comparisons import (
     compared_conversations,
     info_prompt,
     question_of,
+    refuse_tools_beside_text,
     shared_dialogue,
     with_end,
 )
@@ -87,6 +88,7 @@ def prompt_of(row: dict, reading: Reading, where: str) -> Example | None:
     elif holder == "prompt" and {"responses", "response"} & set(reading.layout.needs):
         prompt = question_of(row, "prompt", where)
     elif holder == "prompt":
+        refuse_tools_beside_text(row, where)
         prompt = plain_prompt(with_end(row), where)
     elif holder == "subreddit":
         prompt = post_prompt(row, "column '{}'", where)

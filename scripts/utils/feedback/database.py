@@ -30,6 +30,7 @@ from utils.errors import UserError, quoted
 
 KINDS = ("ranking", "all_bad", "skip")
 CLAIM = 600  # seconds for which an open task keeps its prompt from other raters
+_RENEWED = 60  # seconds after which asking for an open task renews its claim
 REPEAT_AFTER = 5  # tasks between a task and its repetition
 TRIES = 3  # a policy is sampled at most so often for each distinct answer that is wanted of it
 CHAT = "chat"  # the source of prompts that are rated before all others
@@ -39,7 +40,8 @@ _LONGEST_NAME = 100  # characters of a rater's or policy's name, or of a rating'
 # Step n makes schema n + 1 out of schema n. Steps are only ever added: files of all versions are out there.
 _STEPS = ((
     """CREATE TABLE prompts (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE, source TEXT NOT NULL,
-                             created REAL NOT NULL) STRICT""",
+                             rated INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL) STRICT""",
+    "CREATE INDEX prompts_by_rated ON prompts (rated)",
     """CREATE TABLE policies (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, path TEXT NOT NULL,
                               created REAL NOT NULL) STRICT""",
     """CREATE TABLE answers (id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL REFERENCES prompts,
@@ -53,7 +55,7 @@ _STEPS = ((
                            rater_id INTEGER NOT NULL REFERENCES raters, shown TEXT NOT NULL,
                            repeat_of INTEGER REFERENCES tasks, created REAL NOT NULL,
                            claimed REAL NOT NULL) STRICT""",
-    "CREATE INDEX tasks_of_prompt ON tasks (prompt_id)",
+    "CREATE INDEX tasks_of_prompt ON tasks (prompt_id, rater_id)",
     "CREATE INDEX tasks_of_rater ON tasks (rater_id)",
     """CREATE TABLE ratings (id INTEGER PRIMARY KEY, task_id INTEGER NOT NULL REFERENCES tasks,
                              key TEXT NOT NULL UNIQUE,
@@ -208,8 +210,8 @@ class Ratings:
             first. Prompts that have all their answers are left out.
         """
         with self._reading() as db:
-            rows = db.execute(f"""SELECT id, text FROM prompts WHERE NOT EXISTS (
-                                      SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND ({_BUSY}))
+            rows = db.execute(f"""SELECT id, text FROM prompts WHERE rated = 0 AND NOT EXISTS (
+                                      SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND {_CLAIMED})
                                   {_QUEUE} LIMIT :limit""",
                               {"now": time.time(), "limit": limit}).fetchall()
             wanted = [(number, text, self._pick(number, policies, k)[1]) for number, text in rows]
@@ -238,10 +240,8 @@ class Ratings:
     def queue(self, policies: list[int], k: int) -> dict[str, int]:
         """How many `prompts` there are, how many of them are `rated`, and how many others are `ready`."""
         with self._reading() as db:
-            prompts = db.execute("SELECT count(*) FROM prompts").fetchone()[0]
-            rated = db.execute(f"SELECT count(DISTINCT prompt_id) FROM tasks WHERE {_LIVE}").fetchone()[0]
-            answered = db.execute(f"""SELECT DISTINCT prompt_id FROM answers WHERE prompt_id NOT IN (
-                                          SELECT prompt_id FROM tasks WHERE {_LIVE})""").fetchall()
+            prompts, rated = db.execute("SELECT count(*), count(nullif(rated, 0)) FROM prompts").fetchone()
+            answered = db.execute(f"SELECT id FROM prompts WHERE rated = 0 AND {_ANSWERED}").fetchall()
             ready = sum(self._is_ready(*self._pick(number, policies, k)) for number, in answered)
         return {"prompts": prompts, "ready": ready, "rated": rated}
 
@@ -284,19 +284,22 @@ class Ratings:
                 number = self._repeated(db, values)
             if number is None:
                 number = self._new(db, values, policies, k)
-            if number is None:
-                return None
-            db.execute("UPDATE tasks SET claimed = ? WHERE id = ?", (time.time(), number))
-            return self._task(db, number)
+            return None if number is None else self._task(db, number)
 
     def _open_task(self, db, values: dict) -> int | None:
         """The first task of the rater that is not rated, unless someone else has its prompt by now."""
-        row = db.execute(f"""SELECT id FROM tasks WHERE rater_id = :rater AND NOT {_LIVE} AND (
-                                 repeat_of IS NOT NULL OR {_FOR_ALL} OR NOT EXISTS (
-                                     SELECT 1 FROM tasks AS other WHERE other.prompt_id = tasks.prompt_id
-                                     AND other.rater_id <> :rater AND ({_BUSY.replace('tasks.', 'other.')})))
+        row = db.execute(f"""SELECT id, claimed FROM tasks AS mine WHERE rater_id = :rater
+                             AND NOT EXISTS (SELECT 1 FROM ratings WHERE task_id = mine.id AND undone IS NULL)
+                             AND (repeat_of IS NOT NULL OR {_FOR_ALL.format('prompt_id')} OR NOT EXISTS (
+                                 SELECT 1 FROM tasks WHERE prompt_id = mine.prompt_id
+                                 AND rater_id <> :rater AND ({_LIVE} OR {_CLAIMED})))
                              ORDER BY id LIMIT 1""", values).fetchone()
-        return row and row[0]
+        if row is None:
+            return None
+        number, claimed = row
+        if claimed < values["now"] - _RENEWED:  # not at each call: writing waits for the disk
+            db.execute("UPDATE tasks SET claimed = ? WHERE id = ?", (values["now"], number))
+        return number
 
     def _repeated(self, db, values: dict) -> int | None:
         """A new task that repeats an earlier ranking of the rater."""
@@ -313,10 +316,11 @@ class Ratings:
 
     def _new(self, db, values: dict, policies: list[int], k: int) -> int | None:
         """A new task with the first prompt in the queue that has its answers, and is for the rater."""
-        rows = db.execute(f"""SELECT id FROM prompts WHERE id IN (SELECT prompt_id FROM answers)
+        for_all = _FOR_ALL.format("prompts.id")
+        rows = db.execute(f"""SELECT id FROM prompts WHERE (rated = 0 OR {for_all}) AND {_ANSWERED}
                               AND NOT EXISTS (
                                   SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND (
-                                      rater_id = :rater OR NOT {_FOR_ALL} AND ({_BUSY})))
+                                      rater_id = :rater OR NOT {for_all} AND {_CLAIMED}))
                               {_QUEUE}""", values)
         for prompt, in rows:
             # the others have had the same answers: only then their ranking can be compared
@@ -385,6 +389,7 @@ class Ratings:
             number = db.execute("INSERT INTO ratings (task_id, key, kind, confidence, seconds, created) "
                                 "VALUES (?, ?, ?, ?, ?, ?)",
                                 (task, key, kind, confidence, seconds, time.time())).lastrowid
+            db.execute(_COUNT, {"by": 1, "task": task})
             db.executemany("INSERT INTO ranks VALUES (?, ?, ?)",
                            [(number, shown[place], rank) for place, rank in ranks.items()])
             if better and better.strip():
@@ -409,6 +414,7 @@ class Ratings:
             number, task, kind, confidence, better = row
             db.execute("UPDATE ratings SET undone = ? WHERE id = ?", (time.time(), number))
             db.execute("UPDATE tasks SET claimed = ? WHERE id = ?", (time.time(), task))
+            db.execute(_COUNT, {"by": -1, "task": task})
             places = db.execute("""SELECT json_each.key, rank FROM tasks JOIN json_each(shown)
                                    JOIN ranks ON answer_id = value AND rating_id = ?
                                    WHERE tasks.id = ? ORDER BY rank, json_each.key""",
@@ -431,13 +437,14 @@ class Ratings:
         with self._reading() as db:
             rated = db.execute(f"SELECT count(*) FROM tasks WHERE rater_id = :rater AND {_LIVE}",
                                values).fetchone()[0]
-            prompts = db.execute("SELECT count(*) FROM prompts").fetchone()[0]
-            done = db.execute(f"""SELECT count(DISTINCT prompt_id) FROM tasks WHERE {_LIVE}
-                                  AND (rater_id = :rater OR NOT {_FOR_ALL})""", values).fetchone()[0]
+            left = db.execute(f"""SELECT (SELECT count(*) FROM prompts WHERE rated = 0) + (
+                                      SELECT count(*) FROM prompts
+                                      WHERE rated > 0 AND {_FOR_ALL.format('prompts.id')} AND NOT EXISTS (
+                                          SELECT 1 FROM tasks WHERE prompt_id = prompts.id
+                                          AND rater_id = :rater AND {_LIVE}))""", values).fetchone()[0]
             seconds = db.execute("""SELECT seconds FROM ratings JOIN tasks ON tasks.id = task_id
                                     WHERE rater_id = ? AND undone IS NULL AND seconds IS NOT NULL
                                     ORDER BY ratings.id DESC LIMIT ?""", (rater, _RECENT)).fetchall()
-        left = prompts - done
         each = statistics.median(value for value, in seconds) if seconds else None
         return {"rated": rated, "total": rated + left,
                 "seconds_left": None if each is None else round(each * left)}
@@ -476,14 +483,18 @@ class Ratings:
             db.execute("VACUUM INTO ?", (str(path),))
 
 
-# Conditions of SQL on a row of `tasks` or `prompts`.
+# Conditions of SQL on a row of `tasks`, or of `prompts`.
 _LIVE = "EXISTS (SELECT 1 FROM ratings WHERE task_id = tasks.id AND undone IS NULL)"
 _RANKED = "EXISTS (SELECT 1 FROM ratings WHERE task_id = tasks.id AND undone IS NULL AND kind = 'ranking')"
-_BUSY = f"{_LIVE} OR tasks.claimed > :now - {CLAIM}"  # of a task: its prompt is not for someone else
+_CLAIMED = f"tasks.claimed > :now - {CLAIM}"
+_ANSWERED = "EXISTS (SELECT 1 FROM answers WHERE prompt_id = prompts.id)"
 _QUEUE = f"ORDER BY source <> '{CHAT}', id"
 _HASHES = 2**32
-# a prompt is for all raters: Knuth's multiplicative hash of its id, which spreads neighbours evenly
-_FOR_ALL = f"(prompt_id * 2654435761 % {_HASHES} < :overlap)"
+# the prompt with this id is for all raters: Knuth's multiplicative hash, which spreads neighbours evenly
+_FOR_ALL = f"({{}} * 2654435761 % {_HASHES} < :overlap)"
+# `prompts.rated`: the ratings of a prompt that count, repetitions left out, so that nobody has to count them
+_COUNT = """UPDATE prompts SET rated = rated + :by
+            WHERE id = (SELECT prompt_id FROM tasks WHERE id = :task AND repeat_of IS NULL)"""
 
 
 def _threshold(share: float) -> int:
