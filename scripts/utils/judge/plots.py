@@ -201,6 +201,39 @@ def plot_runs(path, panels: dict[str, tuple[str, str, dict[str, list[tuple[list,
     plt.close(figure)
 
 
+def plot_win_rates(path, panels: dict[str, dict[str, list[tuple]]], goal: float) -> None:
+    """Win rate against the number of rated prompts, on a logarithmic axis.
+
+    A dotted line stands at .5, where the old model is against itself.
+
+    Args:
+        panels: {title: {label of a line: [(prompts, rate, low, high)]}}, the intervals as bars.
+        goal: a dashed line.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True, squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        sizes = sorted({point[0] for points in lines.values() for point in points})
+        for number, (label, points) in enumerate(lines.items()):
+            x, rates, low, high = (np.array(column) for column in zip(*points, strict=True))
+            x = x * 1.06 ** (number - (len(lines) - 1) / 2)  # beside each other, so that bars do not overlap
+            axis.errorbar(x, rates, [rates - low, high - rates], label=label, capsize=3,
+                          marker="o^sD"[number % 4], linestyle=DASHES[number % len(DASHES)])
+        axis.axhline(goal, color="black", linestyle="--", linewidth=1, label=f"goal {goal:g}")
+        axis.axhline(0.5, color="grey", linestyle=":", linewidth=1, label="the old model")
+        axis.set_xscale("log")
+        axis.set_xticks(sizes, list(map(str, sizes)))
+        axis.minorticks_off()
+        axis.set_ylim(0, 1)
+        axis.set_title(title)
+        axis.set_xlabel("rated prompts")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("win rate of the new model")
+    axes[0][0].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_over_optimisation(path, runs: list[dict], best_of_n: list[dict], caption: str) -> None:
     """Reward-model score and gold score against the KL to the SFT policy, after Gao et al., 2210.10760,
     figure 1.

@@ -73,8 +73,10 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
             model.score.weight.data.copy_(torch.empty(model.score.weight.shape).normal_(std=std,
                                                                                         generator=generator))
         model.config.score_shift = 0.0
-        # a stock pipeline then shows the score as it is, and no sigmoid of it
-        model.config.problem_type = "regression"
+    # of a model from elsewhere that goes on learning; a head that is taken over keeps its shift
+    model.config.score_shift = getattr(model.config, "score_shift", 0.0)
+    # a stock pipeline then shows the score as it is, and no sigmoid of it
+    model.config.problem_type = "regression"
     return without_dropout(model)
 
 

@@ -1,0 +1,455 @@
+"""How many ratings make a model yours: simulated people rate on the page, and the model is trained on it.
+
+    make demo && python scripts/studies/personalise.py           # goes on where it was stopped
+    python scripts/studies/personalise.py --sizes 100 --seeds 0  # a part of it
+
+Three people (scripts/studies/tastes.py) rank the answers to some posts through the rating page's HTTP
+interface, with the noise of the mini data's labellers. All of them see the same answers. Then, for each
+person and number of rated posts, the model is trained in one of three ways:
+
+- `rankings`: the reward stage on all pairs of each ranking, then PPO (configs/personal);
+- `pairs`: the same on the best and the worst answer alone;
+- `best`: the SFT stage on the best answer alone.
+
+The old and the new model summarise held-out posts at temperature 1. A win is a summary that the person likes
+better, without noise; a tie is half a win. With `--pick unsure` the rated posts are not random: they are
+those, of three times as many, on whose answers the scores of the old reward model are closest.
+
+Each finished cell is kept in `results`. The figure is drawn anew after each.
+"""
+
+import gzip
+import http.cookiejar
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import fmean, stdev
+from types import SimpleNamespace
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
+from studies.tastes import TASTES, Person
+from utils.config import UserError, find_input, key
+from utils.launch import read_config, start
+
+ARMS = ("rankings", "pairs", "best")
+SCRIPTS = Path(__file__).resolve().parents[1]
+# of the baseline, tuned on the seeds of the recipe: at 1e-3 it forgets more than it learns
+SUPERVISED = ["--config", "configs/tldr_mini/sft.yaml", "--max_steps", "-1", "--num_train_epochs", "3",
+              "--learning_rate", "3e-4", "--per_device_batch_size", "8", "--warmup_steps", "5",
+              "--eval_steps", "1000", "--eval_rows", "16", "--test_rows", "16", "--report_to", "none"]
+# what the rating page and the stages need; loaded once, in a server that each of them is forked from
+LIBRARIES = ["torch", "transformers.trainer", "trl", "peft", "evaluate", "datasets", "uvicorn", "starlette"]
+WAIT = 600  # seconds for the server to start, and for the answers to a post
+# quantiles of Student's t for a 95 % interval, by the number of runs
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
+
+
+@dataclass
+class PersonaliseConfig:
+    """What is measured, and with which models."""
+
+    model: str = key("outputs/tldr_mini/ppo/final", "The old model, which a round starts from.")
+    other_model: str | None = key("outputs/tldr_mini/sft/final", "A second model whose answers are rated, "
+                                  "which makes them differ more; none: those of `model` alone.")
+    reward_model: str = key("outputs/tldr_mini/reward/final", "The reward model that goes on learning.")
+    posts: str = key("data/tldr_mini/rlhf_train.jsonl.gz", "Posts that are rated and that PPO trains on.")
+    test_posts: str = key("data/tldr_mini/rlhf_test.jsonl.gz", "Held-out posts.")
+    gold_rules: str = key("data/tldr_mini/gold.json", "Rules of the gold score.")
+    tastes: list[str] = key(list(TASTES), f"Of {', '.join(TASTES)}.")
+    sizes: list[int] = key([100, 30, 300, 10], "Numbers of rated posts, in this order.")
+    arms: list[str] = key(list(ARMS), f"Of {', '.join(ARMS)}.")
+    seeds: list[int] = key([1, 2, 3], "Seeds: of the posts, the noise and the training.")
+    pick: str = key("random", "Which posts are rated.", choices=["random", "unsure"])
+    k: int = key(4, "Answers to a post.", unit="answers", low=2, high=9)
+    test_rows: int = key(200, "Held-out posts of each cell.", unit="posts", low=1, high=10**6)
+    reward_config: str = key("configs/personal/reward.yaml", "Configuration of the reward stage.")
+    ppo_config: str = key("configs/personal/ppo.yaml", "Configuration of PPO.")
+    extra: list[str] = key([], "Words that are added to the command of every stage.")
+    folder: str = key("outputs/personalise", "Folder for ratings and runs.")
+    results: str = key("docs/feedback/personalise.json", "Finished cells.")
+    figure: str | None = key("docs/feedback/personalise.png", "Picture of all finished cells; none: no "
+                             "picture.")
+
+    def __post_init__(self):
+        for name, known in (("tastes", TASTES), ("arms", ARMS)):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise UserError(f"{name}: '{value}' is none of {', '.join(known)}")
+        if min(self.sizes, default=4) < 4:
+            raise UserError("sizes: a round needs 4 rated posts or more")
+
+
+if __name__ == "__main__":  # before the libraries, which take seconds to import
+    CONFIG = read_config(PersonaliseConfig, None, __doc__)
+
+from utils.data.tokens import prompt_tokens
+from utils.feedback.database import Ratings
+from utils.judge.evaluation import score_groups, summarise
+from utils.judge.gold import gold_score, load_rules, words_of
+from utils.judge.metrics import win_rate
+from utils.judge.plots import plot_win_rates
+from utils.models.generation import sample
+from utils.models.loading import load_policy, load_scalar_model
+from utils.models.parents import Parent
+
+
+class Cell(NamedTuple):
+    """One training that is measured."""
+
+    taste: str
+    arm: str
+    size: int
+    pick: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return "/".join(map(str, self))
+
+
+def cells_of(config: PersonaliseConfig) -> list[Cell]:
+    """All cells in the order in which they are measured: a size with all its seeds before the next one."""
+    return [Cell(taste, arm, size, config.pick, seed) for size, seed, taste, arm
+            in product(config.sizes, config.seeds, config.tastes, config.arms)]
+
+
+# --------------------------------------------------------------------------------------- scripts as processes
+
+
+def _run_script(script: str, words: list[str], log: str, pipe) -> None:
+    """What a process does: it becomes the script; its exit status and CPU seconds go into the pipe."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(SCRIPTS / script), *words]
+    began, status = time.process_time(), 1
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        pipe.send((status, time.process_time() - began))
+
+
+@contextmanager
+def process(script: str, words: list[str], log: Path):
+    """A script that runs as a process of its own while the block runs; then it is ended.
+
+    Yields:
+        The process, and the pipe that says how it ended. The libraries are loaded: it starts at once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    ours, theirs = context.Pipe(duplex=False)
+    running = context.Process(target=_run_script, args=(script, words, str(log), theirs))
+    running.start()
+    theirs.close()
+    try:
+        yield running, ours
+    finally:
+        running.terminate()
+        running.join()
+
+
+def run_stage(script: str, words: list[str], log: Path) -> dict[str, float]:
+    """Run a stage to its end: seconds and CPU seconds, without loading the libraries.
+
+    Raises:
+        UserError: with the last line that it printed, when it fails.
+    """
+    began = time.monotonic()
+    with process(script, words, log) as (running, pipe):
+        try:
+            status, cpu = pipe.recv()
+        except EOFError:
+            status, cpu = "killed", 0.0
+        running.join()
+    if status:
+        raise UserError(f"{script}: ended with status {status}; '{log}' ends with: {last_line(log)}")
+    return {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(cpu, 1)}
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "nothing"
+
+
+# -------------------------------------------------------------------------------------------- people who rate
+
+
+class Visitor:
+    """Somebody's browser at the rating page."""
+
+    def __init__(self, address: str, name: str):
+        self.address, self.headers = address, {"Content-Type": "application/json"}
+        cookies = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), cookies)
+        self.headers["X-CSRF-Token"] = self.ask("/api/state")["csrf"]
+        self.ask("/api/rater", {"name": name})
+
+    def ask(self, path: str, body: dict | None = None):
+        """The JSON that the page answers; asked again when it is asked too often."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, self.headers)
+        while True:
+            try:
+                with self.opener.open(request, timeout=60) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code != 429:
+                    said = error.read().decode(errors="replace")
+                    raise UserError(f"{path}: {error.code}, {said}") from None
+                time.sleep(1)
+
+
+def rate(address: str, person: Person, count: int, facts: dict[str, dict]) -> None:
+    """Rank until so many posts are rated.
+
+    Args:
+        facts: of each post, by its text without white space at the ends.
+    """
+    visitor, since = Visitor(address, person.taste), time.monotonic()
+    answer = visitor.ask("/api/task")
+    while answer["progress"]["rated"] < count:
+        if (task := answer["task"]) is None:
+            if not answer["waiting"] or time.monotonic() - since > WAIT:
+                raise UserError(f"the rating page has no task after {answer['progress']['rated']} of {count} "
+                                "ratings")
+            time.sleep(0.5)
+            answer = visitor.ask("/api/task")
+            continue
+        since = time.monotonic()
+        post = task["prompt"]["messages"][-1]["content"].strip()
+        order = person.ranking([shown["text"] for shown in task["answers"]], facts[post])
+        answer = visitor.ask("/api/ratings", {
+            "key": str(uuid.uuid4()), "task": task["id"], "kind": "ranking",
+            "order": [[place] for place in order], "confidence": None, "seconds": 1.0, "better": None})
+
+
+@contextmanager
+def rating_page(config: PersonaliseConfig, folder: Path, posts: Path, seed: int):
+    """The rating page as a process; yields its address."""
+    models = [config.model, *([config.other_model] if config.other_model else [])]
+    words = ["--model", *models, "--prompts", str(posts), "--ratings", str(folder / "ratings.db"),
+             "--port", "0", "--output_dir", str(folder / "page"), "--k", str(config.k), "--seed", str(seed),
+             # every person sees all posts with the same answers, once
+             "--repeat_share", "0.0", "--overlap_share", "1.0"]
+    log = folder / "page.log"
+    with process("feedback.py", words, log) as (running, _):
+        until = time.monotonic() + WAIT
+        while not (found := re.search(r"open (http://[^/\s]+)/", log.read_text() if log.exists() else "")):
+            if not running.is_alive() or time.monotonic() > until:
+                raise UserError(f"feedback.py: did not start; '{log}' ends with: {last_line(log)}")
+            time.sleep(0.2)
+        yield found[1]
+
+
+def session(config: PersonaliseConfig, size: int, seed: int, rows: list[dict], gold: dict) -> Path:
+    """The database in which every person has rated `size` posts; what is rated already is kept."""
+    # random posts of a larger session begin with those of a smaller one, unsure ones do not
+    folder = Path(config.folder) / (f"random-{seed}" if config.pick == "random" else f"unsure-{size}-{seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    database = folder / "ratings.db"
+    # an earlier person may have been stopped half-way, so all are asked: whoever is done rates nothing
+    done = database.exists() and all(len(rated(database, taste)) >= size for taste in config.tastes)
+    if not done:
+        posts = folder / f"posts-{size}.jsonl"
+        chosen = (random_posts if config.pick == "random" else unsure_posts)(config, rows, size, seed)
+        posts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in chosen))
+        facts = {row["prompt"].strip(): row["facts"] for row in rows}
+        with rating_page(config, folder, posts, seed) as address:
+            for taste in config.tastes:
+                rate(address, Person(taste, gold, seed), size, facts)
+    return database
+
+
+def rated(database: Path, taste: str) -> list[dict]:
+    """A person's rankings, oldest first, without answers that are empty: no stage takes those."""
+    ratings = Ratings(database)
+    try:
+        rankings = [row for row in ratings.rated() if row["rater"] == taste and row["kind"] == "ranking"]
+    finally:
+        ratings.close()
+    for row in rankings:
+        kept = [place for place, text in enumerate(row["completions"]) if text.strip()]
+        row |= {name: [row[name][place] for place in kept] for name in ("completions", "ranks")}
+    return rankings
+
+
+# ------------------------------------------------------------------------------------------------ which posts
+
+
+def random_posts(config: PersonaliseConfig, rows: list[dict], size: int, seed: int) -> list[dict]:
+    """Posts by chance. More of them begin with the same ones, so that a session can go on."""
+    return random.Random(seed).sample(rows, len(rows))[:size]
+
+
+def unsure_posts(config: PersonaliseConfig, rows: list[dict], size: int, seed: int) -> list[dict]:
+    """Of three times as many posts those on whose answers the reward model's scores are closest."""
+    pool = random_posts(config, rows, 3 * size, seed)
+    parent = Parent("model", config.model)
+    prompts = prompt_tokens(parent.tokenizer, [row["prompt"] for row in pool], 256)
+    count = len(prompts) * config.k
+    answers = sample(load_policy(parent), prompts, k=config.k, max_new_tokens=48, temperature=1.0,
+                     seeds=[seed * 1_000_003 + number for number in range(count)],
+                     eos_id=parent.tokenizer.eos_token_id, pad_id=parent.tokenizer.pad_token_id)
+    groups = [answers.responses[first : first + config.k] for first in range(0, count, config.k)]
+    model = load_scalar_model(Parent("reward_model", config.reward_model))
+    scores = score_groups(model, parent.tokenizer, prompts, groups, 32)
+    sure = [fmean(1 / (1 + math.exp(low - high)) for low, high in pairwise(sorted(group)))
+            for group in scores]
+    return [pool[place] for place in sorted(range(len(pool)), key=sure.__getitem__)[:size]]
+
+
+# ----------------------------------------------------------------------------------------------- one training
+
+
+def training_rows(arm: str, rankings: list[dict]) -> list[dict]:
+    """What an arm learns from: whole rankings, the best and the worst answer, or the best one."""
+    if arm == "rankings":
+        return [{name: row[name] for name in ("prompt", "completions", "ranks")} for row in rankings]
+    ends = [(row["prompt"], *(row["completions"][row["ranks"].index(end(row["ranks"]))]
+                              for end in (min, max))) for row in rankings]
+    if arm == "pairs":
+        return [{"prompt": prompt, "chosen": best, "rejected": worst} for prompt, best, worst in ends]
+    return [{"prompt": prompt, "completion": best} for prompt, best, _ in ends]
+
+
+def train(config: PersonaliseConfig, cell: Cell, rankings: list[dict]) -> tuple[str, dict]:
+    """Train a model as the cell says: its folder, and what it took."""
+    folder = Path(config.folder) / cell.name.replace(" ", "-")
+    folder = next(path for number in range(10**6) if not (path := folder / f"try-{number}").exists())
+    folder.mkdir(parents=True)  # a run that was stopped stays: nothing is deleted here
+    data = folder / "ratings.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in training_rows(cell.arm, rankings)))
+    common = ["--seed", str(cell.seed), *config.extra]
+    if cell.arm == "best":
+        took = {"sft": run_stage("train_sft.py", [
+            *SUPERVISED, "--model", config.model, "--actor_training_data", str(data),
+            "--output_dir", str(folder / "sft"), *common], folder / "sft.log")}
+        return str(folder / "sft" / "final"), took
+    took = {"reward": run_stage("train_reward.py", [
+        "--config", config.reward_config, "--model", config.reward_model, "--reward_training_data", str(data),
+        "--output_dir", str(folder / "reward"), *common], folder / "reward.log")}
+    took["ppo"] = run_stage("train_ppo.py", [
+        "--config", config.ppo_config, "--model", config.model,
+        "--reward_model", str(folder / "reward" / "final"), "--rlhf_training_data", config.posts,
+        "--output_dir", str(folder / "ppo"), *common], folder / "ppo.log")
+    took["kl"] = json.loads((folder / "ppo" / "summary.json").read_text())["kl"]
+    return str(folder / "ppo" / "final"), took
+
+
+def summaries(model: str, rows: list[dict], seed: int) -> list[str]:
+    """A summary of each post, sampled at temperature 1."""
+    parent = Parent("model", model)
+    prompts = prompt_tokens(parent.tokenizer, [row["prompt"] for row in rows], 256)
+    settings = SimpleNamespace(max_new_tokens=48, seed=seed, eval_batch_size=64)
+    return summarise(load_policy(parent), parent.tokenizer, prompts, settings, 1.0).texts
+
+
+def judged(person: Person, rows: list[dict], old: list[str], new: list[str], seed: int) -> dict[str, float]:
+    """What the person thinks of the summaries of two models, without noise; and the gold score."""
+    facts = [row["facts"] for row in rows]
+    scores = [[person.score(text, fact) for text, fact in zip(texts, facts, strict=True)]
+              for texts in (old, new)]
+    rate, low, high = win_rate(scores[1], scores[0], [row["prompt"] for row in rows], seed)
+    gold = [fmean(gold_score(text, fact, person.gold) for text, fact in zip(texts, facts, strict=True))
+            for texts in (old, new)]
+    words = [fmean(len(words_of(text)) for text in texts) for texts in (old, new)]
+    figures = {"win_rate": rate, "low": low, "high": high}
+    for name, (before, after) in (("taste", map(fmean, scores)), ("gold", gold), ("words", words)):
+        figures |= {f"{name}_before": before, f"{name}_after": after}
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+# -------------------------------------------------------------------------------------------------- the study
+
+
+def read_rows(path: str, name: str) -> list[dict]:
+    """The rows of a file of posts with their facts."""
+    file = find_input(path, name)
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    if not all(isinstance(row.get("facts"), dict) for row in rows):
+        raise UserError(f"{name}: '{path}' has rows without facts; take posts of data/tldr_mini")
+    return rows
+
+
+def averages(done: dict[str, dict]) -> dict[tuple, tuple[float, float, float, int]]:
+    """(taste, arm, size, pick) -> mean win rate over the seeds, its 95 % interval, and the number of runs.
+
+    The interval is Student's over the runs; of one run it is that over the posts.
+    """
+    groups = {}
+    for figures in done.values():
+        cell = Cell(*figures["cell"])
+        groups.setdefault(cell[:4], []).append(figures)
+        groups.setdefault(("all three", *cell[1:4]), []).append(figures)
+    found = {}
+    for name, runs in groups.items():
+        rates = [run["win_rate"] for run in runs]
+        if len(runs) == 1:
+            found[name] = (rates[0], runs[0]["low"], runs[0]["high"], 1)
+        else:
+            half = STUDENT.get(len(runs), 2.0) * stdev(rates) / math.sqrt(len(runs))
+            found[name] = (fmean(rates), fmean(rates) - half, fmean(rates) + half, len(runs))
+    return found
+
+
+def draw(done: dict[str, dict], path: Path) -> None:
+    """Win rate against the number of rated posts: a panel for each taste and one for all, a line an arm."""
+    panels = {}
+    for (taste, arm, size, pick), (rate, low, high, _) in sorted(averages(done).items(), key=str):
+        label = arm if pick == "random" else f"{arm}, unsure posts"
+        panels.setdefault(taste, {}).setdefault(label, []).append((size, rate, low, high))
+    order = [*(taste for taste in TASTES if taste in panels), "all three"]
+    plot_win_rates(path, {taste: {arm: sorted(points) for arm, points in panels[taste].items()}
+                          for taste in order}, goal=0.75)
+
+
+def main(config: PersonaliseConfig) -> None:
+    gold = load_rules(config.gold_rules)
+    rows = read_rows(config.posts, "posts")
+    test = read_rows(config.test_posts, "test_posts")[: config.test_rows]
+    results = Path(config.results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    done = json.loads(results.read_text()) if results.exists() else {}
+    old = {}
+    for cell in cells_of(config):
+        if cell.name in done:
+            continue
+        database = session(config, cell.size, cell.seed, rows, gold)
+        model, took = train(config, cell, rated(database, cell.taste)[: cell.size])
+        old[cell.seed] = old.get(cell.seed) or summaries(config.model, test, cell.seed)
+        figures = judged(Person(cell.taste, gold), test, old[cell.seed], summaries(model, test, cell.seed),
+                         cell.seed)
+        done[cell.name] = {"cell": list(cell), **figures, **took}
+        unfinished = results.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(done, indent=1) + "\n")
+        unfinished.replace(results)
+        print(f"{cell.name}: wins {figures['win_rate']:.3f} ({figures['low']:.3f} - {figures['high']:.3f}), "
+              f"taste {figures['taste_before']:.3f} -> {figures['taste_after']:.3f}, gold "
+              f"{figures['gold_before']:.3f} -> {figures['gold_after']:.3f}; {took}", flush=True)
+    if config.figure and done:
+        draw(done, Path(config.figure))
+    for name, (rate, low, high, runs) in sorted(averages(done).items(), key=str):
+        print(f"{', '.join(map(str, name))}: {rate:.3f} ({low:.3f} - {high:.3f}), {runs} runs")
+
+
+if __name__ == "__main__":
+    start(main, CONFIG)

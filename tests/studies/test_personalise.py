@@ -1,0 +1,125 @@
+"""The study of a few ratings: the simulated people, what each arm learns from, and all of it, shrunken."""
+
+import gzip
+import json
+import math
+from collections import Counter
+
+import pytest
+
+from studies import personalise
+from studies.tastes import TASTES, Person, dislikes
+from tiny_models import save_opt
+from utils.config import PROJECT, UserError, parse_config
+from utils.judge.gold import load_rules
+from utils.judge.metrics import label_ceiling
+
+GOLD = load_rules(str(PROJECT / "data" / "tldr_mini" / "gold.json"))
+FACTS = {"relation": "nephew", "name": "Kevin", "age": "30", "action": "ripped", "object": "shirt",
+         "place": "cinema", "when": "three weeks ago", "feeling": "nervous",
+         "question": "Am I making too much of it?"}
+SHORT, QUESTION, FEELING = TASTES
+
+
+@pytest.mark.parametrize(("taste", "summary", "score"), [
+    # half for the place, half for the words saved of 30
+    (SHORT, "Ripped in the cinema.", 0.5 + 0.5 * 26 / 30),
+    (SHORT, "My nephew Kevin (30) ripped my shirt in the cinema.", 0.5 + 0.5 * 20 / 30),
+    (SHORT, "My nephew ripped my shirt.", 0.0),
+    (SHORT, "cinema " + "a b c d e f g h i j k l m n o p q r s t u v w x y z aa bb cc dd.", 0.5),
+    # half for the question, half for its share of the words
+    (QUESTION, "Am I making too much of it?", 1.0),
+    (QUESTION, "My nephew ripped my shirt. I feel nervous. Am I making too much of it?", 0.5 + 0.5 * 7 / 15),
+    (QUESTION, "My nephew ripped my shirt. Is it?", 0.0),
+    # a thirtieth off for each word before it
+    (FEELING, "Nervous.", 1.0), (FEELING, "I feel nervous because my nephew ripped my shirt.", 1 - 2 / 30),
+    (FEELING, "My nephew ripped my shirt. I feel nervous.", 1 - 7 / 30), (FEELING, "My nephew.", 0.0),
+])
+def test_what_each_person_likes(taste, summary, score):
+    assert Person(taste, GOLD).score(summary, FACTS) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(("summary", "off"), [
+    ("My nephew ripped my shirt.", 0.0), ("", 0.25), ("My nephew ripped my shirt", 0.25),
+    ("My niece ripped my shirt in the kitchen.", 0.10 + 0.12),  # relation and place
+    ("I feel nervous. I feel nervous. I feel nervous.", 4 * 0.05),  # of seven trigrams three are new
+])
+def test_what_everybody_dislikes(summary, off):
+    assert dislikes(summary, FACTS, GOLD) == pytest.approx(off)
+
+
+def test_a_person_orders_a_pair_as_the_labellers_do():
+    """Bradley-Terry on score / temperature: of 4,000 rankings four standard errors are .03."""
+    person, pair = Person(FEELING, GOLD), ["My nephew ripped my shirt. I feel nervous.", "I feel nervous."]
+    first = Counter(person.ranking(pair, FACTS)[0] for _ in range(4000))
+    gap = ((1 - 2 / 30) - (1 - 7 / 30)) / 0.14
+    assert first[1] / 4000 == pytest.approx(1 / (1 + math.exp(-gap)), abs=0.03)
+
+
+@pytest.mark.parametrize("taste", TASTES)
+def test_the_noise_is_that_of_the_labellers(taste):
+    """On the mini data's answers; its own labels have a ceiling of .825 (data card)."""
+    person = Person(taste, GOLD)
+    with gzip.open(PROJECT / "data" / "tldr_mini" / "reward_validation.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    scores = [[person.score(text, row["facts"]) / GOLD["temperature"] for text in row["completions"]]
+              for row in rows]
+    pairs = [[(i, j) for i in range(4) for j in range(i)]] * len(rows)
+    assert 0.78 < label_ceiling(scores, pairs) < 0.86
+
+
+def test_what_each_arm_learns_from():
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 3, 1], "rater": "x"}
+    rows = {arm: personalise.training_rows(arm, [row]) for arm in personalise.ARMS}
+    assert rows == {"rankings": [{"prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 3, 1]}],
+                    "pairs": [{"prompt": "p", "chosen": "c", "rejected": "b"}],
+                    "best": [{"prompt": "p", "completion": "c"}]}
+
+
+def test_averages_over_runs_by_hand():
+    """Of rates .6, .7 and .8: mean .7, standard error .1 / sqrt(3), Student's quantile 4.303."""
+    done = {str(seed): {"cell": [SHORT, "pairs", 100, "random", seed], "win_rate": rate, "low": 0.0,
+                        "high": 1.0} for seed, rate in ((1, 0.6), (2, 0.7), (3, 0.8))}
+    half = 4.303 * 0.1 / math.sqrt(3)
+    for taste in (SHORT, "all three"):
+        assert personalise.averages(done)[taste, "pairs", 100, "random"] == pytest.approx(
+            (0.7, 0.7 - half, 0.7 + half, 3))
+    assert personalise.averages({"1": done["1"]})[SHORT, "pairs", 100, "random"] == (0.6, 0.0, 1.0, 1)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--tastes short", "tastes: 'short' is none of short with the place"), ("--arms dpo", "arms: 'dpo'"),
+    ("--sizes 3", "sizes: a round needs 4"),
+])
+def test_mistakes_are_said(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(personalise.PersonaliseConfig, None, words.split())
+
+
+def shrunken(folder, *words):
+    """The study on tiny models: one person, six posts, through the real page and the real stages."""
+    return parse_config(personalise.PersonaliseConfig, None, [
+        "--model", str(folder / "policy"), "--other_model", "none", "--reward_model", str(folder / "reward"),
+        "--tastes", FEELING, "--sizes", "6", "--seeds", "1", "--test_rows", "8",
+        "--folder", str(folder / "runs"), "--results", str(folder / "found.json"),
+        "--figure", str(folder / "found.png"), *words])
+
+
+@pytest.mark.slow
+def test_the_whole_study_shrunken_and_continued(tmp_path, monkeypatch):
+    """A second call measures only what is missing, on the ratings that there are."""
+    save_opt(tmp_path / "policy", eos_logit=2.0)
+    save_opt(tmp_path / "reward", "reward", head_scale=20.0)
+    (tmp_path / "ppo.yaml").write_text((PROJECT / "configs" / "personal" / "ppo.yaml").read_text()
+                                       .replace("total_episodes: ", "total_episodes: 8 #"))
+    monkeypatch.setattr(personalise, "SUPERVISED", [*personalise.SUPERVISED[:2], "--max_steps", "1"])
+    personalise.main(shrunken(tmp_path, "--arms", "rankings", "--ppo_config", str(tmp_path / "ppo.yaml")))
+    first = json.loads((tmp_path / "found.json").read_text())
+    personalise.main(shrunken(tmp_path, "--arms", "rankings", "best"))
+    second = json.loads((tmp_path / "found.json").read_text())
+    assert list(first) == [f"{FEELING}/rankings/6/random/1"] and second.items() >= first.items()
+    assert list(second) == [*first, f"{FEELING}/best/6/random/1"]
+    assert all(0 <= cell["low"] <= cell["win_rate"] <= cell["high"] <= 1 for cell in second.values())
+    rows = personalise.rated(tmp_path / "runs" / "random-1" / "ratings.db", FEELING)
+    assert len(rows) == 6 and all(sorted(row["ranks"]) == [1, 2, 3, 4] for row in rows)
+    assert (tmp_path / "found.png").exists()
