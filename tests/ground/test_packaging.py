@@ -25,7 +25,7 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-bench.txt"])
+@pytest.mark.parametrize("name", requirements())
 def test_the_requirements_are_those_of_the_project(name):
     assert (ROOT / name).read_text() == requirements()[name], "pyproject.toml has changed: run `make lock`"
 
@@ -43,6 +43,11 @@ def test_every_pin_is_exact_and_the_lock_has_it(name):
         assert (normal(package), version) in locked, f"{pin}: run `make lock`"
     assert len(asked) == len(LISTS[name])
     assert LOCK["requires-python"] == PROJECT["project"]["requires-python"]
+
+
+def test_every_pin_of_vllms_environment_is_exact():
+    pins = PROJECT["tool"]["opt-rlhf"]["vllm"]
+    assert pins and all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
 
 
 def test_the_lock_names_no_index_but_the_public_one():

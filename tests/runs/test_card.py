@@ -1,12 +1,17 @@
 """The model card: read by the hub's own reader, it says what the run was."""
 
+import re
+
 import pytest
 from huggingface_hub import ModelCard
 
 import train_ppo
 import train_reward
 import train_sft
+from chat_models import messages_of, save_chat_model
 from tiny_models import mini_tokenizer, save_opt
+from utils.data.chat import Chat
+from utils.models.loading import load_policy
 from utils.models.parents import Parent
 from utils.runs.card import model_card
 
@@ -58,3 +63,19 @@ def test_the_licence_is_the_base_models_where_its_card_says_one(card, licence, t
     text = model_card(train_sft.SFTStageConfig(), "sft", [parent], SUMMARIES["sft"], mini_tokenizer())
     assert ModelCard(text).data.license == licence
     assert ModelCard(text).data.base_model is None  # a folder of this machine is no name on the hub
+
+
+def test_the_code_for_a_conversation_asks_with_the_tokens_of_training(tmp_path):
+    """This tokenizer puts its BOS before a text, which the template has no place for."""
+    base = save_chat_model(tmp_path / "base", "gpt2")
+    parent, final = Parent("model", str(base), str(base / "template.jinja")), tmp_path / "final"
+    load_policy(parent).save_pretrained(final)
+    parent.tokenizer.save_pretrained(final)
+    config = train_sft.SFTStageConfig(max_new_tokens=2)
+    card = model_card(config, "sft", [parent], SUMMARIES["sft"], parent.tokenizer)
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {"folder": final, "messages": messages_of(3)}
+    exec(code, names)  # noqa: S102  the card's own code
+    asked = Chat(parent.tokenizer).prompt(messages_of(3))
+    assert names["inputs"]["input_ids"].tolist() == [asked]
+    assert parent.tokenizer("x")["input_ids"][0] == parent.tokenizer.bos_token_id not in asked

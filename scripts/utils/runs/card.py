@@ -40,7 +40,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder)
 text = prompt + completion + tokenizer.eos_token  # the score is read at the end-of-sequence token
-score = model(**tokenizer(text, return_tensors="pt")).logits.item() - model.config.score_shift
+inputs = tokenizer(text, return_tensors="pt")
+score = model(**inputs).logits.item() - model.config.score_shift
 ```
 
 The one output is the score of a completion after its prompt. The higher of two scores is the answer that
@@ -52,6 +53,18 @@ people would rather have. Scores of different prompts compare less well.
   no end-of-sequence token and knows no `score_shift`: write the first and subtract the second.
 - The score of a text without its end-of-sequence token means nothing: it was not trained.
 ''',
+}
+# how this reads for conversations, whose template writes the special tokens that the tokenizer would add
+_CHAT = {
+    'inputs = tokenizer(prompt, return_tensors="pt")':
+        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,\n'
+        '                                       return_tensors="pt")',
+    "text = prompt +":
+        "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)\n"
+        "text = prompt +",
+    "tokenizer(text, ": "tokenizer(text, add_special_tokens=False, ",
+    "write the first and subtract the second.":
+        "write the first and subtract the second. Give it `add_special_tokens=False` with the text.",
 }
 _LIMITS = """\
 It was tested on held-out rows of the data above, and on nothing else: not on other subjects or languages, not
@@ -83,6 +96,8 @@ def model_card(config, stage: str, parents: list[Parent], summary: dict, tokeniz
     measured = [f"| {text} | {value:.3f} | {span.removeprefix(', 95 %: ')} |"
                 for _, text, value, span in figures]
     use = _USE[task].replace("MAX_NEW_TOKENS", str(getattr(config, "max_new_tokens", "")))
+    for plain, chat in _CHAT.items() if tokenizer.chat_template else ():
+        use = use.replace(plain, chat)
     return "\n".join([
         "---", metadata.to_yaml().strip(), "---",
         f"# {_TITLES[stage]}",

@@ -14,7 +14,7 @@ def describe_sampling(model, tokenizer, config) -> None:
 
     The parent's generation config is not taken over: it says how the parent was sampled from, and may be one
     that transformers reads but does not write. A policy of PPO is sampled from as it was trained; the others
-    greedily, as far as nothing else is said.
+    greedily, as far as nothing else is said. What ended the parent's answers still ends them (`fit_rows`).
     """
     if not model.can_generate():
         return
@@ -22,7 +22,7 @@ def describe_sampling(model, tokenizer, config) -> None:
     if config.section == "ppo":  # top_k is 50 where it is not said
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, max_new_tokens=config.max_new_tokens, use_cache=True,
         suppress_tokens=getattr(model.generation_config, "suppress_tokens", None), **sampling)
 
