@@ -513,6 +513,9 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
     if bool(config.ptx_coef) != bool(config.actor_training_data):
         raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that "
                         "train_sft.py learnt from)")
+    if config.ema_decay and config.load_in_4bit:
+        raise UserError("ema_decay: it averages whole models, which weights in 4 bits do not allow; leave "
+                        "ema_decay or load_in_4bit out")
     if config.advantage != "gae" and config.value_model != "separate":
         raise UserError(f"value_model: advantage '{config.advantage}' has none; leave it out, or "
                         f"take advantage 'gae'")

@@ -99,6 +99,7 @@ from utils.judge.rankings import (
 from utils.loop import Loop
 from utils.models.centring import centre_scores
 from utils.models.fitness import refuse_unfit
+from utils.models.four_bit import storage_of
 from utils.models.loading import load_scalar_model, trainable
 from utils.models.outputs import GroupModel, scores
 from utils.models.parents import Parent, check_task
@@ -277,7 +278,8 @@ def main(config: RewardStageConfig) -> None:
     report.tokens("reward_training_data", rankings)
     deepspeed = load_settings(config, base)
     # a reward model keeps its head, and goes on from what it knows
-    model = load_scalar_model(base, new_head_seed=None if base.is_reward_model else config.seed)
+    model = load_scalar_model(base, new_head_seed=None if base.is_reward_model else config.seed,
+                              storage=storage_of(config))
     model.config.pad_token_id = base.tokenizer.pad_token_id
     refuse_unfit(model, base, base.tokenizer, config.max_prompt_tokens + config.max_completion_tokens,
                  "max_prompt_tokens + max_completion_tokens")

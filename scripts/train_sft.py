@@ -63,6 +63,7 @@ from utils.judge.metrics import SummaryRouge
 from utils.judge.plots import plot_sft
 from utils.loop import Loop
 from utils.models.fitness import refuse_unfit
+from utils.models.four_bit import storage_of
 from utils.models.loading import load_policy, trainable
 from utils.models.outputs import GroupModel, response_logprobs
 from utils.models.parents import Parent, check_task
@@ -198,7 +199,7 @@ def main(config: SFTStageConfig) -> None:
     examples = training.examples.dataset()
     report.tokens("actor_training_data", examples)
     deepspeed = load_settings(config, base)
-    policy = load_policy(base)
+    policy = load_policy(base, storage_of(config))
     longest_prompt = max(map(len, [*validation.prompts, *test.prompts]))
     positions = training.examples.token_column("positions" if config.loss_on == "turns" else "length")
     longest = max(positions.max(), longest_prompt + config.max_new_tokens)

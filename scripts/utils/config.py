@@ -443,6 +443,8 @@ class StageConfig:
                          source="LoRA, 2106.09685", low=0, high=4096)
     lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", source="LoRA, 2106.09685",
                           low=1, high=65_536)
+    load_in_4bit: bool = key(False, "Store the frozen weights under the adapters in 4 bits: an eighth of the "
+                             "memory, rounded weights (needs lora_rank).", source="QLoRA, 2305.14314")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more "
                                        "time.")
     mixed_precision: str = key("no", "Arithmetic of the forward pass. Weights stay float32; with DeepSpeed, "
@@ -458,6 +460,11 @@ class StageConfig:
                                   "when it is new; none: nothing is uploaded.")
     report_to: list[str] = key(["tensorboard"], "Experiment trackers: tensorboard, wandb, ...; none: no "
                                "tracker.")
+
+    def __post_init__(self):
+        if self.load_in_4bit and not self.lora_rank:
+            raise UserError("load_in_4bit: weights in 4 bits cannot be trained, so nothing could be without "
+                            "adapters; give lora_rank too (the paper takes 64), or leave load_in_4bit out")
 
     def without_effect(self) -> dict[str, str]:
         """The keys that act on nothing beside the values of the others, each with the reason.

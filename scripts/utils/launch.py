@@ -37,6 +37,8 @@ def read_config(config_class, default_file: Path | None, description: str, notes
         notes: where it is said that libraries are loaded; not standard output where results go there.
     """
     outlive_readers()
+    # peft imports bitsandbytes, which says on some CPUs that it misses a package that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
         signal.signal(signal.SIGINT, _stop_at_once)
     if sys.platform == "win32":

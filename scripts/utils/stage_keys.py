@@ -28,6 +28,7 @@ class EpochStageConfig(StageConfig):
     save_steps: int = key(100, "A checkpoint is saved every so many steps.", unit="steps", low=1, high=10**9)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.max_steps == 0:
             raise UserError("max_steps: 0 steps train nothing; give 1 or more, or -1 to "
                             "train num_train_epochs")

@@ -52,6 +52,9 @@ def load_settings(config, model) -> dict | None:
     if settings["zero_optimization"]["stage"] == 3 and getattr(config, "ema_decay", 0.0):
         raise UserError("ema_decay: the average of the policy is a whole model on each process, which "
                         "ZeRO-3 is to avoid; leave one of the two out")
+    if settings["zero_optimization"]["stage"] == 3 and config.load_in_4bit:
+        raise UserError("deepspeed: ZeRO-3 shards weights, but not those in 4 bits; take configs/deepspeed/"
+                        "zero2.json or none with load_in_4bit, or leave load_in_4bit out")
     if config.resume and "nvme" in _offloaded_to(settings):
         raise UserError("resume: DeepSpeed does not bring back the optimizer states that it had put on NVMe; "
                         "start a new run, or train with zero3_offload.json, which can be resumed")

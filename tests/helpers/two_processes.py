@@ -35,8 +35,8 @@ def main(folder: Path) -> None:
             signal.raise_signal(signal.SIGTERM)
         return mine
 
-    def with_dropout(parent):
-        model = load(parent)
+    def with_dropout(*parent_and_storage):
+        model = load(*parent_and_storage)
         for module in model.modules():
             if hasattr(module, "dropout"):
                 module.dropout = 0.1

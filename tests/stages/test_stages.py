@@ -374,6 +374,28 @@ def test_adapters_are_trained_and_merged_into_stock_checkpoints(folder, second_i
     assert_same_runs(folder / "lora-stopped" / "ppo", run / "ppo")
 
 
+@pytest.mark.slow
+def test_weights_in_4_bits_under_adapters_end_in_stock_checkpoints(folder, monkeypatch):
+    """All three stages, each on the merged one before; and PPO once more, stopped and resumed."""
+    run, rounded = folder / "rounded", f"{ADAPTERS} --load_in_4bit true"
+    sft = f"--model {run}/sft/final {rounded}"
+    extra = {train_sft: rounded, train_reward: sft,
+             train_ppo: f"{sft} --reward_model {run}/reward/final --kl_budget 99"}
+    for script in NAMES:
+        script.main(config_of(script, folder, "rounded", extra[script]))
+    for stage, kind in (("sft", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification),
+                        ("ppo", AutoModelForCausalLM)):
+        model, info = kind.from_pretrained(run / stage / "final", output_loading_info=True)
+        assert not any(info.values()) and not hasattr(model.config, "quantization_config")
+        assert json.loads((run / stage / "final" / "stage.json").read_text())["load_in_4bit"] is True
+        assert "in 4 bits" in (run / stage / "final" / "README.md").read_text()
+    trained = last_trained(run / "ppo")
+    assert all("lora_" in name for name in trained if not name.startswith("value_model.score"))
+    assert metrics(run / "ppo")[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
+    stopped_and_resumed(train_ppo, folder, "rounded-stopped", monkeypatch, extra[train_ppo])
+    assert_same_runs(folder / "rounded-stopped" / "ppo", run / "ppo")
+
+
 def test_all_that_an_update_hands_on_outlives_a_stop(carried, folder, monkeypatch):
     """The adapted KL coefficient, the averaged policy, the supervised examples."""
     stopped_and_resumed(train_ppo, folder, "carried-stopped", monkeypatch, CARRIED)

@@ -15,6 +15,7 @@ It costs forward passes of 42, 18 and 8 tokens; five more, of 28 tokens in all, 
 import torch
 
 from utils.config import UserError
+from utils.models.four_bit import arithmetic_of
 from utils.models.generation import forced_logits
 from utils.models.outputs import hidden_states, trunk
 from utils.models.parents import Parent
@@ -85,7 +86,8 @@ class _Check:
     def __init__(self, model, far: int):
         self.model = model
         weight = model.get_input_embeddings().weight
-        self.bound = 1e-4 if weight.dtype == torch.float32 else 8 * torch.finfo(weight.dtype).eps
+        dtype = arithmetic_of(model)
+        self.bound = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
         # ordinary words: special tokens stand at the ends of a vocabulary
         words = [(len(weight) // 2 + i) % len(weight) for i in range(18)]
         self.prompt, self.answers, self.longer = words[:4], [words[4:8], words[8:12]], words[12:]

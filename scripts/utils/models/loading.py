@@ -12,10 +12,16 @@ import math
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from utils.config import UserError
 from utils.models.attention import CAUSAL_BLOCKS
+from utils.models.four_bit import keep_exact, refuse_stored_quantised
 from utils.models.lm_head import LMHead
 from utils.models.lora import add_adapter
 from utils.models.parents import Parent
@@ -31,22 +37,27 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 _RANDOM = ("drop", "jitter")  # parts of the names of probabilities and widths of noise
 
 
-def load_policy(parent: Parent):
+def load_policy(parent: Parent, storage: BitsAndBytesConfig | None = None):
     """A causal language model in float32.
+
+    Args:
+        storage: of its linear layers' weights (`four_bit.storage_of`); None: float32.
 
     Raises:
         UserError: when it cannot be loaded, or weights are missing.
     """
-    return _pretrained(AutoModelForCausalLM, parent)
+    return _pretrained(AutoModelForCausalLM, parent, storage)
 
 
-def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_size: int | None = None):
+def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_size: int | None = None,
+                      storage: BitsAndBytesConfig | None = None):
     """A sequence classification model with one label: a reward or a value model.
 
     Args:
         new_head_seed: for a fresh head on a language model's trunk, weights N(0, 1/sqrt(d+1)), d being the
             width that reaches the head (detail 15; ST, N+). None: the checkpoint must have a head.
         vocab_size: of the policy whose tokens it is going to read; None: not known yet.
+        storage: as in `load_policy`.
 
     Raises:
         UserError: before a weight is loaded when it is no such model; or when weights are missing.
@@ -63,7 +74,7 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
                             f"{labels.num_labels} labels, "
                             "needed is a sequence classification model with one (made by train_reward.py)")
     new = () if new_head_seed is None else ("score.weight",)
-    model = _pretrained(AutoModelForSequenceClassification, parent, new, num_labels=1)
+    model = _pretrained(AutoModelForSequenceClassification, parent, storage, new, num_labels=1)
     if new_head_seed is not None:
         generator = torch.Generator().manual_seed(new_head_seed)
         with gathered_weights(model.score, change=True):
@@ -80,10 +91,11 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
     return without_dropout(model)
 
 
-def _pretrained(kind, parent: Parent, new=(), **changes):
+def _pretrained(kind, parent: Parent, storage: BitsAndBytesConfig | None, new=(), **changes):
     """`kind.from_pretrained`, which without asking fills in random numbers for weights that it does not find.
 
     Args:
+        storage: as in `load_policy`.
         new: names of weights that the checkpoint need not have.
         changes: keys of the config.
     """
@@ -91,6 +103,7 @@ def _pretrained(kind, parent: Parent, new=(), **changes):
     for key, value in changes.items():
         setattr(config, key, value)
     refuse_layers(parent)
+    refuse_stored_quantised(parent)
     path = parent.weights_path
     # a converted model's revision has weights only, and transformers stumbles over what is missing there
     generation = None if path == parent.path else GenerationConfig.from_model_config(config)
@@ -99,8 +112,9 @@ def _pretrained(kind, parent: Parent, new=(), **changes):
     attention = CAUSAL_BLOCKS if capped else "sdpa"
     model, loaded = parent.load(lambda _: kind.from_pretrained(
         path, config=config, generation_config=generation, output_loading_info=True,
-        ignore_mismatched_sizes=True, attn_implementation=attention, **_LOAD,
+        ignore_mismatched_sizes=True, attn_implementation=attention, quantization_config=storage, **_LOAD,
     ))
+    keep_exact(model)
     parent.say_if_pickled()
     wrong = sorted({key for key, *_ in loaded["mismatched_keys"]})
     missing = sorted(set(loaded["missing_keys"]) - set(new))

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from utils.models.four_bit import layers_of
 from utils.zero import gathered_weights
 
 
@@ -34,16 +35,18 @@ def add_adapter(model, config):
 
 
 def _is_linear(module) -> bool:
-    """A linear layer, also of a class of its own (FalconLinear), or in GPT-2's spelling (Conv1D). A router is
-    none, although its class extends `nn.Linear` in some families: it returns more than a product.
+    """A linear layer, also of a class of its own (FalconLinear), in GPT-2's spelling (Conv1D) or in 4 bits. A
+    router is none, although its class extends `nn.Linear` in some families: it returns more than a product.
     """
-    return isinstance(module, (nn.Linear, Conv1D)) and type(module).__name__.endswith(("Linear", "Conv1D"))
+    kinds = ("Linear", "Conv1D", "Linear4bit")
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).__name__.endswith(kinds)
 
 
 def share_weights(model):
     """A second model on the same weights, since what is frozen needs no second copy. A scalar head is copied.
     """
-    second = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    kept = [*model.parameters(), *(layer.weight.quant_state for _, layer in layers_of(model))]
+    second = copy.deepcopy(model, {id(one): one for one in kept})
     if hasattr(model, "score"):
         with gathered_weights(model.score):
             second.score = copy.deepcopy(model.score)

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from utils.models.fitness import refuse_unfit
+from utils.models.four_bit import storage_of
 from utils.models.loading import (
     ScalarHead,
     load_policy,
@@ -93,12 +94,14 @@ def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
     model, without their adapters.
     """
     tokenizer = policy_parent.tokenizer
-    policy = without_dropout(load_policy(policy_parent))
+    storage = storage_of(config)
+    policy = without_dropout(load_policy(policy_parent, storage))
     answers = ("max_new_tokens", "max_completion_tokens") if config.ptx_coef else ("max_new_tokens",)
     longest = max(answers, key=lambda name: getattr(config, name))
     refuse_unfit(policy, policy_parent, tokenizer, config.max_prompt_tokens + getattr(config, longest),
                  f"max_prompt_tokens + {longest}")
-    reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.get_text_config().vocab_size)
+    reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.get_text_config().vocab_size,
+                                     storage=storage)
     refuse_unfit(reward_model, reward_parent, tokenizer, config.max_prompt_tokens + config.max_new_tokens,
                  "max_prompt_tokens + max_new_tokens")
     ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))

@@ -2,9 +2,12 @@
 numbers.
 """
 
+from pathlib import Path
+
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
+from utils.models.four_bit import layers_of, stored_weight
 from utils.models.parents import Parent
 from utils.zero import gathered
 
@@ -24,11 +27,15 @@ def refuse_layers(parent: Parent) -> None:
 
 def _weights_in(parent: Parent) -> int:
     """How many weights the safetensors files of a folder hold; 0 when there are none, or it is on the hub."""
-    files = sorted(parent.folder.glob("*.safetensors")) if parent.folder is not None else []
     try:
-        return sum(len(_names(path)) for path in files)
+        return sum(len(_names(path)) for path in _files(parent))
     except (SafetensorError, OSError):
         return 0  # `from_pretrained` says what is wrong
+
+
+def _files(parent: Parent) -> list[Path]:
+    """The safetensors files of a folder; none of a model on the hub."""
+    return sorted(parent.folder.glob("*.safetensors")) if parent.folder is not None else []
 
 
 def _names(path) -> list[str]:
@@ -42,7 +49,20 @@ def refuse_not_finite(model, parent: Parent) -> None:
     """
     for name, weight in model.named_parameters():
         with gathered([weight]):
-            finite = bool(weight.isfinite().all())
-        if not finite:
-            raise UserError(f"{parent.key}: '{parent.name}' has weights that are no finite numbers (NaN or "
-                            f"infinite), in {name}; take another checkpoint of it")
+            if not weight.isfinite().all():
+                raise _not_finite(name, parent)
+    if layers := layers_of(model):
+        # a GPU turns NaN into one of the 16 numbers as it rounds, so the files are looked at
+        for path in _files(parent):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    if not file.get_tensor(name).isfinite().all():
+                        raise _not_finite(name, parent)
+        for name, layer in layers:
+            if not stored_weight(layer).isfinite().all():
+                raise _not_finite(f"{name}.weight", parent)
+
+
+def _not_finite(name: str, parent: Parent) -> UserError:
+    return UserError(f"{parent.key}: '{parent.name}' has weights that are no finite numbers (NaN or "
+                     f"infinite), in {name}; take another checkpoint of it")

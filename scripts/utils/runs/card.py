@@ -71,6 +71,9 @@ It was tested on held-out rows of the data above, and on nothing else: not on ot
 for safety, bias, truth or personal data. It may repeat what its data and its base model have in them. It is
 meant for research, and for people who check what it writes."""
 
+_ROUNDED = """ The weights of the linear layers were rounded to numbers in 4 bits (NF4, QLoRA), and adapters \
+were trained beside them. Here are the rounded weights with the adapters added."""
+
 
 def model_card(config, stage: str, parents: list[Parent], summary: dict, tokenizer) -> str:
     """The text of `final/README.md`.
@@ -101,7 +104,8 @@ def model_card(config, stage: str, parents: list[Parent], summary: dict, tokeniz
     return "\n".join([
         "---", metadata.to_yaml().strip(), "---",
         f"# {_TITLES[stage]}",
-        "Made from " + " and ".join(f"`{parent.name}` (`{parent.key}`)" for parent in parents) + ".",
+        "Made from " + " and ".join(f"`{parent.name}` (`{parent.key}`)" for parent in parents) + "."
+        + (_ROUNDED if config.load_in_4bit else ""),
         "", "## Use it", use.strip(), "", _layout(tokenizer),
         "", "## Figures", "| measure | value | 95 % interval |", "|---|---|---|", *measured,
         "", "## Made with", "```sh", f"python scripts/train_{stage}.py --config config.yaml", "```",

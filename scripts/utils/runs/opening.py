@@ -17,8 +17,10 @@ def open_stage(config, parent: Parent) -> None:
     if chosen:
         config.learning_rate = learning_rate(config.section, count, bool(config.lora_rank))
     if world().is_main_process:
-        print(f"{config.section}: {parent.name}, {spelled(count)} parameters, on {_machine()}; learning rate "
-              f"{config.learning_rate:g}{' (by its size, as none is given)' if chosen else ''}", flush=True)
+        stored = ", stored in 4 bits" if config.load_in_4bit else ""
+        print(f"{config.section}: {parent.name}, {spelled(count)} parameters{stored}, on {_machine()}; "
+              f"learning rate {config.learning_rate:g}"
+              f"{' (by its size, as none is given)' if chosen else ''}", flush=True)
         print(f"{config.section}: reading the data", flush=True)
 
 

@@ -26,6 +26,7 @@ from utils.console import AboveBars
 from utils.data.report import DataReport
 from utils.distributed import on_main, world
 from utils.input_files import read_json
+from utils.models.four_bit import merge_dense
 from utils.models.lora import merge_adapter
 from utils.models.parents import Parent, task_of
 from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
@@ -207,7 +208,11 @@ class Run:
             extra: what stage.json says besides.
             card: the text of README.md.
         """
-        merge_adapter(model)
+        if self.config.load_in_4bit:
+            if self.is_main:
+                merge_dense(model, parents[0].config.dtype or torch.float32)
+        else:
+            merge_adapter(model)
         temporary = self.folder / "final.tmp"
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
@@ -219,7 +224,8 @@ class Run:
             return
         tokenizer.save_pretrained(temporary)
         stage = {"stage": self.stage, "parents": {parent.key: parent.identity for parent in parents},
-                 **task_of(tokenizer), **extra, "seed": self.config.seed, "commit": _commit()}
+                 **task_of(tokenizer), **extra, "load_in_4bit": self.config.load_in_4bit,
+                 "seed": self.config.seed, "commit": _commit()}
         write_json(temporary / "stage.json", stage)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         refuse_lost(self.folder)
