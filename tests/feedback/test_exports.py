@@ -7,7 +7,16 @@ import pytest
 
 from rated import TALK, database, next_task, rank_all, rate
 from utils.data.rows import load_examples, load_rankings
-from utils.feedback.exports import FORMATS, argilla, edits, jsonl, label_studio, label_studio_view
+from utils.errors import UserError
+from utils.feedback.exports import (
+    FORMATS,
+    argilla,
+    edits,
+    export_file,
+    jsonl,
+    label_studio,
+    label_studio_view,
+)
 
 TOOLS = "\x1e" + json.dumps([
     {"role": "tools", "content": '[{"type": "function", "function": {"name": "f"}}]'},
@@ -127,6 +136,38 @@ def test_label_studio_tasks(ratings):
         ranks = {texts[name]: int(bucket.removeprefix("rank_")) for bucket, names in buckets.items()
                  for name in names}
         assert ranks == dict(zip(row["completions"], row["ranks"], strict=True))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_file_is_written_whole_from_a_database_that_is_in_use(layout, ratings, tmp_path):
+    target = tmp_path / "out.json"
+    target.write_text("an older one")
+    export_file(tmp_path / "r.db", target, layout)
+    assert target.read_text(encoding="utf-8") == "".join(FORMATS[layout][0](ratings.rated()))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_export_that_cannot_be_written_is_one_line(ratings, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="export: .*cannot be written .No such file or directory"):
+        export_file(tmp_path / "r.db", tmp_path / "no" / "out.jsonl", "jsonl")
+    with pytest.raises(UserError, match="cannot be read .No such file or directory"):
+        export_file(tmp_path / "no.db", tmp_path / "out.jsonl", "jsonl")
+    assert not (tmp_path / "no.db").exists()
+    (tmp_path / "out.jsonl").write_text("an older one")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.durable.os.fsync", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        export_file(tmp_path / "r.db", tmp_path / "out.jsonl", "jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "an older one" and not list(tmp_path.glob("*.tmp"))
+    monkeypatch.undo()
+    empty = database(tmp_path / "empty.db")
+    rate(empty, "Ann", next_task(empty, "Ann"), kind="skip")
+    for layout, what in (("jsonl", "ranking"), ("edits", "edited answer")):
+        with pytest.raises(UserError, match=f"holds no {what} to export"):
+            export_file(tmp_path / "empty.db", tmp_path / "out", layout)
 
 
 def test_no_ratings_are_empty_files():

@@ -128,6 +128,19 @@ def shown_of(text: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------- as a data set
 
 
+def all_rated(path: Path) -> list[dict]:
+    """`rated_rows` of a database that is only read: it is neither made nor brought up to date.
+
+    Raises:
+        UserError: when it is missing or cannot be read.
+    """
+    if not is_database(path):
+        raise UserError(f"{path}: is no SQLite database; name another file")
+    with database_errors(path), _read_only(path) as connection:
+        refuse_foreign(connection, path)
+        return list(rated_rows(connection))
+
+
 def read_database(path: Path, field: str, most: int) -> tuple[str, Iterator[tuple[int, dict | BadRow]]]:
     """The rows of a database that a data key takes, as they are now.
 

@@ -1,14 +1,17 @@
 """Ratings as files: JSON lines that this project reads, and the layouts of Argilla and Label Studio.
 
-Every function takes the rows of `utils.data.ratings.rated_rows` and yields the file's text in pieces.
+The functions of FORMATS take the rows of `utils.data.ratings.rated_rows` and yield the file's text in pieces.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 from utils.data.conversations import messages_of, readable
-from utils.data.ratings import day_of, edit_rows
+from utils.data.ratings import all_rated, day_of, edit_rows
+from utils.durable import delete, move
+from utils.errors import UserError
 
 # Label Studio's buckets and Argilla's fields are called by place, since both want one set of names for all
 # tasks.
@@ -109,6 +112,31 @@ FORMATS: dict[str, tuple[Callable[[list[dict]], Iterator[str]], str, str]] = {
     "argilla": (argilla, "json", "application/json"),
     "label_studio": (label_studio, "json", "application/json"),
 }
+
+
+def export_file(database: Path, target: Path, layout: str) -> int:
+    """Write the ratings of a database into a file, whole or not at all, and return how many lines it has.
+
+    Args:
+        layout: a key of FORMATS.
+
+    Raises:
+        UserError: when the database cannot be read, or the file not be written; or when there is nothing to
+            write.
+    """
+    text = "".join(FORMATS[layout][0](all_rated(database)))
+    if text in ("", "[]\n"):
+        what = "edited answer" if layout == "edits" else "ranking"
+        raise UserError(f"{database}: holds no {what} to export; rate more with scripts/feedback.py")
+    temporary = target.with_name(f"{target.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        move(temporary, target)
+    except OSError as error:
+        raise UserError(f"export: '{target}' cannot be written ({error.strerror or error})") from None
+    finally:
+        delete(temporary)
+    return text.count("\n")
 
 
 def _question(prompt: str) -> dict:
