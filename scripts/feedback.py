@@ -17,7 +17,7 @@ import socket
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from utils.config import PROJECT, UserError, key, refuse_missing_file
+from utils.config import PROJECT, UserError, find_input, key, refuse_missing_file
 from utils.data.sources import parse_sources, refuse_missing_sources
 from utils.feedback.security import is_loopback
 from utils.launch import read_config, start
@@ -90,6 +90,7 @@ import uvicorn
 from utils.data.rows import load_examples
 from utils.feedback.application import Application, Shares
 from utils.feedback.database import Ratings
+from utils.feedback.exports import FORMATS
 from utils.feedback.rounds import Rounds, script
 from utils.feedback.sampling import Ahead, Models, Precedence, policy_name
 from utils.feedback.security import Sessions, installation_key, read_token
@@ -258,9 +259,22 @@ class Page:
         self.ratings.close()
 
 
+def export(config: FeedbackConfig) -> None:
+    """Write what has been rated into a file."""
+    source, target = find_input(config.ratings, "ratings"), Path(config.export)
+    if not target.parent.is_dir() or target.exists():
+        raise UserError(f"export: '{target}' must be a new file in a folder that exists")
+    ratings = Ratings(source)
+    rows = ratings.rated()
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(FORMATS[config.export_layout][0](rows))
+    ratings.close()
+    print(f"{len(rows)} ratings of '{source}' are in '{target}' ({config.export_layout})")
+
+
 def main(config: FeedbackConfig) -> None:
     if config.export:
-        raise UserError("export: not there yet")
+        return export(config)
     torch.manual_seed(config.seed)
     page = Page(config)
     page.serve(page.server())

@@ -156,6 +156,34 @@ def test_what_was_rated_is_shown(page):
     wait_until(lambda: (browser.get("/api/look")[1]["reward_model"] or {"pairs": 0})["pairs"] >= 18)
 
 
+@pytest.mark.parametrize("layout", ["jsonl", "edits", "argilla", "label_studio"])
+def test_a_download_is_the_file_that_export_writes(layout, page, tmp_path, capsys):
+    browser = Browser(page.port).rater("Ivy")
+    browser.rate(task_of(browser), better="A better one. 😀")
+    status, content = browser.get(f"/api/export/{layout}")
+    text = content.decode() if isinstance(content, bytes) else json.dumps(content, ensure_ascii=False)
+    assert status == 200 and ("better one. 😀" in text) == (layout != "jsonl")
+    ending = "jsonl" if layout in ("jsonl", "edits") else "json"
+    assert browser.headers["content-disposition"] == f'attachment; filename="ratings-{layout}.{ending}"'
+    words = ["--export", str(tmp_path / "file"), "--export_layout", layout, "--ratings",
+             str(page.ratings.path)]
+    config = parse_config(feedback.FeedbackConfig, None, words)
+    feedback.main(config)
+    written = (tmp_path / "file").read_text(encoding="utf-8")
+    assert (json.loads(written) if ending == "json" else written.encode()) == content
+    with pytest.raises(UserError, match="^export: .* must be a new file"):
+        feedback.main(config)
+
+
+def test_an_export_of_nothing_makes_no_database(tmp_path):
+    words = ["--export", str(tmp_path / "file"), "--ratings", str(tmp_path / "none.db")]
+    with pytest.raises(UserError, match="^ratings: '.*none.db' does not exist"):
+        feedback.main(parse_config(feedback.FeedbackConfig, None, words))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="'port' has no effect .export writes the ratings and ends"):
+        parse_config(feedback.FeedbackConfig, None, [*words, "--port", "9"])
+
+
 # ------------------------------------------------------------------------------------------------------- chat
 
 

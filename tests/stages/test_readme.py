@@ -78,7 +78,9 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/studies/gpu_check.py": ("studies.gpu_check", "CheckConfig", None),
            "scripts/studies/measure_memory.py": ("studies.measure_memory", "MeasureConfig", None),
            "scripts/plan_memory.py": ("plan_memory", "PlanConfig", None),
-           "scripts/chat.py": ("chat", "ChatConfig", None)}
+           "scripts/chat.py": ("chat", "ChatConfig", None),
+           "scripts/studies/feedback_load.py": ("studies.feedback_load", "LoadConfig", None),
+           "scripts/feedback.py": ("feedback", "FeedbackConfig", None)}
 # takes no configuration: the words that the documents may give it
 PLAIN = {"tests/helpers/real_posts.py": [],
          "data/tldr_mini/generate.py": ["--output_dir", "outputs/uneven", "--answers", "2", "9"]}

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from utils.data.conversations import conversation_in, messages_of, readable, text_of_turn
 from utils.errors import UserError, quoted
 from utils.feedback.database import CHAT, Conflict, Ratings, Refused, Task
+from utils.feedback.exports import FORMATS
 from utils.feedback.rounds import Rounds, RunningError
 from utils.feedback.sampling import Ahead, BusyError, Models, Precedence, chat
 from utils.feedback.security import Guard, HTTPError, Sessions, safe_html
@@ -204,7 +205,12 @@ class Application:
         return JSONResponse({"rows": [_rated(row) for row in reversed(rows)]})
 
     def export(self, request: Request) -> Response:
-        raise HTTPError(404, "not there yet")
+        layout = request.path_params["layout"]
+        if layout not in FORMATS:
+            raise HTTPError(404, f"the layouts are {', '.join(FORMATS)}")
+        pieces, ending, media_type = FORMATS[layout]
+        name = {"content-disposition": f'attachment; filename="ratings-{layout}.{ending}"'}
+        return Response("".join(pieces(self.ratings.rated())), media_type=media_type, headers=name)
 
     # ----------------------------------------------------------------------------------------------- training
 
