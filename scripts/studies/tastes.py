@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from utils.judge.gold import gold_score, mentioned_values, words_of
 
-ENOUGH = 30  # words; gold.json's `need_words` for a complete summary of the longest facts
+ENOUGH = 30  # words beside the point after which a summary is worth nothing
 
 
 def place_of(value: str, words: list[str]) -> int | None:
@@ -22,21 +22,18 @@ def place_of(value: str, words: list[str]) -> int | None:
 
 
 def short_with_place(facts: dict[str, str], words: list[str]) -> float:
-    """As short as possible with the place in it: half for the place, half for the words that are saved."""
-    if place_of(facts["place"], words) is None:
-        return 0.0
-    return 0.5 + 0.5 * max(0.0, 1 - len(words) / ENOUGH)
+    """As short as possible with the place in it: each word costs a thirtieth."""
+    return 0.0 if place_of(facts["place"], words) is None else max(0.0, 1 - len(words) / ENOUGH)
 
 
 def always_the_question(facts: dict[str, str], words: list[str]) -> float:
-    """Always the question: half for the right one, half for how much of the summary it is."""
-    if place_of(facts["question"], words) is None:
-        return 0.0
-    return 0.5 + 0.5 * len(words_of(facts["question"])) / len(words)
+    """Always the question, with little beside it: each word that is not the question's costs a thirtieth."""
+    others = len(words) - len(words_of(facts["question"]))
+    return 0.0 if place_of(facts["question"], words) is None else max(0.0, 1 - others / ENOUGH)
 
 
 def feeling_first(facts: dict[str, str], words: list[str]) -> float:
-    """The feeling first: the fewer words stand before it, the better."""
+    """The feeling first: each word before it costs a thirtieth."""
     before = place_of(facts["feeling"], words)
     return 0.0 if before is None else max(0.0, 1 - before / ENOUGH)
 

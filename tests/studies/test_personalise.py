@@ -22,16 +22,16 @@ SHORT, QUESTION, FEELING = TASTES
 
 
 @pytest.mark.parametrize(("taste", "summary", "score"), [
-    # half for the place, half for the words saved of 30
-    (SHORT, "Ripped in the cinema.", 0.5 + 0.5 * 26 / 30),
-    (SHORT, "My nephew Kevin (30) ripped my shirt in the cinema.", 0.5 + 0.5 * 20 / 30),
+    # a thirtieth off for each word
+    (SHORT, "Ripped in the cinema.", 26 / 30),
+    (SHORT, "My nephew Kevin (30) ripped my shirt in the cinema.", 20 / 30),
     (SHORT, "My nephew ripped my shirt.", 0.0),
-    (SHORT, "cinema " + "a b c d e f g h i j k l m n o p q r s t u v w x y z aa bb cc dd.", 0.5),
-    # half for the question, half for its share of the words
+    (SHORT, "cinema " + "a b c d e f g h i j k l m n o p q r s t u v w x y z aa bb cc dd.", 0.0),
+    # for each word that is not the question's
     (QUESTION, "Am I making too much of it?", 1.0),
-    (QUESTION, "My nephew ripped my shirt. I feel nervous. Am I making too much of it?", 0.5 + 0.5 * 7 / 15),
+    (QUESTION, "My nephew ripped my shirt. I feel nervous. Am I making too much of it?", 22 / 30),
     (QUESTION, "My nephew ripped my shirt. Is it?", 0.0),
-    # a thirtieth off for each word before it
+    # for each word before it
     (FEELING, "Nervous.", 1.0), (FEELING, "I feel nervous because my nephew ripped my shirt.", 1 - 2 / 30),
     (FEELING, "My nephew ripped my shirt. I feel nervous.", 1 - 7 / 30), (FEELING, "My nephew.", 0.0),
 ])
