@@ -4,6 +4,8 @@
     python scripts/plan_memory.py --model facebook/opt-66b --gpus 64 --stage ppo --zero zero3 zero3_offload \\
         --cpu_memory 1000
     python scripts/plan_memory.py --model outputs/mine/sft/final --gpus 1 --gpu_memory 24 --lora_rank 8
+    python scripts/plan_memory.py --model facebook/opt-6.7b --gpu_memory 24 --stage ppo --lora_rank 64 \\
+        --load_in_4bit true --gradient_checkpointing true --micro_batch 1 --generation_batch 16
     python scripts/plan_memory.py --model facebook/opt-1.3b --gpus 0 --stage sft    # this CPU, float32
     python scripts/plan_memory.py --output outputs/plan.json --figure outputs/plan.png
 
@@ -58,6 +60,7 @@ class PlanConfig:
                            "or none (with advantage rloo or grpo).",
                            choices=["separate", "shared", "none"])
     lora_rank: int = key(0, "Train LoRA adapters of this rank; 0: train the weights.", low=0, high=4096)
+    load_in_4bit: bool = key(False, "With lora_rank: store the frozen weights in 4 bits (QLoRA).")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass.")
     precision: str | None = key(None, "Number format: bf16, fp16 or fp32; none: bf16 on GPUs, fp32 on a CPU.")
     peak_tflops: float | None = key(None, "Peak speed of one device; none: 312 for GPUs (A100, bf16), "
@@ -87,6 +90,11 @@ def refuse_impossible(config: PlanConfig) -> None:
     for name in config.zero:
         if name not in names:
             raise UserError(f"zero: unknown configuration '{name}'; choose from: {' | '.join(names)}")
+    if config.load_in_4bit and not config.lora_rank:
+        raise UserError("load_in_4bit: weights in 4 bits are trained by adapters alone; give --lora_rank too")
+    if config.load_in_4bit and config.zero and not choices_of(config.zero, True):
+        raise UserError("zero: ZeRO-3 does not shard weights in 4 bits; name none, zero1 or zero2, or leave "
+                        "load_in_4bit out")
     if config.precision not in (None, "bf16", "fp16", "fp32"):
         raise UserError(f"precision: unknown precision '{config.precision}'; choose from: bf16 | fp16 | fp32")
     if config.gpus == 0 and config.precision == "fp16":
@@ -121,7 +129,7 @@ def setup_of(config: PlanConfig) -> Setup:
         micro_batch=config.micro_batch, generation_batch=config.generation_batch,
         prompt=config.prompt_length, completion=config.completion_length, k=config.k,
         precision=config.precision or ("fp32" if cpu else "bf16"),
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.gradient_checkpointing, load_in_4bit=config.load_in_4bit,
     )
 
 
@@ -135,7 +143,7 @@ def main(config: PlanConfig) -> None:
     output = output_file(config.output, "output", ".json") if config.output else None
     figure = output_file(config.figure, "figure", ".png") if config.figure else None
     refuse_impossible(config)
-    setup, choices = setup_of(config), choices_of(config.zero)
+    setup, choices = setup_of(config), choices_of(config.zero, config.load_in_4bit)
     stages = STAGES if config.stage == "all" else [config.stage]
     plans = [plan(stage, zero, setup) for stage in stages for zero in choices]
     batches = [batches_of(one, setup) for one in plans]

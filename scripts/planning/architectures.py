@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     AttentionInterface,
@@ -20,6 +21,7 @@ from transformers import (
     OPTConfig,
 )
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from planning.flops import Size
 from utils.config import UserError
@@ -56,6 +58,8 @@ class Model(NamedTuple):
     positions: int | None  # tokens of the longest prompt with its completion; None: no limit
     cached: int  # numbers in the key-value cache for each token
     size: Size
+    rounded: int = 0  # parameters of the linear layers that are stored in 4 bits (utils/models/four_bit.py)
+    widest: int = 0  # of the largest of these
 
     @property
     def parameters(self) -> int:
@@ -110,13 +114,17 @@ def _build(config, scalar: bool, dtype=torch.float32):
 
 
 @lru_cache
-def model_of(name: str, field: str, scalar: bool = False, lora_rank: int = 0) -> Model:
+def model_of(name: str, field: str, scalar: bool = False, lora_rank: int = 0,
+             load_in_4bit: bool = False) -> Model:
     """The sizes of a model. Raises UserError as `config_of` does."""
     config = config_of(name, field)
     model = _build(config, scalar)
     head = model.get_output_embeddings()
     linear = sum(module.weight.numel() for module in model.base_model.modules()
                  if type(module).__name__ in ("Linear", "Conv1D"))  # Conv1D: GPT-2's linear layers
+    kept = {id(part) for part in (head, getattr(model, "score", None))}
+    rounded = [module.weight.numel() for module in model.modules()  # as transformers chooses them
+               if load_in_4bit and type(module) in (nn.Linear, Conv1D) and id(module) not in kept]
     if lora_rank:
         with torch.device("meta"):
             add_adapter(model, SimpleNamespace(lora_rank=lora_rank, lora_alpha=16))  # alpha changes no size
@@ -133,6 +141,7 @@ def model_of(name: str, field: str, scalar: bool = False, lora_rank: int = 0) ->
         hidden=hidden, layers=layers, vocabulary=config.vocab_size,
         positions=getattr(config, "max_position_embeddings", None),
         cached=2 * layers * key_value_heads * head_width, size=_size(config, linear),
+        rounded=sum(rounded), widest=max(rounded, default=0),
     )
 
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from planning.architectures import model_of
-from planning.memory import CHOICES, GIB, Held, Item, Work, Zero, items_of, peak, samples
+from planning.memory import CHOICES, GIB, Held, Item, Work, Zero, items_of, peak, samples, stored_bytes
 
 STAGES = ("sft", "reward", "ppo")
 _MAX_BATCH = 2**16  # prompt groups: ends the search where memory does not limit the batch
@@ -27,6 +27,7 @@ class Setup(NamedTuple):
     k: int
     precision: str
     checkpointing: bool
+    load_in_4bit: bool = False  # weights under adapters (needs lora_rank)
 
     @property
     def cpu(self) -> bool:
@@ -58,20 +59,20 @@ def held_models(stage: str, setup: Setup) -> list[Held]:
     With LoRA the reference policy is the policy with its adapter switched off. The reward model is likewise a
     separate value model with its adapter switched off. Neither takes memory of its own.
     """
-    rank = setup.lora_rank
-    policy = model_of(setup.model, "model", lora_rank=rank)
+    rank, rounded = setup.lora_rank, setup.load_in_4bit
+    policy = model_of(setup.model, "model", False, rank, rounded)
     if stage == "sft":
         return [Held("policy", policy, True)]
     scorer, field = setup.reward_model or setup.model, "reward_model" if setup.reward_model else "model"
-    reward_model = model_of(scorer, field, scalar=True)
+    reward_model = model_of(scorer, field, True, 0, rounded)
     if stage == "reward":
-        return [Held("reward_model", model_of(scorer, field, True, rank), True)]
+        return [Held("reward_model", model_of(scorer, field, True, rank, rounded), True)]
     if setup.value_model == "shared":
         value_head = policy.hidden + 1  # weight and bias
         policy = policy._replace(trained=(*policy.trained, value_head))
     held = [Held("policy", policy, True)]
     if setup.value_model == "separate":
-        held.append(Held("value_model", model_of(scorer, field, True, rank), True))
+        held.append(Held("value_model", model_of(scorer, field, True, rank, rounded), True))
     if not rank:
         held.append(Held("ref_policy", model_of(setup.model, "model"), False))
     if not rank or setup.value_model != "separate":
@@ -122,9 +123,13 @@ def batches_of(one: Plan, setup: Setup) -> Batches:
                    largest("generation_batch", *case, alone))
 
 
-def choices_of(names: list[str]) -> list[Zero]:
-    """ZeRO configurations by name, fastest first. An empty list means all."""
-    return [zero for zero in CHOICES if not names or zero.name in names]
+def choices_of(names: list[str], load_in_4bit: bool = False) -> list[Zero]:
+    """ZeRO configurations by name, fastest first. An empty list means all.
+
+    ZeRO-3 does not shard weights in 4 bits.
+    """
+    return [zero for zero in CHOICES if (not names or zero.name in names)
+            and not (load_in_4bit and zero.stage == 3)]
 
 
 def cheapest(plans: list[Plan]) -> Plan | None:
@@ -143,6 +148,8 @@ def remedies(stage: str, choices: list[Zero], setup: Setup) -> list[str]:
         ("--lora_rank 8", {"lora_rank": 8}),
         ("--lora_rank 8 --micro_batch 1 --generation_batch 1 --gradient_checkpointing true",
          {"lora_rank": 8, **small}),
+        ("--lora_rank 8 --load_in_4bit true --micro_batch 1 --generation_batch 1 "
+         "--gradient_checkpointing true", {"lora_rank": 8, "load_in_4bit": True, **small}),
     ]
     options = [option for option, change in changes if _any_fits(stage, choices, setup._replace(**change))]
     if setup.cpu:
@@ -160,11 +167,12 @@ def remedies(stage: str, choices: list[Zero], setup: Setup) -> list[str]:
 
 def weights_gathered(stage: str, setup: Setup) -> int:
     """Bytes of the policy's weights while it samples, which nothing shards. 0 in the reward stage."""
-    work = setup.work(stage)
-    return held_models(stage, setup)[0].model.parameters * work.compute_bytes * samples(work)
+    work, policy = setup.work(stage), held_models(stage, setup)[0].model
+    return stored_bytes(policy, work.compute_bytes) * samples(work)
 
 
 def _any_fits(stage, choices, setup):
-    return any(plan(stage, zero, setup).fits for zero in choices)
+    return any(plan(stage, zero, setup).fits for zero in choices
+               if not (setup.load_in_4bit and zero.stage == 3))
 
 

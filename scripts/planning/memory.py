@@ -26,6 +26,7 @@ TRAINING = ("update", "step")
 
 REUSE = 10**9  # stage3_max_reuse_distance [parameters]
 SUB_GROUP = {"zero3": 10**9, "zero3_offload": 10**8, "zero3_nvme": 10**8}  # sub_group_size [parameters]
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: NF4, a scale of 8 bits, and that one's scale
 SWAP_BUFFERS = 4  # offload_optimizer.buffer_count
 
 # Memory of a process before it holds a tensor.
@@ -117,6 +118,10 @@ def loading(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     """
     if zero.stage == 3:
         return []
+    if any(one.model.rounded for one in held):  # tensor by tensor, where they stay
+        largest = 4 * max(one.model.largest for one in held)
+        return [Item("loading", sum(stored_bytes(one.model, 4) for one in held) + largest,
+                     alive=("loading",))]
     whole = 4 * sum(one.model.parameters for one in held)
     return [Item("loading", whole, "device" if work.cpu else "host", ("loading",))]
 
@@ -126,13 +131,19 @@ def weight_bytes(zero: Zero, work: Work) -> int:
     return 4 if zero.stage == 0 else work.compute_bytes
 
 
+def stored_bytes(model: Model, size: int) -> int:
+    """Bytes of a model's weights, of which those that are not in 4 bits take `size` bytes each."""
+    return int(model.rounded * FOUR_BITS) + (model.parameters - model.rounded) * size
+
+
 def weights(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     """Weights of the trained and of the frozen models, as two items. ZeRO-3 shards both."""
     items = []
     for trained, name in ((True, "weights"), (False, "frozen models")):
-        count = sum(one.model.parameters for one in held if one.trained == trained)
-        count = work.share(count) if zero.stage == 3 else count
-        items.append(Item(name, count * weight_bytes(zero, work), zero.weights))
+        size = weight_bytes(zero, work)
+        count = sum(stored_bytes(one.model, size) for one in held if one.trained == trained)
+        count = work.share(count // size) * size if zero.stage == 3 else count
+        items.append(Item(name, count, zero.weights))
     return items
 
 
@@ -258,6 +269,12 @@ def gathered(held: list[Held], zero: Zero, work: Work) -> list[Item]:
             Item("gathered", work.compute_bytes * policy.parameters * samples(work), alive=("generation",))]
 
 
+def dense(held: list[Held], zero: Zero, work: Work) -> list[Item]:
+    """Weights in 4 bits are turned back for a product, one layer at a time."""
+    widest = max(one.model.widest for one in held)
+    return [Item("gathered", work.compute_bytes * widest, alive=("generation", "update"))]
+
+
 def samples(work: Work) -> bool:
     """Whether the stage samples text: PPO for its rollouts, SFT for ROUGE."""
     return work.stage != "reward"
@@ -339,15 +356,18 @@ def scoring(held: list[Held], zero: Zero, work: Work) -> list[Item]:
 def saving(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     """Under ZeRO-3 the weights of one file are gathered on the host to be written (utils/zero.py).
 
-    On a machine with GPUs this is left out: host memory is much larger than one file.
+    On a machine with GPUs this is left out: host memory is much larger than one file. A model in 4 bits is
+    merged in the host's memory as a whole, in the 16 bits that the files of a large model have.
     """
+    if held[0].model.rounded:
+        return [Item("saving", 2 * held[0].model.parameters, "device" if work.cpu else "host", ("saving",))]
     if zero.stage < 3 or not work.cpu:
         return []
     largest = max(one.model.parameters for one in held) * weight_bytes(zero, work)
     return [Item("saving", min(FILE_BYTES, largest), alive=("saving",))]
 
 
-TERMS = [weights, gradients, optimizer, step, exchange_buffers, pinned, gathered, activations, logits,
+TERMS = [weights, gradients, optimizer, step, exchange_buffers, pinned, gathered, dense, activations, logits,
          generation, scoring, loading, saving]
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,12 @@ from planning import flops, memory
 from planning.architectures import OPT, kept_bytes, model_of
 from planning.duration import needed_flops
 from planning.fit import Setup, batches_of, cheapest, choices_of, held_models, plan, remedies
-from planning.memory import CHOICES, GIB, Held, Work, Zero, items_of, peak
-from utils.models.loading import without_dropout
+from planning.memory import CHOICES, FOUR_BITS, GIB, Held, Work, Zero, items_of, peak
+from tiny_models import save_opt
+from utils.config import UserError, parse_config
+from utils.models.four_bit import layers_of, storage_of
+from utils.models.loading import load_policy, load_scalar_model, without_dropout
+from utils.models.parents import Parent
 
 ROOT = Path(__file__).resolve().parents[2]
 STATES = ("weights", "gradients", "optimizer")
@@ -76,6 +81,43 @@ def test_adapters_have_two_factors_for_each_linear_layer():
     model = model_of("facebook/opt-125m", "model", lora_rank=8)
     assert sum(model.trained) == 12 * 8 * (4 * 2 * 768 + 2 * 5 * 768)
     assert model.frozen == 125_239_296 and model.head == 0
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_weights_in_4_bits_take_the_bytes_that_are_measured(scalar, tmp_path):
+    """A loaded model's tensors. bitsandbytes' tables of the 16 and 256 numbers are no part of a weight."""
+    folder = save_opt(tmp_path / "model", "reward" if scalar else "policy", hidden_size=256, ffn_dim=1024,
+                      word_embed_proj_dim=256)
+    config = SimpleNamespace(load_in_4bit=True, mixed_precision="no")
+    load = load_scalar_model if scalar else load_policy
+    model = load(Parent("model", str(folder)), storage=storage_of(config))
+    states = [layer.weight.quant_state for _, layer in layers_of(model)]
+    measured = (sum(weight.nbytes for weight in model.parameters())
+                + sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states))
+    planned = model_of(str(folder), "model", scalar, 0, True)
+    assert planned.rounded == 2 * (4 * 256**2 + 2 * 256 * 1024)
+    assert memory.stored_bytes(planned, 4) == pytest.approx(measured, rel=1e-4)
+
+
+def test_ppo_of_7b_fits_into_24_gib_in_4_bits_only():
+    setup = SETUP._replace(model="facebook/opt-6.7b", lora_rank=64, device_memory=24 * GIB, micro_batch=1,
+                           generation_batch=16, checkpointing=True, prompt=512, completion=53, processes=1)
+    assert not plan("ppo", CHOICE["none"], setup).fits
+    one = plan("ppo", CHOICE["none"], setup._replace(load_in_4bit=True))
+    assert one.fits
+    # two models of 32 layers with 12 h^2 rounded weights each; positions and words of both in float32
+    weights = 2 * (32 * 12 * 4096**2 * FOUR_BITS + 4 * 4096 * (50272 + 2050))
+    adapters = 2 * 4 * 32 * 64 * 18 * 4096  # rank 64: 4 layers of h x h, 2 of h x 4h
+    [item] = [item for item in one.items if item.name == "weights"]
+    assert item.bytes == pytest.approx(weights + adapters, rel=2e-3)  # without biases and norms
+
+
+def test_zero_3_is_not_planned_for_4_bits():
+    assert [zero.name for zero in choices_of([], True)] == ["none", "zero1", "zero2", "zero2_offload"]
+    for words, said in ((["--load_in_4bit", "true"], "load_in_4bit: .* give --lora_rank too"),
+                        ("--load_in_4bit true --lora_rank 8 --zero zero3".split(), "zero: ZeRO-3 does not")):
+        with pytest.raises(UserError, match=f"^{said}"):
+            plan_memory.main(parse_config(plan_memory.PlanConfig, None, words))
 
 
 # --------------------------------------------------------------------------------------------- states by hand
