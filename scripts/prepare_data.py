@@ -126,16 +126,30 @@ def canonical(rows: Rows):
 
 def _ranking_row(row: Ranking) -> dict:
     """A ranking as a row. A completion's rank is the number of better ones, so ties have equal ranks."""
-    ranks = [sum(worse == index for _, worse in row.pairs) for index in range(len(row.completions))]
     scores = {} if row.label_scores is None else {"label_scores": row.label_scores}
-    return {"prompt": row.prompt, "completions": row.completions, "ranks": ranks, **scores}
+    if row.margins:
+        order = {"scores": _scores(row)}
+    else:
+        order = {"ranks": [sum(worse == index for _, worse in row.pairs)
+                           for index in range(len(row.completions))]}
+    return {"prompt": row.prompt, "completions": row.completions, **order, **scores}
+
+
+def _scores(row: Ranking) -> list[float]:
+    """Scores of a ranking's completions whose differences are its margins. The worst ones score 0."""
+    margins = dict(zip(row.pairs, row.margins, strict=True))
+    worst = min(set(range(len(row.completions))) - {better for better, _ in row.pairs})
+    return [margins.get((index, worst), 0.0) for index in range(len(row.completions))]
 
 
 def _pair_rows(row: Ranking):
     """The pairs of a group as rows."""
-    for (better, worse), note in zip(row.pairs, row.notes or [{}] * len(row.pairs), strict=True):
+    count = len(row.pairs)
+    known = zip(row.pairs, row.notes or [{}] * count, row.margins or [None] * count, strict=True)
+    for (better, worse), note, margin in known:
         chosen, rejected = row.completions[better], row.completions[worse]
-        yield {"prompt": row.prompt, "chosen": chosen, "rejected": rejected, **note}
+        margins = {} if margin is None else {"margin": margin}
+        yield {"prompt": row.prompt, "chosen": chosen, "rejected": rejected, **note, **margins}
 
 
 def _rating_rows(row: Ranking):

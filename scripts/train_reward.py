@@ -62,6 +62,9 @@ class RewardStageConfig(EpochStageConfig):
                               source="ST; post: IG eq. 1", choices=["pair", "post"])
     margin: float = key(0.0, "The better score must be above the worse by this.", unit="score",
                         source="Llama 2, 2307.09288", low=0.0, high=1000.0)
+    margin_scale: float = key(0.0, "The margin of each pair in the data, times this, is added to `margin`; "
+                                   "0: it is not looked at.",
+                              source="Llama 2, 2307.09288", low=0.0, high=1000.0)
     centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of "
                                     "each post around 0.",
                                source="Eisenstein 2023, 2312.09244", low=0.0, high=1000.0)
@@ -125,12 +128,12 @@ def train(loop: Loop, rankings, validation) -> None:
         parts = [collate([rows[i] for i in part], loop) for part in passes]
         # pairs or posts, of all ranks; a rank without rows must bring a number of the same type
         total = loop.total(sum((weights.sum() for *_, weights in parts), start=torch.tensor(0.0)))
-        for groups, order, weights in loop.parts(parts, spare=lambda first=places[:1]: collate(
+        for groups, order, margins, weights in loop.parts(parts, spare=lambda first=places[:1]: collate(
                 rows_at(rankings, first), loop)):
             # all completions of a post are scored in one pass over the post
             score = loop.model(groups)  # (N,)
             better, worse = score[order].unbind(1)  # (P,)
-            losses = pairwise_loss(better, worse, config.margin, config.centring_coef)
+            losses = pairwise_loss(better, worse, margins, config.centring_coef)
             loop.backward((losses * weights).sum() / total, groups)
         loop.optimizer_step()
 
@@ -143,19 +146,20 @@ def train(loop: Loop, rankings, validation) -> None:
             evaluate(loop, validation, step)
 
 
-def pairwise_loss(better: torch.Tensor, worse: torch.Tensor, margin: float,
+def pairwise_loss(better: torch.Tensor, worse: torch.Tensor, margins: torch.Tensor,
                   centring_coef: float) -> torch.Tensor:
     """-log sigmoid(better - worse - margin) + centring_coef (better + worse)^2 of each pair, all (P,),
     float32.
 
-    Sources: ST; IG eq. 1 (detail 17). The margin is that of Llama 2 (2307.09288, eq. 2), one for all pairs;
-    the second term is Eisenstein et al.'s (2312.09244).
+    Sources: ST; IG eq. 1 (detail 17). The margin is that of Llama 2 (2307.09288, eq. 2); the second term is
+    Eisenstein et al.'s (2312.09244).
     """
-    return -logsigmoid(better - worse - margin) + centring_coef * (better + worse).square()
+    return -logsigmoid(better - worse - margins) + centring_coef * (better + worse).square()
 
 
-def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor, torch.Tensor]:
-    """Prompt groups; (better, worse) indices into the batch's N completions, (P, 2); a pair's weight, (P,).
+def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompt groups; (better, worse) indices into the batch's N completions, (P, 2); a pair's margin and its
+    weight, both (P,).
 
     The pairs of a post stand in one batch (detail 18) and weigh 1 each, or 1 together.
     """
@@ -166,8 +170,12 @@ def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor, t
              for b, w in row["pairs"]]
     by_post = loop.config.pair_weighting == "post"
     weights = [1 / len(row["pairs"]) if by_post else 1.0 for row in rows for _ in row["pairs"]]
+    margins = [loop.config.margin] * len(order)
+    if loop.config.margin_scale:
+        known = (margin for row in rows for margin in row["margins"])
+        margins = [loop.config.margin + loop.config.margin_scale * margin for margin in known]
     return (groups.to(loop.device), torch.tensor(order, device=loop.device),
-            torch.tensor(weights, device=loop.device))
+            torch.tensor(margins, device=loop.device), torch.tensor(weights, device=loop.device))
 
 
 # -------------------------------------------------------------------------------------------- what it reaches
@@ -255,6 +263,8 @@ def load_splits(config: RewardStageConfig, tokenizer, report: DataReport):
     names = ("reward_training_data", "reward_validation_data", "reward_test_data")
     parts = split_rows(config, loaded, *names, report)
     report.groups("reward_training_data", parts[0])
+    if config.margin_scale:
+        report.margins("reward_training_data", parts[0])
     references = loaded.get("centring_data")
     if references is not None:
         references = tokenised(references.first(config.test_rows))

@@ -84,20 +84,22 @@ def reward_trainer(tmp_path):
     return model, loss
 
 
-@pytest.mark.parametrize(("margin", "centring_coef"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.1), (0.5, 0.1)])
-def test_the_reward_loss(margin, centring_coef, reward_trainer):
+@pytest.mark.parametrize("margin_of", [lambda n: 0.0, lambda n: 0.5, lambda n: 0.3 * n])  # of the n-th pair
+@pytest.mark.parametrize("centring_coef", [0.0, 0.1])
+def test_the_reward_loss(margin_of, centring_coef, reward_trainer):
     """trl: -log sigmoid(chosen - rejected - margin), plus coefficient * mean((chosen + rejected)^2), means
-    over pairs.
+    over pairs. Each pair has a margin of its own.
     """
     pytest.importorskip("evaluate", reason="the reward stage needs requirements.txt")
     from train_reward import pairwise_loss
 
     (model, loss), (groups, single) = reward_trainer, in_rows()
+    margins = [margin_of(n) for n in range(len(PAIRS))]
     examples = [{"chosen_ids": sum(single[b], []), "rejected_ids": sum(single[w], []), "margin": margin}
-                for b, w in PAIRS]
+                for (b, w), margin in zip(PAIRS, margins, strict=True)]
     better, worse = torch.tensor(PAIRS).T
     score = scores(model, groups)
-    ours = pairwise_loss(score[better], score[worse], margin, centring_coef).mean()
+    ours = pairwise_loss(score[better], score[worse], torch.tensor(margins), centring_coef).mean()
     theirs = loss(examples, centring_coef)
     torch.testing.assert_close(ours, theirs)
     named = dict(model.named_parameters())

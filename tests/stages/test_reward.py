@@ -53,6 +53,27 @@ def test_the_loss_by_its_definition(margin, centring_coef):
     assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
+MARGINS = [[0.5, 2.0, 0.25], [1.0], [0.0], [3.5]]  # of PAIRS
+
+
+@pytest.mark.parametrize("weighting", ["pair", "post"])
+def test_margins_of_the_data_are_scaled_and_added_to_the_margin(weighting, tmp_path, monkeypatch):
+    """Posts in other batches than those before them; the loss by hand, in float64."""
+    monkeypatch.setattr(train_reward, "evaluate", lambda *_: None)
+    loop = reward_loop(tmp_path, per_device_batch_size=2, gradient_accumulation_steps=2, margin=0.3,
+                       margin_scale=0.5, pair_weighting=weighting)
+    rows = [row | {"margins": margins} for row, margins in zip(ROWS, MARGINS, strict=True)]
+    oracle, posts = scalar_model("opt"), []
+    for row in rows:
+        score = [stock_score(oracle, row["prompt"], answer).item() for answer in row["completions"]]
+        posts.append([math.log1p(math.exp(score[w] - score[b] + 0.3 + 0.5 * margin))
+                      for (b, w), margin in zip(row["pairs"], row["margins"], strict=True)])
+    train_reward.train(loop, Dataset.from_list(rows), None)
+    [logged] = [row["reward/loss"] for row in loop.run.read_metrics() if "reward/loss" in row]
+    expected = sum(map(sum, posts)) / 6 if weighting == "pair" else np.mean([np.mean(post) for post in posts])
+    assert logged == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("batch_size", "accumulation", "max_tokens"),
                          [(4, 1, None), (1, 4, None), (2, 2, 25)])
 @pytest.mark.parametrize(("margin", "centring_coef"), OPTIONS)

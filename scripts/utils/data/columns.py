@@ -10,6 +10,7 @@ from typing import NamedTuple
 from utils.config import UserError
 
 NOTES = ("confidence", "policies", "batch", "worker")  # who compared what, and how sure they were
+MARGINS = ("margin", "score_chosen", "score_rejected")  # how much better the better answer is
 # kind of rows -> the data key that sets of this kind are for
 ROLES = {"examples": "actor_training_data", "rankings": "reward_training_data",
          "prompts": "rlhf_training_data", "ratings": "rating_data"}
@@ -38,7 +39,7 @@ LAYOUTS = (
     Layout("instruction, output", "examples", ("instruction", "output"), ("input", "system", "history")),
     Layout("prompt", "prompts", ("prompt",), ("facts",)),
     Layout("subreddit, title, post", "prompts", _POST, ("facts",)),
-    Layout("prompt, chosen, rejected", "rankings", ("prompt", "chosen", "rejected"), NOTES),
+    Layout("prompt, chosen, rejected", "rankings", ("prompt", "chosen", "rejected"), (*NOTES, *MARGINS)),
     Layout("prompt, completions", "rankings", ("prompt", "completions"),
            ("ranks", "scores", "label_scores", "tools", *NOTES)),
     Layout("info, summaries, choice", "rankings", ("info", "summaries", "choice"),
@@ -46,11 +47,11 @@ LAYOUTS = (
     Layout("history, human_ref_A, human_ref_B, labels", "rankings",
            ("history", "human_ref_A", "human_ref_B", "labels"), ("score_ratio", "score_A", "score_B")),
     Layout("conversations, chosen, rejected", "rankings", ("conversations", "chosen", "rejected"),
-           ("system", "tools", *NOTES)),
+           ("system", "tools", *NOTES, *MARGINS)),
     Layout("prompt, responses, scores", "rankings", ("prompt", "responses", "scores")),
     Layout("instruction, completions", "rankings", ("instruction", "completions")),
     Layout("prompt, response, helpfulness", "rankings", ("prompt", "response", "helpfulness")),
-    Layout("chosen, rejected (dialogues)", "rankings", ("chosen", "rejected"), NOTES),
+    Layout("chosen, rejected (dialogues)", "rankings", ("chosen", "rejected"), (*NOTES, *MARGINS)),
     Layout("info, summary (ratings)", "ratings", ("info", "summary")),
     Layout("prompt, completion, label", "unpaired", ("prompt", "completion", "label")),
     Layout("messages, label", "unpaired", ("messages", "label")),

@@ -9,7 +9,7 @@ import math
 import re
 
 from utils.config import UserError
-from utils.data.columns import NOTES, Reading, listed
+from utils.data.columns import MARGINS, NOTES, Reading, listed
 from utils.data.conversations import as_conversation, messages_of, stored_conversation
 from utils.data.dialogues import conversation, conversation_row, turn_in
 from utils.data.layouts import (
@@ -61,9 +61,11 @@ def ranking_of(row: dict, reading: Reading, where: str) -> Ranking:
     if ranks is None:
         ranks = list(range(len(texts)))
     pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+    margins = None if scores is None else [float(scores[i] - scores[j]) for i, j in pairs]
     if layout != "prompt, completions":
-        return Ranking(question_of(row, "prompt", where), texts, pairs, strengths)
-    return Ranking(_ranked_prompt(row, where), texts, pairs, strengths, _notes(row, pairs, where))
+        return Ranking(question_of(row, "prompt", where), texts, pairs, strengths, margins=margins)
+    return Ranking(_ranked_prompt(row, where), texts, pairs, strengths, _notes(row, pairs, where),
+                   margins)
 
 
 def _ranked_prompt(row: dict, where: str) -> str:
@@ -187,7 +189,7 @@ def comparison_of(row: dict, reading: Reading, where: str):
         raise UserError(f"{where}: fits two layouts, 'messages' and '{layout}'; leave the columns of one of "
                         "them out")
     note = {column: str(row[column]) for column in NOTES if row.get(column) is not None}
-    _refuse_contradiction(row, reading.unread, where)
+    _refuse_contradiction(row, (*reading.unread, *(name for name in MARGINS if name in row)), where)
     in_turns = isinstance(row["chosen"], list | dict) or isinstance(row.get("prompt"), list)
     if in_turns or "conversations" in row:
         return *compared_conversations(row, where), note
@@ -196,6 +198,19 @@ def comparison_of(row: dict, reading: Reading, where: str):
     row = with_end(row)
     chosen, rejected = _chosen_and_rejected(row, where)
     return plain_prompt(row, where), spaced(chosen), spaced(rejected), note
+
+
+def margin_of(row: dict, reading: Reading) -> float | None:
+    """How much better the better answer of a comparison is: `margin`, else the difference of the scores.
+
+    None where the layout does not read these columns, or where they hold no numbers.
+    """
+    if not {*MARGINS} <= reading.layout.columns:
+        return None
+    margin, better, worse = (_grade(row.get(name)) for name in MARGINS)
+    if margin is None and better is not None and worse is not None:
+        margin = better - worse
+    return margin if is_number(margin) else None
 
 
 def _chosen_and_rejected(row: dict, where: str) -> tuple[str, str]:

@@ -29,6 +29,8 @@ class Ranking(NamedTuple):
     # Bradley-Terry strengths of the completions; None: the labeller is unknown
     label_scores: list[float] | None
     notes: list[dict[str, str]] | None = None  # values of NOTES for each pair, for evaluation (detail 20)
+    # how much better the better completion of each pair is, in the data's unit; None: not known
+    margins: list[float | None] | None = None
 
 
 _TYPE_NAMES = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",

@@ -84,6 +84,31 @@ class DataReport:
         self.log(f"{field}: loss on {answers.sum()} answers of {len(rows)} rows, {learnt} of their {total} "
                  f"tokens{more}")
 
+    def margins(self, field: str, rows) -> None:
+        """Record and log the margins of a data key's pairs (`margin_scale`).
+
+        Raises:
+            UserError: when a pair has none.
+        """
+        found, counts, pairs = [], [], []
+        for batch in _batches(rows.dataset().select_columns(["pairs", "margins"])):
+            margins = pc.fill_null(batch["margins"], [])
+            known = pc.is_valid(margins.flatten()).to_numpy(zero_copy_only=False)
+            owners = pc.list_parent_indices(margins).to_numpy()[known]
+            counts.append(np.bincount(owners, minlength=len(margins)))
+            pairs.append(_sizes(batch["pairs"]))
+            found.append(pc.drop_null(margins.flatten()).to_numpy())
+        found, counts, pairs = map(np.concatenate, (found, counts, pairs))
+        if lacks := int((pairs - counts).sum()):
+            place = rows.place(int(np.flatnonzero(counts < pairs)[0]))
+            raise UserError(f"margin_scale: {lacks} of the {pairs.sum()} pairs of {field} have no margin, "
+                            f"first in the group of {place}; give every row 'margin', or 'score_chosen' and "
+                            "'score_rejected', or 'scores' beside 'completions', or leave margin_scale out")
+        figures = {"min": float(found.min()), "mean": float(found.mean()), "max": float(found.max())}
+        self.figures.setdefault(field, {})["margins"] = figures
+        self.log(f"{field}: margins of the data from {figures['min']:g} to {figures['max']:g}, mean "
+                 f"{figures['mean']:.3g}")
+
     def groups(self, field: str, rows) -> None:
         """Record and log how much prompt groups save on a data key's rankings.
 

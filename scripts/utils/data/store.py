@@ -8,6 +8,7 @@ Files of a stored set. The Arrow files are streams that are mapped into memory.
 """
 
 import json
+import math
 from array import array
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -26,6 +27,7 @@ ROW_COLUMNS = {
     "pairs": pa.list_(pa.list_(pa.int32())),
     "label_scores": pa.list_(pa.float64()),
     "notes": pa.list_(pa.struct([(column, pa.string()) for column in NOTES])),
+    "margins": pa.list_(pa.float64()),
 }
 _ROWS = pa.schema([
     ("prompt", pa.int64()),  # number of its text
@@ -82,10 +84,10 @@ class SetWriter:
         return number
 
     def row(self, number: int, prompt: int, completions: list[int], pairs=(), label_scores=None, notes=None,
-            facts=None) -> None:
+            margins=None, facts=None) -> None:
         """Write a row. `prompt` and `completions` are numbers of texts."""
-        prompt_digest = self._digests[prompt]
-        self._rows.append((prompt, completions, pairs, label_scores, notes, facts, number, prompt_digest))
+        self._rows.append((prompt, completions, pairs, label_scores, notes, margins, facts, number,
+                           self._digests[prompt]))
         self._row_characters += len(facts or "")
         self.row_count += 1
         if len(self._rows) == _BATCH_ROWS or self._row_characters > _BATCH_CHARACTERS:
@@ -110,19 +112,25 @@ class SetWriter:
 
 
 class Pairs:
-    """The compared pairs of one prompt in 24 bytes each, because a large set has millions of them."""
+    """The compared pairs of one prompt in 32 bytes each, because a large set has millions of them."""
 
     def __init__(self, number: int):
         self.number = number  # of the prompt's first row
-        self.values = array("q")  # better, worse, note; better, worse, note; ...: numbers of texts and notes
+        self._values = array("q")  # better, worse, note; better, worse, note; ...: numbers of texts and notes
+        self._margins = array("d")  # of each pair; NaN: not known
 
     def __len__(self):
-        return len(self.values) // 3
+        return len(self._margins)
 
-    def triples(self) -> list[tuple[int, int, int]]:
-        """(better, worse, note) of each pair."""
-        values = iter(self.values)
-        return list(zip(values, values, values, strict=True))
+    def add(self, better: int, worse: int, note: int, margin: float | None) -> None:
+        self._values.extend((better, worse, note))
+        self._margins.append(math.nan if margin is None else margin)
+
+    def triples(self) -> list[tuple[int, int, tuple[int, float | None]]]:
+        """(better, worse, (note, margin)) of each pair."""
+        values = iter(self._values)
+        return [(better, worse, (note, None if math.isnan(margin) else margin))
+                for better, worse, note, margin in zip(values, values, values, self._margins, strict=True)]
 
 
 class StoredSet:
@@ -162,7 +170,7 @@ class StoredSet:
         pairs, notes = [tuple(pair) for pair in row["pairs"]], row["notes"]
         if notes:  # Arrow fills in None for every note that is missing
             notes = [{name: value for name, value in note.items() if value is not None} for note in notes]
-        return Ranking(prompt, completions, pairs, row["label_scores"], notes)
+        return Ranking(prompt, completions, pairs, row["label_scores"], notes, row["margins"])
 
     def rejected(self) -> Iterator[dict]:
         """The rejected rows: `place` (`file:line`), `reason`, `row`."""

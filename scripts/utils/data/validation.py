@@ -17,12 +17,20 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from utils.config import UserError
 from utils.console import progress_bar
 from utils.data.cache import cached
 from utils.data.columns import Reading, read_columns
-from utils.data.comparisons import comparison_of, ranking_of, rating_of, score_ratio, scored_of
+from utils.data.comparisons import (
+    comparison_of,
+    margin_of,
+    ranking_of,
+    rating_of,
+    score_ratio,
+    scored_of,
+)
 from utils.data.examples import example_of, prompt_of, unpaired_of
 from utils.data.files import BadRow
 from utils.data.layouts import Example
@@ -246,29 +254,31 @@ class _Rankings:
             return "an empty answer"
         note_number = self._notes.setdefault(tuple(note.items()), len(self._notes))
         texts = map(self.writer.text, (prompt, chosen, rejected))
-        return self._add_pair(number, *texts, note_number)
+        return self._add_pair(number, *texts, note_number, margin_of(row, reading))
 
-    def _add_pair(self, number: int, prompt: int, chosen: int, rejected: int, note: int) -> str | None:
+    def _add_pair(self, number: int, prompt: int, chosen: int, rejected: int, note: int,
+                  margin: float | None) -> str | None:
         """Put a pair into its prompt's group, or return the reason why it is dropped."""
         group = self._groups.get(prompt)
         if group is None:
             group = self._groups[prompt] = Pairs(number)
         if self.max_pairs is not None and len(group) >= self.max_pairs:
             return "more pairs of one prompt than max_pairs_per_prompt"
-        group.values.extend((chosen, rejected, note))
+        group.add(chosen, rejected, note, margin)
         return None
 
     def _pair_graded(self) -> None:
         """Pair each answer of a prompt with each one of a lower grade."""
         for prompt, graded in self._graded.items():
-            pairs = [(number, answer, other) for number, answer, grade in graded
+            pairs = [(number, answer, other, None if isinstance(grade, bool) else float(grade - lower))
+                     for number, answer, grade in graded
                      for _, other, lower in graded if grade > lower and other != answer]
             if not pairs:
                 for number, _, grade in graded:
                     lacks = "other" if not isinstance(grade, bool) else "unwanted" if grade else "wanted"
                     self._drop(f"no {lacks} answer to the same prompt", number)
-            for number, answer, other in pairs:
-                if reason := self._add_pair(number, prompt, answer, other, 0):
+            for number, answer, other, margin in pairs:
+                if reason := self._add_pair(number, prompt, answer, other, 0, margin):
                     self._drop(reason, number)
 
     def _take_ranking(self, row, reading, number) -> str | None:
@@ -279,36 +289,42 @@ class _Rankings:
         prompt = self.writer.text(ranking.prompt)
         texts = [self.writer.text(text) for text in ranking.completions]
         if len(texts) <= self.max_completions:
-            self.writer.row(number, prompt, texts, ranking.pairs, ranking.label_scores, ranking.notes)
+            self.writer.row(number, prompt, texts, ranking.pairs, ranking.label_scores, ranking.notes,
+                            ranking.margins)
             return None
         scores = dict(zip(texts, ranking.label_scores, strict=True)) if ranking.label_scores else None
         triples = [(texts[i], texts[j], place) for place, (i, j) in enumerate(ranking.pairs)]
         for part, pairs, places in split_group(triples, self.max_completions):
             self.writer.row(number, prompt, part, pairs, scores and [scores[text] for text in part],
-                            ranking.notes and [ranking.notes[place] for place in places])
+                            ranking.notes and [ranking.notes[place] for place in places],
+                            ranking.margins and [ranking.margins[place] for place in places])
         return None
 
     def finish(self):
         self._pair_graded()
         notes = [dict(note) for note in self._notes]
         for prompt, group in self._groups.items():
-            for texts, pairs, note_numbers in split_group(group.triples(), self.max_completions):
+            for texts, pairs, kept in split_group(group.triples(), self.max_completions):
+                note_numbers, margins = zip(*kept, strict=True)
                 pair_notes = [notes[i] for i in note_numbers] if any(note_numbers) else None
-                self.writer.row(group.number, prompt, texts, pairs, notes=pair_notes)
+                known = any(margin is not None for margin in margins)
+                self.writer.row(group.number, prompt, texts, pairs, notes=pair_notes,
+                                margins=list(margins) if known else None)
 
 
 def split_group(
-    triples: list[tuple[int, int, int]], max_completions: int
-) -> list[tuple[list[int], list, list[int]]]:
+    triples: list[tuple[int, int, Any]], max_completions: int
+) -> list[tuple[list[int], list, list]]:
     """Split a group into groups of at most `max_completions`, each pair in one of them.
 
     A pair goes into the first group that has room for it.
 
     Args:
-        triples: (better, worse, note) of each pair; texts and notes by number.
+        triples: (better, worse, what is known) of each pair; texts by number.
 
     Returns:
-        For each group its completions, its pairs as indices into the completions, and the notes of its pairs.
+        For each group its completions, its pairs as indices into the completions, and what is known of each
+        pair.
     """
     groups: list[tuple[dict, list, list]] = []  # (completion -> index, pairs, notes)
     # numbers of groups, so that not all are looked at for each pair: by completion those with room and those
