@@ -1,0 +1,290 @@
+// The view that trains on what has been rated: start, stages, log and curves of a round, earlier rounds.
+import { getJson, loadState, postJson, state } from "./api.js";
+import { announce, el, toast } from "./dom.js";
+import { lineChart, table } from "./charts.js";
+import { moment, number, t } from "./words.js";
+
+const STAGES = ["copy", "reward", "ppo", "done"];
+const MAIN_CURVES = {
+  // names of docs/metrics.md
+  reward: ["eval/accuracy", "reward/loss"],
+  ppo: ["objective/score", "eval/score", "objective/kl", "objective/length"],
+};
+const RUNNING = 1500; // milliseconds between two looks at a running round
+const IDLE = 10000;
+
+let root = null;
+let timer = 0;
+let seen = ""; // the last round and its state, so that a change is said
+let curvesShown = "";
+
+export async function show(main) {
+  root = main;
+  seen = curvesShown = "";
+  root.replaceChildren(
+    el(
+      "div",
+      { class: "head" },
+      el(
+        "div",
+        { class: "grow" },
+        el("h1", {}, t("train.title")),
+        el("p", { class: "lead" }, t("train.lead")),
+      ),
+      el("div", { class: "row starter" }),
+    ),
+    el("p", { class: "problem", role: "alert", id: "train-problem" }),
+    el("section", { class: "card now", "aria-labelledby": "now-title", hidden: true }),
+    el("div", { class: "curves" }),
+    el("section", { class: "card rounds" }),
+  );
+  await look();
+}
+
+export function hide() {
+  clearTimeout(timer);
+  root = null;
+}
+
+async function look() {
+  clearTimeout(timer);
+  const here = root;
+  try {
+    const [answer] = await Promise.all([getJson("/api/train"), loadState()]);
+    if (root !== here || !root) return;
+    problem("");
+    draw(answer);
+    timer = setTimeout(look, answer.rounds.some(running) ? RUNNING : IDLE);
+  } catch (error) {
+    if (root !== here || !root) return;
+    problem(error.message);
+    timer = setTimeout(look, IDLE / 2);
+  }
+}
+
+const running = (round) => round.state === "running";
+
+function problem(text) {
+  const line = root.querySelector("#train-problem");
+  if (line.textContent !== text) line.textContent = text;
+}
+
+async function act(path, words) {
+  try {
+    const answer = await postJson(path, {});
+    toast(words(answer));
+    await look();
+  } catch (error) {
+    toast(error.message, { error: true });
+  }
+}
+
+const start = () => act("/api/train", (answer) => t("train.started", { name: answer.round }));
+
+const cancel = () => act("/api/train/cancel", () => t("train.cancelling"));
+
+function draw({ rounds, current }) {
+  const newest = [...rounds].sort((a, b) => b.id - a.id);
+  const now = newest.find(running);
+  drawStarter(now);
+  drawNow(now ?? newest[0], current);
+  drawRounds(newest);
+  say(newest[0]);
+}
+
+/** The one button: start, or cancel while a round runs. The node stays, so that the focus does. */
+function drawStarter(now) {
+  const place = root.querySelector(".starter");
+  const { possible, why, least } = state.training;
+  const { rated } = state.queue;
+  const name = now ? "cancel" : "start";
+  let button = place.querySelector("button");
+  if (button?.dataset.name !== name) {
+    const focused = document.activeElement === button;
+    button = el("button", {
+      type: "button",
+      "data-name": name,
+      class: now ? "danger" : "primary",
+      onclick: () => (button.getAttribute("aria-disabled") === "true" ? null : now ? cancel() : start()),
+    });
+    place.replaceChildren(el("p", { class: "muted why" }), button);
+    if (focused) button.focus();
+  }
+  button.textContent = now ? t("train.cancel") : t("train.start", { n: rated });
+  button.setAttribute("aria-disabled", String(!now && !possible));
+  place.querySelector(".why").textContent =
+    now || possible ? "" : (why ?? t("train.least", { n: least, have: rated }));
+}
+
+/** The running or the last round: its stages, its log, its curves. */
+function drawNow(round, current) {
+  const place = root.querySelector(".now");
+  place.hidden = !round;
+  if (!round) return;
+  if (!place.childElementCount) {
+    place.append(
+      el("h2", { id: "now-title" }),
+      el("ol", { class: "steps", "aria-label": t("train.steps") }),
+      el("p", { class: "problem plain" }),
+      el(
+        "details",
+        { open: true },
+        el("summary", {}, t("train.log")),
+        el("pre", {
+          class: "logtext",
+          tabindex: 0,
+          role: "log",
+          "aria-live": "off",
+          "aria-label": t("train.log"),
+        }),
+      ),
+    );
+  }
+  place.querySelector("h2").textContent = heading(round);
+  drawSteps(place.querySelector(".steps"), round, current);
+  place.querySelector(".problem").textContent = current?.error ?? "";
+  drawLog(place, current?.log ?? []);
+  drawCurves(current?.curves ?? {});
+}
+
+function heading(round) {
+  const seconds = (round.ended ?? Date.now() / 1000) - round.created;
+  const words = running(round)
+    ? t("train.running", { time: span(seconds) })
+    : t(`train.state.${round.state}`);
+  return t("train.now", { name: round.name, state: words });
+}
+
+function drawSteps(list, round, current) {
+  const at = round.state === "finished" ? STAGES.length - 1 : Math.max(STAGES.indexOf(current?.stage), 0);
+  list.replaceChildren(
+    ...STAGES.map((stage, index) => {
+      const done = index < at || round.state === "finished";
+      const here = index === at && !done;
+      const failed = here && !running(round);
+      return el(
+        "li",
+        {
+          class: done ? "done" : failed ? "failed" : here ? "here" : "",
+          "aria-current": here ? "step" : null,
+        },
+        el("span", { class: "mark", "aria-hidden": "true" }, done ? "✓" : failed ? "!" : String(index + 1)),
+        t(`train.stage.${stage}`),
+      );
+    }),
+  );
+}
+
+/** New lines scroll into view, unless the person reads further up. */
+function drawLog(place, lines) {
+  const log = place.querySelector(".logtext");
+  const text = lines.join("\n");
+  place.querySelector("details").hidden = !text;
+  if (log.textContent === text) return;
+  const follow = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
+  log.textContent = text;
+  if (follow) log.scrollTop = log.scrollHeight;
+}
+
+/** The curves of both stages: the few that tell how it goes, the others behind a summary. */
+function drawCurves(curves) {
+  const now = JSON.stringify(curves);
+  if (now === curvesShown) return;
+  curvesShown = now;
+  const open = [...root.querySelectorAll(".curves details[open]")].map((node) => node.dataset.name);
+  const stages = Object.keys(MAIN_CURVES).filter((stage) => Object.keys(curves[stage] ?? {}).length);
+  root.querySelector(".curves").replaceChildren(
+    ...stages.map((stage) => {
+      const names = Object.keys(curves[stage]).filter((name) => curves[stage][name].length);
+      const main = MAIN_CURVES[stage].filter((name) => names.includes(name));
+      const others = names.filter((name) => !main.includes(name)).sort();
+      const charts = (chosen) =>
+        el(
+          "div",
+          { class: "charts small" },
+          chosen.map((name) => chart(stage, name, curves[stage][name])),
+        );
+      return el(
+        "section",
+        {},
+        el("h2", {}, t("train.curves", { stage: t(`train.stage.${stage}`) })),
+        charts(main),
+        others.length
+          ? el(
+              "details",
+              { "data-name": stage },
+              el("summary", {}, t("train.others", { n: others.length })),
+              charts(others),
+            )
+          : null,
+      );
+    }),
+  );
+  for (const node of root.querySelectorAll(".curves details")) node.open = open.includes(node.dataset.name);
+}
+
+function chart(stage, name, points) {
+  const [step, last] = points.at(-1);
+  const node = lineChart({
+    title: name,
+    text: t("train.value", { last, step }),
+    points,
+    axis: t("train.step"),
+    height: 130,
+    heading: "h3",
+  });
+  node.querySelector("details").dataset.name = `${stage} ${name}`;
+  return node;
+}
+
+function drawRounds(rounds) {
+  const rows = rounds.map((round) => [
+    round.name,
+    moment(round.created),
+    number(round.ratings),
+    el("span", { class: `state ${round.state}` }, t(`train.state.${round.state}`)),
+    round.ended ? span(round.ended - round.created) : "–",
+    talk(round) ?? "–",
+  ]);
+  const heads = [
+    t("train.round"),
+    t("look.time"),
+    t("train.ratings"),
+    t("train.state"),
+    t("train.duration"),
+    t("train.action"),
+  ];
+  const place = root.querySelector(".rounds");
+  if (place.contains(document.activeElement)) return; // what the person is about to press stays where it is
+  place.replaceChildren(
+    el("h2", {}, t("train.rounds")),
+    rounds.length ? table(t("train.rounds"), heads, rows) : el("p", { class: "muted" }, t("train.none")),
+  );
+}
+
+/** A link into the chat: the new model, and beside it the first one. */
+function talk(round) {
+  const model = state.models.find(({ name }) => name === round.name);
+  if (!model) return null;
+  const old = state.models.find(({ id }) => id !== model.id);
+  return el(
+    "a",
+    { class: "button", href: `#chat/${model.id}/${old?.id ?? ""}` },
+    t("train.talk", { name: round.name }),
+  );
+}
+
+function span(seconds) {
+  const whole = Math.max(0, Math.round(seconds));
+  return whole < 60
+    ? t("train.seconds", { n: whole })
+    : t("train.minutes", { n: Math.floor(whole / 60), s: whole % 60 });
+}
+
+/** A round that has started or ended since the last look is said to screen readers. */
+function say(round) {
+  const now = round ? `${round.id} ${round.state}` : "";
+  if (seen && now !== seen)
+    announce(t("train.now", { name: round.name, state: t(`train.state.${round.state}`) }));
+  seen = now || "none";
+}
