@@ -872,7 +872,7 @@ MUTATIONS = [
     ]),
     *_of("planning/memory.py", "plan_memory:ddp_copies_float32", [
         ("the plan does not shard weights under ZeRO-3", None, "weights",
-         "count = work.share(count) if zero.stage == 3 else count", "pass",
+         "count = work.share(count // size) * size if zero.stage == 3 else count", "pass",
          "plan_memory:figure_1_of_the_zero"),
         ("the plan leaves out the float32 gradients on the host", None, "gradients",
          ', Item("gradients", 4 * mine, zero.optimizer)', "", "plan_memory:offloaded_bytes_a_parameter"),
