@@ -11,6 +11,7 @@ import random
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -45,8 +46,9 @@ def rate_like_people(port: int, count: int = 14) -> None:
             if draw.random() < 0.2 and len(order) > 2:
                 order[-2:] = [order[-2] + order[-1]]
             kind = draw.choices(["ranking", "all_bad", "skip"], [12, 1, 1])[0]
-            more = {} if kind == "ranking" else {"order": None}
-            browser.rate(found["task"], order, kind=kind, seconds=draw.uniform(10, 40), **more)
+            browser.post("/api/ratings", {
+                "key": str(uuid.uuid4()), "task": found["task"]["id"], "kind": kind,
+                "order": order if kind == "ranking" else None, "seconds": draw.uniform(10, 40)})
 
 
 def take(page, name: str) -> None:
@@ -78,7 +80,8 @@ def pictures(browser, address: str) -> None:
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--model", f"{DEMO}/ppo/final", f"{DEMO}/sft/final", "--reward_model", f"{DEMO}/reward/final",
+        words = ["--model", f"{DEMO}/ppo/final", f"{DEMO}/sft/final",
+                 "--reward_model", f"{DEMO}/reward/final",
                  *"--prompts data/tldr_mini/rlhf_test.jsonl.gz --prompt_count 60 --ahead 60".split(),
                  *"--overlap_share 0.5 --repeat_share 0.3".split()]
         with page_server(Path(folder), words) as address, sync_playwright() as playwright:

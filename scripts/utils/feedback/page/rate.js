@@ -424,7 +424,10 @@ function drawWithout(waiting) {
 
 function drawTask() {
   const fingers = matchMedia("(hover: none)").matches;
-  const lead = (progress?.rated ?? 0) < 3 ? t(fingers ? "rate.lead_touch" : "rate.lead", { k: task.answers.length }) : null;
+  const lead =
+    (progress?.rated ?? 0) < 3
+      ? t(fingers ? "rate.lead_touch" : "rate.lead", { k: task.answers.length })
+      : null;
   const rail = el("ol", { class: "rail", "aria-label": t("rate.ranking") });
   const page = el(
     "div",
