@@ -241,6 +241,18 @@ def test_new_head_is_small_and_of_the_projected_width(family, width, tmp_path):
     assert 0.93 < spread < 1.07  # 1024 draws or more: two standard errors are .045
 
 
+def test_a_reward_model_from_elsewhere_gets_a_shift_of_0_and_keeps_one_that_it_has(tmp_path):
+    """What it is saved as says how its scores are read."""
+    for shift in (None, 1.25):
+        config = CONFIGS["opt"]()
+        config.num_labels = 1
+        if shift is not None:
+            config.score_shift = shift
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+        loaded = load_scalar_model(Parent("model", str(tmp_path))).config
+        assert (loaded.score_shift, loaded.problem_type) == (shift or 0.0, "regression")
+
+
 @every_family
 def test_dropout_is_off_after_loading(family, tmp_path):
     scalar = CONFIGS[family]()
