@@ -80,8 +80,8 @@ class PersonaliseConfig:
     ppo_config: str = key("configs/personal/ppo.yaml", "Configuration of PPO.")
     extra: list[str] = key([], "Words that are added to the command of every stage.")
     folder: str = key("outputs/personalise", "Folder for ratings and runs.")
-    results: str = key("docs/feedback/personalise.json", "Finished cells.")
-    figure: str | None = key("docs/feedback/personalise.png", "Picture of all finished cells; none: no "
+    results: str = key("outputs/personalise.json", "Finished cells.")
+    figure: str | None = key("outputs/personalise.png", "Picture of all finished cells; none: no "
                              "picture.")
 
     def __post_init__(self):
