@@ -1,5 +1,7 @@
 """Attention in blocks: against transformers' SDPA attention, in numbers, gradients and what is computed."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPTJConfig
@@ -9,6 +11,7 @@ from families import FAMILIES, PAD, VOCAB, policy, random_groups
 from utils.config import UserError
 from utils.models import attention
 from utils.models.attention import CAUSAL_BLOCKS, causal_blocks
+from utils.models.branches import branching
 from utils.models.generation import sample
 from utils.models.loading import load_policy
 from utils.models.outputs import response_logprobs
@@ -86,3 +89,16 @@ def test_models_that_would_be_computed_wrongly_are_refused(config, reason, tmp_p
     """Bloom and GPT-J add the mask; ours is True where it sees."""
     with pytest.raises(UserError, match=f"^model: '.*' {reason}"):
         load_policy(saved(config, tmp_path / "model"))
+
+
+@torch.no_grad()
+def test_a_thread_does_not_see_the_masks_of_another():
+    """The rating page scores answers in one thread while a model writes in another."""
+    model = policy("opt")
+    ids = torch.tensor([[4, 5, 6, 7]])
+    alone, positions = model(ids).logits, torch.arange(4)[None]
+    itself = torch.eye(4, dtype=torch.bool)[None, None]
+    with branching(itself, positions, positions), ThreadPoolExecutor(1) as other:
+        assert not torch.allclose(model(ids).logits, alone, atol=1e-3)
+        torch.testing.assert_close(other.submit(torch.no_grad()(model), ids).result().logits, alone)
+    torch.testing.assert_close(model(ids).logits, alone)

@@ -8,12 +8,15 @@ row, and no family needs to be named here.
 """
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-_rows = []  # of the forward pass in progress: (seen, positions of the queries, positions of the keys)
+# Of the forward pass in progress: (seen, positions of the queries, positions of the keys). Each thread has its
+# own: the rating page scores answers in one thread while models write in others.
+_rows = ContextVar("rows", default=None)
 
 
 @contextmanager
@@ -27,18 +30,18 @@ def branching(seen: torch.Tensor, positions: torch.Tensor, key_positions: torch.
         positions: (B, Tq) of the queries along their branches.
         key_positions: (B, Tk) of the keys.
     """
-    _rows.append((seen, positions[:, None, :, None], key_positions[:, None, None, :]))
+    token = _rows.set((seen, positions[:, None, :, None], key_positions[:, None, None, :]))
     try:
         yield
     finally:
-        _rows.pop()
+        _rows.reset(token)
 
 
 def branch_mask(*args, mask_function=causal_mask_function, **more):
     """transformers' `sdpa_mask`; within `branching` the layer's rule in positions, joined with the branch."""
-    if not _rows:
+    if (forward := _rows.get()) is None:
         return sdpa_mask(*args, mask_function=mask_function, **more)
-    seen, queries, keys = _rows[-1]
+    seen, queries, keys = forward
     if mask_function is causal_mask_function:
         return seen  # earlier tokens of the branch are at earlier positions
     rows = torch.arange(len(seen), device=seen.device)[:, None, None, None]
