@@ -21,17 +21,16 @@ from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 from browser import Browser  # noqa: E402
-from page_server import launch, open_page, page_server  # noqa: E402
+from page_server import api, launch, open_page, page_server  # noqa: E402
 from utils.config import PROJECT  # noqa: E402
 
 DEMO = Path(sys.argv[1]) if len(sys.argv) > 1 else PROJECT / "outputs" / "tldr_mini"
 PICTURES = PROJECT / "docs" / "feedback"
 DESKTOP = {"viewport": {"width": 1200, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-POST = """Something happened to my lamp
-
-Hello everyone, I hope this is the right place. Meet Paul, 21, my son. Last Sunday he broke my lamp in the
-kitchen. I got it from my grandmother. Now I am really sad. Should I ask him for a new one?"""
+POST = ("Something happened to my lamp\n\nHello everyone, I hope this is the right place. Meet Paul, 21, my son. "
+        "Last Sunday he broke my lamp in the kitchen. I got it from my grandmother. Now I am really sad. Should I "
+        "ask him for a new one?")
 
 
 def rate_like_people(port: int, count: int = 14) -> None:
@@ -71,6 +70,8 @@ def pictures(browser, address: str) -> None:
     page.keyboard.press("Enter")
     page.locator(".reply:not(.busy)").nth(1).wait_for(timeout=60_000)
     take(page, "chat_dark")
+    while not api(page, "/api/look")["reward_model"]:
+        page.wait_for_timeout(1000)  # the answers get their scores
     page.locator(".tabs a[href='#look']").click()
     page.locator(".tile").first.wait_for()
     take(page, "look_dark")

@@ -14,8 +14,8 @@ import torch
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-# Of the forward pass in progress: (seen, positions of the queries, positions of the keys). Each thread has its
-# own: the rating page scores answers in one thread while models write in others.
+# Of the forward pass in progress: (seen, positions of the queries, positions of the keys). Each thread has
+# its own: the rating page scores answers in one thread while models write in others.
 _rows = ContextVar("rows", default=None)
 
 
