@@ -28,9 +28,9 @@ DEMO = Path(sys.argv[1]) if len(sys.argv) > 1 else PROJECT / "outputs" / "tldr_m
 PICTURES = PROJECT / "docs" / "feedback"
 DESKTOP = {"viewport": {"width": 1200, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-POST = ("Something happened to my lamp\n\nHello everyone, I hope this is the right place. Meet Paul, 21, my son. "
-        "Last Sunday he broke my lamp in the kitchen. I got it from my grandmother. Now I am really sad. Should I "
-        "ask him for a new one?")
+POST = ("Something happened to my lamp\n\nHello everyone, I hope this is the right place. Meet Paul, 21, my "
+        "son. Last Sunday he broke my lamp in the kitchen. I got it from my grandmother. Now I am very sad. "
+        "Should I ask him for a new one?")
 
 
 def rate_like_people(port: int, count: int = 14) -> None:
