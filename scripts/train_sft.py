@@ -39,6 +39,9 @@ class SFTStageConfig(EpochStageConfig):
     loss_on: str = key("completion", "Tokens that the loss is taken on: the completion, which is the last "
                                      "answer of a conversation; all its answers; or all tokens.",
                        source="detail 13", choices=["completion", "turns", "sequence"])
+    router_loss_coef: float | None = key(None, "Weight of the load-balancing loss of a model with experts; "
+                                               "none: what its config.json says, 0 without experts.",
+                                         low=0.0, high=1000.0)
     max_completion_tokens: int = key(64, "Examples with longer completions are dropped.", unit="tokens",
                                      low=2, high=10_000_000)
     max_new_tokens: int = key(53, "Longest summary that is generated.", unit="tokens", source="detail 3",
@@ -65,9 +68,10 @@ from utils.loop import Loop
 from utils.models.fitness import refuse_unfit
 from utils.models.four_bit import storage_of
 from utils.models.loading import load_policy, trainable
-from utils.models.outputs import GroupModel, response_logprobs
+from utils.models.outputs import GroupModel, response_logprobs, supervised_outputs
 from utils.models.parents import Parent, check_task
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
+from utils.models.routers import router_coef
 from utils.runs.ending import Ending, end_stage, refuse_broken_summaries
 from utils.runs.final import rehearse_saving
 from utils.runs.opening import open_stage, plan_of
@@ -77,8 +81,12 @@ from utils.zero import load_settings
 # ---------------------------------------------------------------------------------------------- the algorithm
 
 
-def train(loop: Loop, examples, validation) -> None:
-    """Minimise -log p of the completions' tokens; keep the weights whose summaries have the highest ROUGE."""
+def train(loop: Loop, examples, validation, router_coef: float = 0.0) -> None:
+    """Minimise -log p of the completions' tokens; keep the weights whose summaries have the highest ROUGE.
+
+    Args:
+        router_coef: weight of the routers' loss of a model with experts.
+    """
     config, run = loop.config, loop.run
     batches = LengthGroupedBatches(list(examples["length"]), config.rows_per_step, config.seed)
     for step, places in loop.steps(batches):
@@ -89,18 +97,23 @@ def train(loop: Loop, examples, validation) -> None:
                                config.micro_batch_tokens)
         parts = [collate([rows[i] for i in part], loop) for part in passes]
         tokens = loop.total(sum(groups.response_mask.sum() for groups in parts))  # of all ranks
+        # a model's routers are balanced on all tokens that it reads
+        read = loop.total(sum((groups.owners >= 0).sum() for groups in parts))
+        router = 0.0  # their loss, summed over these tokens
         # one mean over the tokens of the step (detail 12), not a mean of the passes' means
         for groups in loop.parts(parts, spare=lambda first=places[:1]: collate(rows_at(examples, first),
                                                                                loop)):
-            logprobs = loop.model(groups)  # (N, R), 0 at padding
-            loop.backward(-logprobs.sum() / tokens, groups)
+            logprobs, router_loss = loop.model(groups)  # (N, R), 0 at padding; ()
+            loop.backward(-logprobs.sum() / tokens + router_coef * router_loss / read, groups)
+            router += router_loss.detach() * loop.part_counts
         loop.optimizer_step()
 
         if loop.logs(step):
             loss = loop.mean_loss()
             loop.show(loss=loss)
+            routers = {"sft/router_loss": (loop.total(router) / read).item()} if router_coef else {}
             run.metrics(step, {"sft/loss": loss, "sft/grad_norm": loop.grad_norm,
-                               "sft/learning_rate": loop.learning_rate})
+                               "sft/learning_rate": loop.learning_rate, **routers})
         # the loss on references says little about what the model writes, so ROUGE chooses (detail 14), and
         # the loss only where ROUGE is the same
         if loop.evaluates(step):
@@ -205,10 +218,11 @@ def main(config: SFTStageConfig) -> None:
     longest = max(positions.max(), longest_prompt + config.max_new_tokens)
     refuse_unfit(policy, base, base.tokenizer, longest, "actor_training_data", dropout=True)
     rehearse_saving(policy, base.tokenizer, config)
+    coef = router_coef(policy, base, config.router_loss_coef)
     policy = trainable(policy, config)
 
     run = Run(config, "sft", report, [base])
-    model = GroupModel(policy, partial(response_logprobs, temperature=1.0))
+    model = GroupModel(policy, partial(supervised_outputs, balances=bool(coef)))
     schedule = config.schedule(len(examples))
     run.log(plan_of(config, len(examples), schedule.steps, run.unit))
     loop = Loop(run, model, base.tokenizer, schedule, deepspeed)
@@ -219,7 +233,7 @@ def main(config: SFTStageConfig) -> None:
     if loop.step == 0:
         evaluate(loop, validation, 0)
     began = time.monotonic()
-    train(loop, examples, validation)
+    train(loop, examples, validation, coef)
     seconds = time.monotonic() - began
     best_step = loop.best.restore(loop.weights["trained"], last=loop.step)
     after = rouge_of(loop, test, "test")

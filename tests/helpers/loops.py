@@ -19,7 +19,7 @@ from families import EOS, PAD, VOCAB, policy, random_groups, scalar_model
 from utils.data.report import DataReport
 from utils.data.rows import Tokenised
 from utils.loop import Loop, Schedule
-from utils.models.outputs import GroupModel, response_logprobs, scores
+from utils.models.outputs import GroupModel, scores, supervised_outputs
 from utils.runs.run import Run
 
 PROMPTS = random_groups([5, 1, 8, 3, 6, 4, 7], [[1]] * 7)[0]
@@ -62,9 +62,13 @@ def bare_loop(config, module: torch.nn.Module, schedule: Schedule) -> Loop:
     return Loop(Run(config, config.section, DataReport()), module, TOKENIZER, schedule)
 
 
-def epoch_loop(config, model, rows: int) -> Loop:
-    """A loop of the SFT or the reward stage around a stock model, for so many training rows."""
-    outputs = scores if config.section == "reward" else partial(response_logprobs, temperature=1.0)
+def epoch_loop(config, model, rows: int, balances: bool = False) -> Loop:
+    """A loop of the SFT or the reward stage around a stock model, for so many training rows.
+
+    Args:
+        balances: SFT computes the loss of the model's routers.
+    """
+    outputs = scores if config.section == "reward" else partial(supervised_outputs, balances=balances)
     return bare_loop(config, GroupModel(model, outputs), config.schedule(rows))
 
 

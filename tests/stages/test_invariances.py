@@ -13,7 +13,7 @@ import random
 import signal
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -40,9 +40,9 @@ from utils.models.outputs import (
     GroupModel,
     hidden_states,
     logprobs_and_entropy,
-    response_logprobs,
     response_values,
     scores,
+    supervised_outputs,
 )
 from utils.models.policy_value import Models, PolicyAndValue
 from utils.models.prompt_groups import PromptGroups, pack, response_states
@@ -131,7 +131,7 @@ def losses(models, groups, pairs, numbers) -> dict:
     ppo = OneStep(PPO, models.trained)
     episodes = SimpleNamespace(passes=[Pass(groups, torch.arange(len(numbers)))])
     train_ppo.optimise(ppo, models, episodes, rollout, None)
-    completions = GroupModel(chosen, partial(response_logprobs, temperature=1.0))
+    completions = GroupModel(chosen, supervised_outputs)
     return {
         "sft": loss_of(train_sft, train_sft.SFTStageConfig(), completions, groups),
         "reward": loss_of(train_reward, train_reward.RewardStageConfig(), GroupModel(scalar, scores),

@@ -28,7 +28,7 @@ from studies.benchmarks.turns import Turns
 from utils.data.report import DataReport
 from utils.loop import Loop, Schedule
 from utils.models.loading import load_policy, load_scalar_model
-from utils.models.outputs import GroupModel, response_logprobs, scores
+from utils.models.outputs import GroupModel, scores, supervised_outputs
 from utils.models.parents import Parent
 from utils.models.policy_value import load_models
 from utils.runs.run import Run
@@ -67,7 +67,7 @@ def sft(task: Task, turns: Turns) -> None:
     rows = [{"prompt": p, "completion": c[0], "length": len(p) + len(c[0])}
             for p, c in zip(task.prompts, task.completions, strict=True)]
     policy = load_policy(Parent("model", f"{task.folder}/policy"))
-    model = GroupModel(policy, lambda policy, groups: response_logprobs(policy, groups, 1.0))
+    model = GroupModel(policy, supervised_outputs)
     run = TurnRun(config, "sft", turns)
     loop = Loop(run, model, small_tokenizer(), config.schedule(len(rows)))
     _count(model, run, lambda groups: {"tokens": int((groups.segments >= 0).sum())})

@@ -58,6 +58,31 @@ def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch
     return spread(found, groups.response_mask)
 
 
+def supervised_outputs(policy, groups: PromptGroups,
+                       balances: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`response_logprobs` at temperature 1, (N, R); and the routers' loss, summed over the tokens read, ().
+
+    The routers' loss is the load-balancing loss that transformers defines for the model's family. It is taken
+    on every token that is read, those of prompts too; a prompt with several completions counts once.
+
+    Args:
+        balances: whether the model is trained on it; False: it is 0 and not computed.
+    """
+    if not balances:
+        logprobs = response_logprobs(policy, groups, temperature=1.0)
+        return logprobs, logprobs.new_zeros(())
+    positions, read = groups.position_ids, groups.owners >= 0
+    with branching(attention_mask(groups), positions, positions):
+        # within `branching` the attention mask says nothing but which tokens the routers' loss is taken on
+        found = policy(input_ids=groups.input_ids, attention_mask=read.long(), position_ids=positions,
+                       use_cache=False, output_router_logits=True, output_hidden_states=True,
+                       logits_to_keep=1)
+    states = response_states(found.hidden_states[-1], groups)
+    tokens = groups.responses[groups.response_mask]
+    logprobs = token_logprobs(policy.get_output_embeddings(), states, tokens, temperature=1.0)
+    return spread(logprobs, groups.response_mask), found.aux_loss * read.sum()
+
+
 def logprobs_and_entropy(policy, states, groups: PromptGroups,
                          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`response_logprobs` from the policy's `response_states`, and each token's entropy without a gradient,
