@@ -135,7 +135,7 @@ def losses(models, groups, pairs, numbers) -> dict:
     return {
         "sft": loss_of(train_sft, train_sft.SFTStageConfig(), completions, groups),
         "reward": loss_of(train_reward, train_reward.RewardStageConfig(), GroupModel(scalar, scores),
-                          (groups, torch.tensor(pairs), torch.ones(len(pairs)))),
+                          (groups, torch.tensor(pairs), torch.zeros(len(pairs)), torch.ones(len(pairs)))),
         "ppo": ppo.loss,
     }
 
