@@ -15,6 +15,7 @@ from rated import database, ids_of, next_task, rank_all, rate
 from utils.data.ratings import APPLICATION
 from utils.errors import UserError
 from utils.feedback import database as module
+from utils.feedback import schema
 from utils.feedback.database import CLAIM, REPEAT_AFTER, Conflict, Ratings, Refused
 
 FOUR = [" old 0", " old 1", " old 2", " old 3"]
@@ -130,6 +131,16 @@ def test_shared_prompts_go_to_everyone_with_the_same_answers(tmp_path):
     assert done == {"Ann": count, "Bob": len(shared), "Cem": len(shared)}
     assert all(len({tuple(sorted(row["completions"])) for row in rows}) == 1 for rows in shared)
     assert ratings.progress(ratings.rater("Bob"), 0.2)["total"] == len(shared)
+
+
+def test_shared_prompts_go_to_everyone_after_another_policy_has_answered(tmp_path):
+    """The answers of a later policy are not compared with those that the first rater saw."""
+    ratings = database(tmp_path / "r.db", ["a"], k=2)
+    rank_all(ratings, "Ann", overlap_share=1.0)
+    new, ann = ratings.add_policy("new", "/new"), ratings.rated()[0]
+    ratings.add_answers(1, new, [(" new 0", True), (" new 1", True)], 1.0)
+    task = ratings.task(ratings.rater("Bob"), 2, [new], 0.0, 1.0)
+    assert sorted(task.answers) == sorted(ann["completions"])
 
 
 def test_a_share_of_the_tasks_is_repeated_later_and_once(tmp_path):
@@ -371,7 +382,7 @@ def test_an_older_database_is_brought_up_to_date_with_all_it_holds(tmp_path, mon
     rows = old.rated()
     old.close()
     step = ("ALTER TABLE ratings ADD COLUMN mood TEXT", "CREATE TABLE moods (id INTEGER PRIMARY KEY) STRICT")
-    monkeypatch.setattr(module, "_STEPS", (*module._STEPS, step))
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, step))
     monkeypatch.setattr("utils.data.ratings.SCHEMA", 2)
     new = Ratings(tmp_path / "r.db")
     assert new.rated() == rows
@@ -384,14 +395,14 @@ def test_an_older_database_is_brought_up_to_date_with_all_it_holds(tmp_path, mon
 def test_a_step_that_fails_changes_nothing(tmp_path, monkeypatch):
     database(tmp_path / "r.db").close()
     step = ("ALTER TABLE ratings ADD COLUMN mood TEXT", "CREATE TABLE ratings (id)")
-    monkeypatch.setattr(module, "_STEPS", (*module._STEPS, step))
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, step))
     monkeypatch.setattr("utils.data.ratings.SCHEMA", 2)
     with pytest.raises(UserError, match="table ratings already exists"):
         Ratings(tmp_path / "r.db")
     monkeypatch.undo()
     ratings = Ratings(tmp_path / "r.db")
     assert "mood" not in [row[1] for row in ratings._connection.execute("PRAGMA table_info(ratings)")]
-    assert len(module._STEPS) == module.SCHEMA
+    assert len(schema.STEPS) == schema.SCHEMA
 
 
 def test_a_full_disk_is_one_line_and_the_next_rating_is_taken(tmp_path):
@@ -408,7 +419,7 @@ def test_a_full_disk_is_one_line_and_the_next_rating_is_taken(tmp_path):
 
 
 def test_a_locked_database_is_one_line_after_some_patience(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    monkeypatch.setattr(schema, "PATIENCE", 0.05)
     ratings = database(tmp_path / "r.db", ["a"])
     task = next_task(ratings, "Ann")
     other = sqlite3.connect(tmp_path / "r.db", isolation_level=None)

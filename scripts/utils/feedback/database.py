@@ -16,17 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.ratings import (
-    APPLICATION,
-    PATIENCE,
-    SCHEMA,
-    database_errors,
-    is_database,
-    rated_rows,
-    refuse_foreign,
-    shown_of,
-)
+from utils.data.ratings import database_errors, rated_rows, shown_of
 from utils.errors import UserError, quoted
+from utils.feedback.schema import connect, transaction
 
 KINDS = ("ranking", "all_bad", "skip")
 CLAIM = 600  # seconds for which an open task keeps its prompt from other raters
@@ -36,43 +28,6 @@ TRIES = 3  # a policy is sampled at most so often for each distinct answer that 
 CHAT = "chat"  # the source of prompts that are rated before all others
 _RECENT = 20  # ratings from which the time that is left is estimated
 _LONGEST_NAME = 100  # characters of a rater's or policy's name, or of a rating's key
-
-# Step n makes schema n + 1 out of schema n. Steps are only ever added: files of all versions are out there.
-_STEPS = ((
-    """CREATE TABLE prompts (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE, source TEXT NOT NULL,
-                             rated INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL) STRICT""",
-    "CREATE INDEX prompts_by_rated ON prompts (rated)",
-    """CREATE TABLE policies (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, path TEXT NOT NULL,
-                              created REAL NOT NULL) STRICT""",
-    """CREATE TABLE answers (id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL REFERENCES prompts,
-                             policy_id INTEGER NOT NULL REFERENCES policies, text TEXT NOT NULL,
-                             ended INTEGER NOT NULL, temperature REAL NOT NULL,
-                             created REAL NOT NULL) STRICT""",
-    "CREATE INDEX answers_of_prompt ON answers (prompt_id)",
-    """CREATE TABLE raters (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
-                            created REAL NOT NULL) STRICT""",
-    """CREATE TABLE tasks (id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL REFERENCES prompts,
-                           rater_id INTEGER NOT NULL REFERENCES raters, shown TEXT NOT NULL,
-                           repeat_of INTEGER REFERENCES tasks, created REAL NOT NULL,
-                           claimed REAL NOT NULL) STRICT""",
-    "CREATE INDEX tasks_of_prompt ON tasks (prompt_id, rater_id)",
-    "CREATE INDEX tasks_of_rater ON tasks (rater_id)",
-    """CREATE TABLE ratings (id INTEGER PRIMARY KEY, task_id INTEGER NOT NULL REFERENCES tasks,
-                             key TEXT NOT NULL UNIQUE,
-                             kind TEXT NOT NULL CHECK (kind IN ('ranking', 'all_bad', 'skip')),
-                             confidence INTEGER, seconds REAL, created REAL NOT NULL, undone REAL) STRICT""",
-    "CREATE UNIQUE INDEX rating_of_task ON ratings (task_id) WHERE undone IS NULL",
-    """CREATE TABLE ranks (rating_id INTEGER NOT NULL REFERENCES ratings,
-                           answer_id INTEGER NOT NULL REFERENCES answers, rank INTEGER NOT NULL,
-                           PRIMARY KEY (rating_id, answer_id)) STRICT, WITHOUT ROWID""",
-    """CREATE TABLE edits (id INTEGER PRIMARY KEY, rating_id INTEGER NOT NULL UNIQUE REFERENCES ratings,
-                           text TEXT NOT NULL) STRICT""",
-    """CREATE TABLE rounds (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, folder TEXT NOT NULL,
-                            state TEXT NOT NULL
-                                CHECK (state IN ('running', 'finished', 'failed', 'cancelled')),
-                            ratings INTEGER NOT NULL, created REAL NOT NULL, ended REAL) STRICT""",
-),)
-assert len(_STEPS) == SCHEMA
 
 
 class Refused(UserError):
@@ -108,35 +63,7 @@ class Ratings:
     def __init__(self, path, seed: int | None = None):
         self.path = Path(path)
         self._lock, self._random = threading.RLock(), random.Random(seed)
-        _make_folder(self.path.parent)
-        if self.path.exists() and not is_database(self.path) and self.path.stat().st_size:
-            raise UserError(f"{self.path}: is no SQLite database; name another file")
-        with database_errors(self.path):
-            self._connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None,
-                                               check_same_thread=False)
-            try:
-                self._prepare()
-            except BaseException:
-                self._connection.close()
-                raise
-
-    def _prepare(self) -> None:
-        """Bring the file to the newest schema."""
-        run = self._connection.execute
-        # a file of another program must not be changed, not even its journal
-        if run("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            refuse_foreign(self._connection, self.path)
-        run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = FULL")  # WAL's usual NORMAL may lose the last transactions with the power
-        run("PRAGMA foreign_keys = ON")
-        with self._transaction():
-            version = run("PRAGMA user_version").fetchone()[0]  # again: another process may have been faster
-            for step in _STEPS[version:]:
-                for statement in step:
-                    run(statement)
-            if version < len(_STEPS):
-                run(f"PRAGMA application_id = {APPLICATION}")
-                run(f"PRAGMA user_version = {len(_STEPS)}")
+        self._connection = connect(self.path)
 
     def close(self) -> None:
         with self._lock:
@@ -145,15 +72,8 @@ class Ratings:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """One transaction. It is on the disk when the body has ended, or nothing of it is stored."""
-        with self._lock, database_errors(self.path):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # SQLite itself rolls back when the disk is full
-                    self._connection.execute("ROLLBACK")
-                raise
+        with self._lock, database_errors(self.path), transaction(self._connection):
+            yield self._connection
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -548,11 +468,3 @@ def _checked(kind, order, confidence, seconds, better, count: int) -> dict[int, 
 def _stored(text: str) -> str:
     """The text without lone surrogates, which are no characters, and which SQLite does not store."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another place for the ratings"
-                        ) from None
