@@ -51,10 +51,10 @@ def rate_like_people(port: int, count: int = 14) -> None:
 
 
 def take(page, name: str) -> None:
-    """A picture of what is on the screen, with 128 colours."""
+    """A picture of what is on the screen, with 256 colours."""
     page.wait_for_timeout(400)
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(128).save(PICTURES / f"{name}.png", optimize=True)
+    picture.quantize(256).save(PICTURES / f"{name}.png", optimize=True)
 
 
 def pictures(browser, address: str) -> None:

@@ -680,7 +680,8 @@ function openEditor() {
   keep();
   drawEditor();
   const field = root.querySelector("#better");
-  field.focus();
+  root.querySelector(".editor").scrollIntoView({ block: "nearest" }); // not behind the bar
+  field.focus({ preventScroll: true });
   field.setSelectionRange(field.value.length, field.value.length);
 }
 
