@@ -1,6 +1,7 @@
 # make demo   the three stages on the embedded data, into $(OUT)
 # make seeds  the demo with five seeds, into outputs/seed0 to seed4, and what they have in common
 # make over_optimisation   three longer PPO runs from the demo's models, and the gold score against the KL
+# make real   a real model on real posts: three stages and a table, into outputs/real (TLDR_DATA_DIR: the posts)
 # make test   the tests that a change should pass: all details, at most 8 minutes on two cores
 # make test-slow   the others: every engine, killed runs, two nodes, every layout
 # make mutations   breaks one detail of the training code at a time: do the tests notice?
@@ -21,7 +22,7 @@ TORCH ?=
 UV ?= uv
 PY = .venv/bin/python
 
-.PHONY: demo seeds over_optimisation test test-slow mutations lint data base lock
+.PHONY: demo seeds over_optimisation real test test-slow mutations lint data base lock
 
 # stage NAME FOLDER OPTIONS: a finished stage is not run again, an interrupted one goes on.
 STAGE = stage() { name=$$1; out=$$2; shift 2; \
@@ -50,6 +51,9 @@ over_optimisation: demo
 	    --kl_coef $$coef --total_episodes 8192 --eval_steps 2 --eval_rows 200 || exit; done
 	$(PY) scripts/studies/over_optimisation.py --sft "$(OUT)/sft/final" --reward_model "$(OUT)/reward/final" \
 	  --runs $(KL_COEFS:%=outputs/over/kl%) --rows 200 --output outputs/over.png
+
+real: .venv/ready
+	$(PY) scripts/studies/real.py $(ARGS)
 
 # what DeepSpeed compiles stays here: elsewhere it may have been compiled for another processor
 PYTEST = TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions" OMP_NUM_THREADS=1 \

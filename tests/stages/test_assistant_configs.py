@@ -1,4 +1,4 @@
-"""configs/assistant: the files are read, and fit each other."""
+"""configs/assistant and configs/smollm2-135m: the files are read, and fit each other."""
 
 import pytest
 
@@ -12,9 +12,9 @@ CONFIGS = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageCo
            "ppo": train_ppo.PPOStageConfig}
 
 
-@pytest.fixture
-def configs():
-    folder = PROJECT / "configs" / "assistant"
+@pytest.fixture(params=["assistant", "smollm2-135m"])
+def configs(request):
+    folder = PROJECT / "configs" / request.param
     return {stage: parse_config(kind, None, ["--config", str(folder / f"{stage}.yaml")])
             for stage, kind in CONFIGS.items()}
 

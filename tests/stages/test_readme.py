@@ -73,6 +73,7 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "tests/helpers/kill_test.py": ("kill_test", "KillConfig", None),
            "scripts/studies/over_optimisation.py": ("studies.over_optimisation", "OverOptimisationConfig",
                                                     None),
+           "scripts/studies/real.py": ("studies.real", "RealConfig", None),
            "scripts/prepare_data.py": ("prepare_data", "PrepareConfig", None),
            "scripts/studies/benchmark.py": ("studies.benchmark", "BenchmarkConfig", None),
            "scripts/studies/gpu_check.py": ("studies.gpu_check", "CheckConfig", None),
