@@ -229,7 +229,7 @@ def centre(loop: Loop, references) -> None:
     found = scores_of(loop, references.prompts, [[completion] for completion in references.completions],
                       "centring")
     mean = float(np.mean(found))
-    centre_scores(loop.module.model, mean)
+    centre_scores(loop.module.model, mean, fold=not loop.config.save_adapters)
     loop.run.log(f"shifted the scores by {-mean:+.3f}: the {len(found)} reference summaries now "
                  f"score 0 on average")
 

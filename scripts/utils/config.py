@@ -445,6 +445,8 @@ class StageConfig:
                           low=1, high=65_536)
     load_in_4bit: bool = key(False, "Store the frozen weights under the adapters in 4 bits: an eighth of the "
                              "memory, rounded weights (needs lora_rank).", source="QLoRA, 2305.14314")
+    save_adapters: bool = key(False, "With load_in_4bit: final/ holds the adapters alone, for peft, in place "
+                              "of the merged model.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more "
                                        "time.")
     mixed_precision: str = key("no", "Arithmetic of the forward pass. Weights stay float32; with DeepSpeed, "
@@ -473,6 +475,8 @@ class StageConfig:
         its own keys.
         """
         idle = {} if self.lora_rank else {"lora_alpha": "lora_rank is 0, so there are no adapters"}
+        if not self.load_in_4bit:
+            idle["save_adapters"] = "it is for load_in_4bit, which is off"
         return idle if self.resume else idle | {"allow_changes": "it is for resume"}
 
 

@@ -9,11 +9,20 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    pipeline,
+)
 
 import train_ppo
 import train_reward
@@ -22,6 +31,10 @@ from run_folders import checkpoints, furthest, last_trained, metrics, weights
 from studies import compare_seeds, over_optimisation
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, parse_config
+from utils.models.four_bit import layers_of, storage_of
+from utils.models.loading import load_policy, load_scalar_model
+from utils.models.parents import Parent
+from utils.models.policy_value import load_models
 from utils.runs.checkpoints import Best
 
 SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "tokens_per_second", "best_step"}
@@ -394,6 +407,68 @@ def test_weights_in_4_bits_under_adapters_end_in_stock_checkpoints(folder, monke
     assert metrics(run / "ppo")[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
     stopped_and_resumed(train_ppo, folder, "rounded-stopped", monkeypatch, extra[train_ppo])
     assert_same_runs(folder / "rounded-stopped" / "ppo", run / "ppo")
+
+
+def stock_with_adapters(kind, base: Path, final: Path):
+    """The base model in 4 bits with a stage's adapters, by transformers and peft alone."""
+    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    more = {} if kind is AutoModelForCausalLM else {"num_labels": 1}
+    model = kind.from_pretrained(base, quantization_config=asked, dtype=torch.float32, **more)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):  # on some CPUs it would round the scales once more
+            module.support_avx512bf16_for_cpu = False
+    return PeftModel.from_pretrained(model, final).eval()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_adapters_as_final_are_those_of_one_base_in_all_stages(folder, monkeypatch):
+    """Stock peft reads them and says what our own loading says; PPO has all its models on one base."""
+    run, adapters = folder / "beside", f"{ADAPTERS} --load_in_4bit true --save_adapters true"
+    sft = f"--model {run}/sft/final {adapters}"
+    extra = {train_sft: adapters, train_reward: sft,
+             train_ppo: f"{sft} --reward_model {run}/reward/final --kl_budget 99"}
+    with torch.enable_grad():
+        for script in NAMES:
+            script.main(config_of(script, folder, "beside", extra[script]))
+        stopped_and_resumed(train_ppo, folder, "beside-stopped", monkeypatch, extra[train_ppo])
+    before, after = folder / "beside-stopped" / "ppo", run / "ppo"
+    assert metrics(before) == metrics(after) and furthest(last_trained(before), last_trained(after)) == 0
+    assert metrics(after)[0]["eval/kl"] == pytest.approx(0, abs=1e-5), "the reference has the SFT adapters"
+    config = config_of(train_ppo, folder, "beside", extra[train_ppo])
+    storage, ids = storage_of(config), torch.arange(10, 40)[None]
+    said = {}
+    for stage, load, kind in (("sft", load_policy, AutoModelForCausalLM),
+                              ("reward", load_scalar_model, AutoModelForSequenceClassification),
+                              ("ppo", load_policy, AutoModelForCausalLM)):
+        final = run / stage / "final"
+        assert not (final / "model.safetensors").exists() and (final / "adapter_model.safetensors").exists()
+        parent = Parent("model", str(final))
+        assert parent.base.folder == folder / "base"
+        ours = load(parent, storage=storage).eval()(input_ids=ids).logits
+        said[stage] = stock_with_adapters(kind, folder / "base", final)(input_ids=ids).logits
+        torch.testing.assert_close(ours, said[stage], rtol=1e-4, atol=1e-4)
+    assert (said["sft"] - said["ppo"]).abs().max() > 1e-4
+    exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), final).eval()
+    torch.testing.assert_close(load_policy(parent).eval()(input_ids=ids).logits, exact(input_ids=ids).logits,
+                               rtol=1e-4, atol=1e-4)
+    models = load_models(Parent("model", config.model), Parent("reward_model", config.reward_model), config)
+    held = [{layer.weight.data_ptr() for _, layer in layers_of(model)} for model in (
+        models.policy, models.ref_policy, models.reward_model, models.trained.value_model)]
+    assert held[0] == held[1] == held[2] == held[3] and len(held[0]) == 12
+    refuse_what_does_not_fit(folder, run, extra, tmp=folder / "other")
+
+
+def refuse_what_does_not_fit(folder, run, extra, tmp):
+    """Adapters of another size than asked for, and adapters whose base has changed."""
+    with pytest.raises(UserError, match="^lora_rank: the adapters of the stage before .* --lora_rank 2 "):
+        train_reward.main(config_of(train_reward, folder, "no", extra[train_reward] + " --lora_rank 4"))
+    shutil.copytree(run / "sft" / "final", tmp)
+    stage = json.loads((tmp / "stage.json").read_text())
+    stage["base"]["sha256"] = {"model.safetensors": "0"}
+    (tmp / "stage.json").write_text(json.dumps(stage))
+    with pytest.raises(UserError, match="^model: .* holds adapters of .*, whose weights have changed since"):
+        _ = Parent("model", str(tmp)).base
 
 
 def test_all_that_an_update_hands_on_outlives_a_stop(carried, folder, monkeypatch):

@@ -7,16 +7,17 @@ from utils.models.prompt_groups import pack
 from utils.zero import gathered_weights
 
 
-def centre_scores(reward_model, mean: float) -> None:
+def centre_scores(reward_model, mean: float, fold: bool = True) -> None:
     """Shift the model so that what scored `mean` scores 0 (detail 19; ST, N+, IG).
 
     Stock classification heads have no bias. Where nothing but linear maps follow a bias of the trunk (that of
     the last LayerNorm in OPT, GPT-2, GPT-NeoX), the shift is folded into it, and every tool that loads the
     checkpoint sees centred scores. A trunk that ends in a norm without bias (Llama, Qwen, Gemma) has no
     constant direction: there the shift is kept in the config as `score_shift`. `scores` subtracts it, and the
-    model card says how others do.
+    model card says how others do. Without `fold` it is kept there always: adapters in final/ leave their base
+    model as it is.
     """
-    bias = _last_bias(reward_model)
+    bias = _last_bias(reward_model) if fold else None
     if bias is None or not _folded(reward_model, bias, mean):
         reward_model.config.score_shift = getattr(reward_model.config, "score_shift", 0.0) + mean
 

@@ -23,7 +23,7 @@ from utils.config import UserError
 from utils.models.attention import CAUSAL_BLOCKS
 from utils.models.four_bit import keep_exact, refuse_stored_quantised
 from utils.models.lm_head import LMHead
-from utils.models.lora import add_adapter
+from utils.models.lora import add_adapter, go_on_with_adapter, has_adapter, load_adapter, merge_adapter
 from utils.models.parents import Parent
 from utils.models.sanity import refuse_layers, refuse_not_finite
 from utils.models.vocabulary import fit_rows, words_of
@@ -74,6 +74,8 @@ def load_scalar_model(parent: Parent, new_head_seed: int | None = None, vocab_si
                             f"{labels.num_labels} labels, "
                             "needed is a sequence classification model with one (made by train_reward.py)")
     new = () if new_head_seed is None else ("score.weight",)
+    if parent.adapter is not None:
+        new = ("score.weight",)  # it stands with the adapters
     model = _pretrained(AutoModelForSequenceClassification, parent, storage, new, num_labels=1)
     if new_head_seed is not None:
         generator = torch.Generator().manual_seed(new_head_seed)
@@ -102,11 +104,14 @@ def _pretrained(kind, parent: Parent, storage: BitsAndBytesConfig | None, new=()
     config = copy.deepcopy(parent.config)
     for key, value in changes.items():
         setattr(config, key, value)
-    refuse_layers(parent)
-    refuse_stored_quantised(parent)
-    path = parent.weights_path
+    base = parent.base
+    if parent.adapter is not None:  # a row for an added PAD is not in the base's files; `fit_rows` makes it
+        config.get_text_config().vocab_size = base.config.get_text_config().vocab_size
+    refuse_layers(base)
+    refuse_stored_quantised(base)
+    path = base.weights_path
     # a converted model's revision has weights only, and transformers stumbles over what is missing there
-    generation = None if path == parent.path else GenerationConfig.from_model_config(config)
+    generation = None if path == base.path else GenerationConfig.from_model_config(config)
     # only ours caps the scores of attention; torch's refuses models that add the mask
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     attention = CAUSAL_BLOCKS if capped else "sdpa"
@@ -115,14 +120,18 @@ def _pretrained(kind, parent: Parent, storage: BitsAndBytesConfig | None, new=()
         ignore_mismatched_sizes=True, attn_implementation=attention, quantization_config=storage, **_LOAD,
     ))
     keep_exact(model)
-    parent.say_if_pickled()
+    base.say_if_pickled()
     wrong = sorted({key for key, *_ in loaded["mismatched_keys"]})
     missing = sorted(set(loaded["missing_keys"]) - set(new))
     for what, names in (("of another shape than its config.json says", wrong), ("missing", missing)):
         if names:
             raise UserError(f"{parent.key}: '{parent.name}' cannot be loaded: {len(names)} "
                             f"weights are {what} ({names[0]}, ...)")
-    refuse_not_finite(model, parent)
+    refuse_not_finite(model, base)
+    if parent.adapter is not None:
+        load_adapter(model, parent)
+        if storage is None:
+            merge_adapter(model)
     if not parent.has_tokenizer:
         return with_our_heads(in_blocks(model))
     fit_rows(model, parent.tokenizer)
@@ -163,7 +172,9 @@ def trainable(model, config):
     """The model as it is trained: with adapters when `lora_rank` is set, recomputing activations when asked
     for.
     """
-    if config.lora_rank:
+    if config.lora_rank and has_adapter(model):
+        go_on_with_adapter(model, config)
+    elif config.lora_rank:
         add_adapter(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import CacheNotFound
+from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from utils.config import UserError, find_input
@@ -69,6 +70,32 @@ class Parent:
         except Exception as error:  # the libraries raise anything, their own kinds among them
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.key}: '{self.name}' cannot be loaded: {reason}") from None
+
+    @cached_property
+    def adapter(self) -> LoraConfig | None:
+        """What the adapters in the folder are; None: it holds a whole model."""
+        if self.folder is None or not (self.folder / "adapter_config.json").is_file():
+            return None
+        if self.stage is None:
+            raise UserError(f"{self.key}: '{self.name}' holds adapters that were not trained here; merge "
+                            "them with peft, merge_and_unload() and save_pretrained(), and name the merged "
+                            "model")
+        return self.load(LoraConfig.from_pretrained)
+
+    @cached_property
+    def base(self) -> "Parent":
+        """The whole model: this one, or the one that the adapters belong to.
+
+        Raises:
+            UserError: when that one is not where it was, or has other weights now.
+        """
+        if self.adapter is None:
+            return self
+        base = Parent(self.key, self.adapter.base_model_name_or_path)
+        if self.stage.get("base", {}).get("sha256") != base.identity.get("sha256"):
+            raise UserError(f"{self.key}: '{self.name}' holds adapters of '{base.name}', whose weights have "
+                            "changed since; put the old ones back, or train that stage again")
+        return base
 
     @cached_property
     def weights_path(self) -> str:
@@ -177,7 +204,8 @@ class Parent:
         if self.folder is None:
             return {"name": self.name}
         files = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
-        return {"name": self.name, "sha256": {path.name: _sha256(path) for path in files}}
+        base = {} if self.adapter is None else {"base": self.base.identity}
+        return {"name": self.name, "sha256": {path.name: _sha256(path) for path in files}} | base
 
     @property
     def run(self) -> tuple[str, Path] | None:

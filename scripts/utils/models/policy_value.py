@@ -18,7 +18,7 @@ from utils.models.loading import (
     trainable,
     without_dropout,
 )
-from utils.models.lora import share_weights
+from utils.models.lora import join_weights, share_weights
 from utils.models.outputs import hidden_states, logprobs_and_entropy, response_logprobs, response_values
 from utils.models.parents import Parent
 from utils.models.prompt_groups import PromptGroups, response_states, spread
@@ -104,6 +104,8 @@ def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
                                      storage=storage)
     refuse_unfit(reward_model, reward_parent, tokenizer, config.max_prompt_tokens + config.max_new_tokens,
                  "max_prompt_tokens + max_new_tokens")
+    if config.load_in_4bit:
+        join_weights(reward_model, policy)
     ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))
     value_model = None
     if config.advantage == "gae" and config.value_model == "shared":

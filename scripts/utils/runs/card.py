@@ -75,6 +75,11 @@ _ROUNDED = """ The weights of the linear layers were rounded to numbers in 4 bit
 were trained beside them. Here are the rounded weights with the adapters added."""
 
 
+_ADAPTERS = """ The weights of the linear layers were rounded to numbers in 4 bits (NF4, QLoRA), and \
+adapters were trained beside them. Here are the adapters alone. \
+peft's `PeftModel.from_pretrained(base, folder)` puts them into the base that `adapter_config.json` names."""
+
+
 def model_card(config, stage: str, parents: list[Parent], summary: dict, tokenizer) -> str:
     """The text of `final/README.md`.
 
@@ -105,7 +110,7 @@ def model_card(config, stage: str, parents: list[Parent], summary: dict, tokeniz
         "---", metadata.to_yaml().strip(), "---",
         f"# {_TITLES[stage]}",
         "Made from " + " and ".join(f"`{parent.name}` (`{parent.key}`)" for parent in parents) + "."
-        + (_ROUNDED if config.load_in_4bit else ""),
+        + (_ADAPTERS if config.save_adapters else _ROUNDED if config.load_in_4bit else ""),
         "", "## Use it", use.strip(), "", _layout(tokenizer),
         "", "## Figures", "| measure | value | 95 % interval |", "|---|---|---|", *measured,
         "", "## Made with", "```sh", f"python scripts/train_{stage}.py --config config.yaml", "```",

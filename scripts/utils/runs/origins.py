@@ -92,7 +92,9 @@ def _differing(then: dict, now: dict) -> list[str]:
 def _model(parent: Parent) -> dict[str, str]:
     """A digest of each file that makes the model what it is; of a hub model the commit."""
     if parent.folder is not None:
-        return parent.identity["sha256"] | {"config.json": _sha256(parent.folder / "config.json")}
+        base = {} if parent.adapter is None else _model(parent.base)
+        return (parent.identity["sha256"] | {"config.json": _sha256(parent.folder / "config.json")}
+                | {f"{file} of its base": digest for file, digest in base.items()})
     cached = try_to_load_from_cache(parent.name, "config.json")
     return {"name": parent.name, "commit": Path(cached).parent.name if isinstance(cached, str) else None}
 

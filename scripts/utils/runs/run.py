@@ -27,7 +27,7 @@ from utils.data.report import DataReport
 from utils.distributed import on_main, world
 from utils.input_files import read_json
 from utils.models.four_bit import merge_dense
-from utils.models.lora import merge_adapter
+from utils.models.lora import merge_adapter, save_adapter
 from utils.models.parents import Parent, task_of
 from utils.runs.folder import LOCK, claim, refuse_lost, refuse_other_kinds, refuse_running
 from utils.runs.hub import refuse_closed_hub
@@ -208,23 +208,27 @@ class Run:
             extra: what stage.json says besides.
             card: the text of README.md.
         """
-        if self.config.load_in_4bit:
-            if self.is_main:
-                merge_dense(model, parents[0].config.dtype or torch.float32)
-        else:
+        config = self.config
+        if not config.load_in_4bit:
             merge_adapter(model)
+        elif self.is_main and not config.save_adapters:
+            merge_dense(model, parents[0].base.config.dtype or torch.float32)
         temporary = self.folder / "final.tmp"
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # half-written leftovers of a killed run, ours alone
         model.config.use_cache = True  # a base model may have it off; whoever generates with final/ wants it
         if model.can_generate():
             model.generation_config.use_cache = True
-        save_pretrained(model, temporary)
+        if not config.save_adapters:
+            save_pretrained(model, temporary)
+        elif self.is_main:
+            save_adapter(model, parents[0].base, temporary)
         if not self.is_main:
             return
         tokenizer.save_pretrained(temporary)
         stage = {"stage": self.stage, "parents": {parent.key: parent.identity for parent in parents},
-                 **task_of(tokenizer), **extra, "load_in_4bit": self.config.load_in_4bit,
+                 **task_of(tokenizer), **extra, "load_in_4bit": config.load_in_4bit,
+                 **({"base": parents[0].base.identity} if config.save_adapters else {}),
                  "seed": self.config.seed, "commit": _commit()}
         write_json(temporary / "stage.json", stage)
         (temporary / "README.md").write_text(card, encoding="utf-8")
