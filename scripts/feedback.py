@@ -90,7 +90,7 @@ import uvicorn
 from utils.data.rows import load_examples
 from utils.feedback.application import Application, Shares
 from utils.feedback.database import Ratings
-from utils.feedback.exports import FORMATS
+from utils.feedback.exports import export_file
 from utils.feedback.rounds import Rounds, script
 from utils.feedback.sampling import Ahead, Models, Precedence, policy_name
 from utils.feedback.security import Sessions, installation_key, read_token
@@ -231,6 +231,8 @@ class Page:
     def say_what_is_served(self) -> None:
         queue = self.ratings.queue(self.models.rated, self.config.k)
         host, port = self.config.host, self.socket.getsockname()[1]
+        if host in ("0.0.0.0", "::"):  # all addresses of this machine
+            host = socket.gethostname()
         print(f"models: {', '.join(self.models.names.values())}; reward model: "
               f"{self.config.reward_model or 'none'}")
         print(f"prompts: {queue['prompts']}, {queue['rated']} of them rated; ratings: {self.ratings.path}")
@@ -264,12 +266,8 @@ def export(config: FeedbackConfig) -> None:
     source, target = find_input(config.ratings, "ratings"), Path(config.export)
     if not target.parent.is_dir() or target.exists():
         raise UserError(f"export: '{target}' must be a new file in a folder that exists")
-    ratings = Ratings(source)
-    rows = ratings.rated()
-    with target.open("w", encoding="utf-8") as file:
-        file.writelines(FORMATS[config.export_layout][0](rows))
-    ratings.close()
-    print(f"{len(rows)} ratings of '{source}' are in '{target}' ({config.export_layout})")
+    export_file(source, target, config.export_layout)
+    print(f"the ratings of '{source}' are in '{target}' ({config.export_layout})")
 
 
 def main(config: FeedbackConfig) -> None:

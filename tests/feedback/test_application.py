@@ -195,11 +195,43 @@ def test_models_answer_side_by_side_in_pieces(page):
     lines = browser.chat({"models": numbers, "messages": said(POST), "temperature": 0, "max_new_tokens": 8})
     for number in numbers:
         *pieces, last = [line for line in lines if line["model"] == number]
-        assert last["done"] and "".join(piece["text"] for piece in pieces).strip() == last["text"]
+        assert last.get("done"), last
+        assert "".join(piece["text"] for piece in pieces).strip() == last["text"]
         talker = page.models.talker(number)
         [answer] = talker.answers(talker.prompt(said(POST), 8), 1, 8, 0.0)
         assert last["text"] == answer.text
         assert (last["score"] is not None) == last["ended"]
+
+
+def test_chats_at_the_same_time_do_not_disturb_each_other(page):
+    texts = [f"{POST} {number}" for number in range(CHATS)]
+    number, lines = page.models.rated[0], {}
+
+    def ask(text):
+        browser = Browser(page.port)
+        browser.open()
+        lines[text] = browser.chat({"models": [number], "messages": said(text), "temperature": 0})
+
+    threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    talker = page.models.talker(number)
+    for text in texts:
+        [answer] = talker.answers(talker.prompt(said(text), 12), 1, 12, 0.0)
+        assert lines[text][-1].get("text") == answer.text, lines[text]
+
+
+def test_a_bug_is_a_line_for_the_page(page, monkeypatch, caplog):
+    def fails():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(page.rounds, "state", fails)
+    browser = Browser(page.port)
+    status, answer = browser.get("/api/train")
+    assert (status, answer) == (500, {"error": "the server has failed; its log says how"})
+    assert "content-security-policy" in browser.headers
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "שלום מה שלומך", "مرحبا 😀👩‍👩‍👧",

@@ -78,7 +78,9 @@ class Application:
                     HTTPException: lambda request, error: _error(error.status_code, error.detail),
                     Conflict: lambda request, error: _error(409, str(error)),
                     Refused: lambda request, error: _error(400, str(error)),
-                    UserError: lambda request, error: _error(503, str(error))}
+                    UserError: lambda request, error: _error(503, str(error)),
+                    # a bug; uvicorn prints its traceback
+                    Exception: lambda request, error: _error(500, "the server has failed; its log says how")}
         return Guard(Starlette(routes=routes, exception_handlers=handlers), self.sessions, host, names,
                      OPEN_PATHS)
 

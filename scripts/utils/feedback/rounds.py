@@ -118,6 +118,7 @@ class Rounds:
     def end(self) -> None:
         """Cancel what runs, and wait for it."""
         if self.cancel():
+            print("the round of training saves a checkpoint and ends", flush=True)
             self._thread.join()
 
     def _signal(self, number: int) -> None:

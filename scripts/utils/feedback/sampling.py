@@ -181,6 +181,8 @@ class Ahead(threading.Thread):
 
     def _answer(self, prompt: int, text: str, policy: int, count: int) -> None:
         talker = self.models.talker(policy)
+        if talker is None:  # a round has just finished
+            return
         longest = self.models.longest(talker)
         try:
             ids = talker.tokens(text, longest)
