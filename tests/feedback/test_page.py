@@ -25,7 +25,7 @@ SCRIPT = "<script>window.broken = 1</script><img src=x onerror='window.broken = 
 def folder(tmp_path_factory):
     """A policy whose answers end soon, one that goes on and on, a reward model, posts, and tiny stages."""
     folder = tmp_path_factory.mktemp("page")
-    positions = {"max_position_embeddings": 1200}
+    positions = {"max_position_embeddings": 4400}
     save_opt(folder / "first", eos_logit=3.0, **positions)
     save_opt(folder / "endless", seed=1, num_hidden_layers=8, **positions)
     save_opt(folder / "reward", "reward", head_scale=20.0, **positions)
@@ -403,7 +403,7 @@ def test_an_answer_stops_and_two_models_stand_side_by_side(person, folder):
     page.get_by_label("Model", exact=True).select_option(label=f"{folder.name}/endless")
     page.get_by_label("Beside it").select_option(label=f"{folder.name}/first")
     page.get_by_text("Sampling").click()
-    page.get_by_label("Longest answer").fill("1000")
+    page.get_by_label("Longest answer").fill("4000")
     page.get_by_label("Message").fill("Tell me all.")
     page.keyboard.press("Enter")
     body = page.locator(".reply").first.locator(".prose")
