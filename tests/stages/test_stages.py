@@ -176,7 +176,8 @@ def test_the_glossary_explains_what_is_logged_and_nothing_else(finished, carried
     table = re.findall(r"^\|([^|]*)\|", (PROJECT / "docs" / "metrics.md").read_text(), re.MULTILINE)
     kinds = "eval|loss|objective|policy|reward|sft|time|value"
     explained = {name for cell in table for name in re.findall(rf"`((?:{kinds})/[a-zA-Z0-9_]+)`", cell)}
-    assert {name for name in logged if not name.startswith("test/")} - {"step"} == explained
+    experts = {"sft/router_loss"}  # of models that have some: test_routers.py finds it in their log
+    assert {name for name in logged if not name.startswith("test/")} - {"step"} | experts == explained
 
 
 @pytest.mark.parametrize(("stage", "keys"), [("sft", SFT_KEYS), ("reward", REWARD_KEYS), ("ppo", PPO_KEYS)])
