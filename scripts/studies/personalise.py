@@ -15,8 +15,8 @@ The old and the new model summarise held-out posts at temperature 1. A win is a 
 better, without noise; a tie is half a win. With `--pick unsure` the rated posts are not random: they are
 those, of three times as many, on whose answers the scores of the old reward model are closest.
 
-Each finished cell is kept in `results`, so that the study can be stopped and goes on. The figure is drawn at the
-end.
+Each finished cell is kept in `results`, so that the study can be stopped and goes on. The figure is drawn at
+the end.
 """
 
 import gzip
