@@ -45,6 +45,8 @@ class RealConfig:
                           high=10**6)
     judged_pairs: int = key(500, "Pairs of tldr_valid_gpt4_judged.jsonl.gz in the final figures, if it is "
                                  "there; 0: none.", unit="pairs", low=0, high=10**6)
+    longest_prompt: int = key(256, "Longer posts are left out; the stages' max_prompt_tokens cuts them.",
+                              unit="GPT-2 tokens", low=32, high=512)
     sft: str = key("", "More options of train_sft.py, in one text.")
     reward: str = key("", "More options of train_reward.py, for both reward models.")
     ppo: str = key("", "More options of train_ppo.py.")
@@ -53,6 +55,9 @@ class RealConfig:
 if __name__ == "__main__":  # before the libraries, which take seconds to import
     CONFIG = read_config(RealConfig, None, __doc__)
 
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
 from rich.table import Table
 
 import train_ppo
@@ -134,7 +139,7 @@ def run_stages(config: RealConfig, source: Path | None) -> dict[str, dict]:
                 "ppo": runs.run("ppo", model=out / "sft/final", reward_model=out / "reward/final")}
     sizes = Sizes(config.validation_posts, config.sft_posts, config.reward_posts, config.judge_posts,
                   config.held_out_posts)
-    parts = split_posts(read_rows(source / "reddit_tldr.jsonl.gz"), sizes)
+    parts = split_posts(read_rows(source / "reddit_tldr.jsonl.gz"), sizes, config.longest_prompt)
     files = {name: write_rows(out / "data" / f"{name}.jsonl", parts[name])
              for name in ("validation", "sft", "prompts")}
     valid = source / "tldr_valid.jsonl.gz"
@@ -146,10 +151,14 @@ def run_stages(config: RealConfig, source: Path | None) -> dict[str, dict]:
         with arithmetic(stage):
             rank_posts({name: parts[name] for name in ranked}, str(out / "sft/final"), stage,
                        out / "data" / "rankings")
-    for name, seed in (("reward", config.seed), ("judge", config.seed + 1)):
-        summaries[name] = runs.run("reward", name, seed, model=out / "sft/final",
-                                   reward_training_data=ranked[name], reward_test_data=ranked["held_out"],
-                                   centring_data=files["validation"])
+
+    def learn(name):
+        return runs.run("reward", name, config.seed + (name == "judge"), model=out / "sft/final",
+                        reward_training_data=ranked[name], reward_test_data=ranked["held_out"],
+                        centring_data=files["validation"])
+
+    with ThreadPoolExecutor(2 if torch.cuda.is_available() else 1) as pool:  # a card has room for both
+        summaries |= zip(("reward", "judge"), pool.map(learn, ("reward", "judge")), strict=True)
     summaries["ppo"] = runs.run("ppo", model=out / "sft/final", reward_model=out / "reward/final",
                                 rlhf_training_data=files["prompts"], rlhf_validation_data=files["validation"],
                                 rlhf_test_data=valid)

@@ -32,7 +32,7 @@ def posts(count, tokens=30, length=100):
 
 def test_no_post_is_in_two_parts_and_ppo_learns_from_none_that_is_held_out():
     sizes = Sizes(validation=3, sft=5, reward=4, judge=4, held_out=3)
-    parts = split_posts(posts(25), sizes)
+    parts = split_posts(posts(25), sizes, 256)
     titles = {name: {row["title"] for row in rows} for name, rows in parts.items()}
     for name, size in sizes._asdict().items():
         assert len(titles[name]) == size
@@ -44,8 +44,13 @@ def test_no_post_is_in_two_parts_and_ppo_learns_from_none_that_is_held_out():
 
 def test_posts_and_summaries_of_other_lengths_are_left_out():
     rows = posts(5) + posts(5, tokens=8) + posts(5, tokens=60) + posts(5, length=300)
-    parts = split_posts(rows, Sizes(1, 1, 1, 1, 1))
+    parts = split_posts(rows, Sizes(1, 1, 1, 1, 1), 256)
     assert sum(map(len, parts.values())) == 7 and len(parts["prompts"]) == 2  # reward's and sft's
+
+
+def test_too_few_posts_are_one_line():
+    with pytest.raises(UserError, match="5 posts fit .* and the parts need 6: lower sft_posts"):
+        split_posts(posts(5), Sizes(2, 1, 1, 1, 1), 256)
 
 
 @pytest.mark.parametrize(("summary", "changed"), [
@@ -64,15 +69,15 @@ def test_one_fact_is_changed_and_only_whole_words_are_facts(summary, changed):
 
 
 def test_a_group_ranks_the_authors_summary_first_and_another_posts_last():
-    group = ranked(ROW, " It faces north.", "She sold 3 cats.", seed=0)
-    assert group["completions"] == ["Shade is bad.", "It faces north.", group["completions"][2],
+    group = ranked(ROW, [" It faces north.", "A balcony"], "She sold 3 cats.", seed=0)
+    assert group["completions"] == ["Shade is bad.", "It faces north.", "A balcony", group["completions"][3],
                                     "She sold 3 cats."]
-    assert group["completions"][2] in ("Shade is good.", "Shade isn't bad.")
-    assert group["kinds"] == list(KINDS) and group["ranks"] == [1, 2, 2, 3]
+    assert group["completions"][3] in ("Shade is good.", "Shade isn't bad.")
+    assert group["kinds"] == list(KINDS) and group["ranks"] == [1, 2, 2, 2, 3]
 
 
 def test_empty_and_repeated_summaries_are_left_out_with_their_kinds():
-    group = ranked(ROW | {"summary": "Plants?"}, "  ", "Plants?", seed=0)
+    group = ranked(ROW | {"summary": "Plants?"}, ["  ", "Plants?"], "Plants?", seed=0)
     assert (group["completions"], group["ranks"], group["kinds"]) == (["Plants?"], [1], ["the author's"])
 
 

@@ -1,8 +1,8 @@
 """Real posts for the three stages, and the ranked summaries that the reward model learns from.
 
-A ranked group has a post and up to four summaries: the author's own (best), one that the SFT model sampled at
-one of two temperatures, the author's with one fact changed, and the one of another post (worst). The second
-and the third are not compared with each other: nobody knows which of them is better.
+A ranked group has a post and up to five summaries: the author's own (best), two that the SFT model sampled at
+two temperatures, the author's with one fact changed, and the one of another post (worst). Those in the middle
+are not compared with each other: nobody knows which of them is better.
 """
 
 import gzip
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.config import UserError
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.data.tokens import prompt_tokens
 from utils.distributed import world
@@ -22,10 +23,10 @@ from utils.models.parents import Parent
 COLUMNS = ("subreddit", "title", "post", "summary")
 # GPT-2's tokens of a summary: OpenAI kept those of 24 to 48, so that authors who say little are left out
 SHORTEST, LONGEST = 20, 48
-LONGEST_PROMPT = 256  # GPT-2's tokens: what fits whole into the prompts of configs/smollm2-135m
-TEMPERATURES = (0.7, 1.0)  # of the samples, in turn
-KINDS = ("the author's", "sampled", "a fact changed", "another post's")
-RANKS = (1, 2, 2, 3)
+TEMPERATURES = (0.7, 1.0)  # of the two samples
+KINDS = ("the author's", *(f"sampled at {temperature}" for temperature in TEMPERATURES), "a fact changed",
+         "another post's")
+RANKS = (1, 2, 2, 2, 3)
 
 # a word and what takes its place; both directions
 _FACTS = [("he", "she"), ("him", "her"), ("his", "her"), ("boyfriend", "girlfriend"), ("husband", "wife"),
@@ -62,15 +63,23 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def split_posts(rows: list[dict], sizes: Sizes) -> dict[str, list[dict]]:
+def split_posts(rows: list[dict], sizes: Sizes, longest_prompt: int) -> dict[str, list[dict]]:
     """The parts of `sizes`, and `prompts`: all that PPO may learn from, which is every post of none but the
-    training sets. A part is smaller where there are too few posts.
+    training sets.
 
     Args:
         rows: of reddit_tldr.jsonl.gz, with the lengths `prompt_tokens` and `summary_tokens`.
+        longest_prompt: longer posts are left out, in GPT-2's tokens.
+
+    Raises:
+        UserError: when there are fewer posts than the parts need.
     """
     kept = [{name: row[name] for name in COLUMNS} for row in rows
-            if SHORTEST <= row["summary_tokens"] <= LONGEST and row["prompt_tokens"] <= LONGEST_PROMPT]
+            if SHORTEST <= row["summary_tokens"] <= LONGEST and row["prompt_tokens"] <= longest_prompt]
+    if len(kept) < sum(sizes):
+        raise UserError(f"{len(kept)} posts fit (summaries of {SHORTEST} to {LONGEST} tokens, prompts of at "
+                        f"most {longest_prompt}), and the parts need {sum(sizes)}: lower sft_posts, "
+                        "reward_posts, judge_posts or held_out_posts, or raise longest_prompt")
     random.Random(0).shuffle(kept)
     parts, first = {}, 0
     for name, size in sizes._asdict().items():
@@ -94,11 +103,11 @@ def with_a_fact_changed(summary: str, seed: int) -> str | None:
     return summary[: match.start()] + new + summary[match.end() :]
 
 
-def ranked(row: dict, sampled: str, other: str, seed: int) -> dict:
+def ranked(row: dict, sampled: list[str], other: str, seed: int) -> dict:
     """A ranking as train_reward.py takes it, with the kind of each summary. Empty and repeated ones are left
     out.
     """
-    texts = (row["summary"], sampled, with_a_fact_changed(row["summary"], seed) or "", other)
+    texts = (row["summary"], *sampled, with_a_fact_changed(row["summary"], seed) or "", other)
     group = {}  # text -> (kind, rank); the first of equal texts stays
     for text, kind, rank in zip(texts, KINDS, RANKS, strict=True):
         if text.strip():
@@ -115,25 +124,22 @@ def rank_posts(parts: dict[str, list[dict]], policy: str, stage, target: Path) -
         stage: the configuration of the SFT stage, for the lengths, the batch and the seed.
     """
     rows = [row for part in parts.values() for row in part]
-    texts = iter(one_sample_each([TLDR_TEMPLATE.format(**row) for row in rows], policy, stage))
+    texts = iter(samples_of([TLDR_TEMPLATE.format(**row) for row in rows], policy, stage))
     return {name: write_rows(target / f"{name}.jsonl", [
         ranked(row, next(texts), part[(i + 1) % len(part)]["summary"], i) for i, row in enumerate(part)])
         for name, part in parts.items()}
 
 
-def one_sample_each(prompts: list[str], policy: str, stage) -> list[str]:
-    """What the policy writes for each prompt, at the TEMPERATURES in turn."""
+def samples_of(prompts: list[str], policy: str, stage) -> list[list[str]]:
+    """What the policy writes for each prompt, at each of the TEMPERATURES."""
     parent = Parent("model", policy)
     tokenizer, model = parent.tokenizer, load_policy(parent).to(world().device)
-    ids, texts = prompt_tokens(tokenizer, prompts, stage.max_prompt_tokens), [""] * len(prompts)
+    ids = prompt_tokens(tokenizer, prompts, stage.max_prompt_tokens)
+    columns = []
     for first, temperature in enumerate(TEMPERATURES):
-        places = range(first, len(prompts), len(TEMPERATURES))
-        written = sample(model, [ids[place] for place in places], k=1, max_new_tokens=stage.max_new_tokens,
-                         temperature=temperature, eos_id=tokenizer.eos_token_id,
-                         seeds=[stage.seed * 1_000_003 + place for place in places],
-                         pad_id=tokenizer.pad_token_id, batch_size=stage.eval_batch_size,
-                         progress=f"samples at {temperature}")
-        for place, text in zip(places, tokenizer.batch_decode(written.responses, skip_special_tokens=True),
-                               strict=True):
-            texts[place] = text
-    return texts
+        seeds = [(stage.seed * 2 + first) * 1_000_003 + place for place in range(len(prompts))]
+        written = sample(model, ids, k=1, max_new_tokens=stage.max_new_tokens, temperature=temperature,
+                         eos_id=tokenizer.eos_token_id, seeds=seeds, pad_id=tokenizer.pad_token_id,
+                         batch_size=stage.eval_batch_size, progress=f"samples at {temperature}")
+        columns.append(tokenizer.batch_decode(written.responses, skip_special_tokens=True))
+    return list(map(list, zip(*columns, strict=True)))
