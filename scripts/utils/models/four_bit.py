@@ -6,9 +6,9 @@ Its heads, embeddings, norms and biases stay as they are. A product is computed 
 back into the number type of `mixed_precision`, one layer at a time.
 """
 
+import sys
+
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -38,8 +38,12 @@ def refuse_stored_quantised(parent: Parent) -> None:
                         "take the model in 16 or 32 bits that it was made from, and load_in_4bit")
 
 
-def layers_of(model) -> list[tuple[str, Linear4bit]]:
+def layers_of(model) -> list[tuple[str, nn.Module]]:
     """The layers in 4 bits, by name."""
+    if "bitsandbytes" not in sys.modules:  # transformers imports it when it rounds a model; few runs need it
+        return []
+    from bitsandbytes.nn import Linear4bit
+
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
 
 
@@ -59,8 +63,10 @@ def arithmetic_of(model) -> torch.dtype:
     return layers[0][1].compute_dtype if layers else model.get_input_embeddings().weight.dtype
 
 
-def stored_weight(layer: Linear4bit) -> torch.Tensor:
+def stored_weight(layer: nn.Module) -> torch.Tensor:
     """The weight (out, in) of a layer as it is computed with, float32."""
+    from bitsandbytes.functional import dequantize_4bit
+
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
 
 
@@ -72,8 +78,9 @@ def merge_dense(model, dtype: torch.dtype) -> None:
     (peft's own merge would round the sum to 4 bits, which loses most of the adapter.)
     """
     adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    rounded = {layer for _, layer in layers_of(model)}
     for name, module in adapters:
-        if isinstance(module.get_base_layer(), Linear4bit):
+        if module.get_base_layer() in rounded:
             change = sum(module.get_delta_weight(adapter) for adapter in module.lora_A)
             model.set_submodule(name, _dense(module.get_base_layer(), dtype, change))
     for name, layer in layers_of(model):
@@ -84,7 +91,7 @@ def merge_dense(model, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _dense(layer: Linear4bit, dtype: torch.dtype, change: torch.Tensor | float = 0.0) -> nn.Module:
+def _dense(layer: nn.Module, dtype: torch.dtype, change: torch.Tensor | float = 0.0) -> nn.Module:
     """The layer that `layer` was made from, with its rounded weight + `change` (out, in)."""
     weight = (stored_weight(layer) + change).to("cpu", dtype)
     out, width = weight.shape
