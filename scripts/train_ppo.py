@@ -30,6 +30,7 @@ from utils.config import PROJECT, StageConfig, UserError, key, refuse_missing_fi
 from utils.data.sources import data_key
 from utils.launch import read_config, start
 from utils.models.folders import model_key
+from utils.rewards.entries import rewards_key
 from utils.stage_keys import Schedule
 
 
@@ -42,9 +43,10 @@ class PPOStageConfig(StageConfig):
                                                          "gold_rules")}
 
     model: str = model_key("outputs/opt-125m/sft/final", "The SFT model: policy and reference.")
-    reward_model: str = model_key("outputs/opt-125m/reward/final",
-                                  "The reward model; the value model starts from it.",
-                                  source="detail 22")
+    reward_model: str | None = model_key(None, "The reward model; the value model starts from it.",
+                                         source="detail 22")
+    rewards: str | None = rewards_key("In place of reward_model: a list of rewards, whose scores are added "
+                                      "(docs/rewards.md).")
     rlhf_training_data: str = data_key("trl-lib/tldr", "Prompts.")
     rlhf_validation_data: str | None = data_key(None, "Prompts that choose the policy; none: held out of "
                                                        "the training data.")
@@ -137,6 +139,9 @@ class PPOStageConfig(StageConfig):
 
     def without_effect(self) -> dict[str, str]:
         idle = super().without_effect()
+        if self.rewards is not None:
+            idle["reward_model"] = ("rewards says what scores; reward_model: none takes back what a file "
+                                    "before names")
         if self.advantage != "gae":
             names = ("gamma", "lam", "vf_coef", "cliprange_value", "value_model")
             idle |= dict.fromkeys(names, f"advantage '{self.advantage}' has no value model")
@@ -164,7 +169,7 @@ from utils.judge.gold import GoldJudge
 from utils.judge.judging import Judge
 from utils.judge.plots import plot_ppo
 from utils.loop import Loop
-from utils.models.outputs import response_logprobs, scores
+from utils.models.outputs import response_logprobs
 from utils.models.parents import Parent, check_task
 from utils.models.policy_value import Models, average_in, averaged, load_models
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
@@ -185,6 +190,7 @@ from utils.ppo import (
     value_loss,
     whiten,
 )
+from utils.rewards.rewards import open_rewards
 from utils.runs.checkpoints import trainable_weights
 from utils.runs.ending import Ending, end_stage, refuse_broken_summaries
 from utils.runs.final import rehearse_saving
@@ -208,7 +214,7 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
         # block is short: autocast keeps the weights it has cast until its end, and a step makes them old.
         with torch.no_grad(), loop.accelerator.autocast():
             episodes = sample_episodes(loop, models.policy, queries, update)
-            score = episodes.measure(partial(scores, models.reward_model))  # (N,)
+            score, reward_figures = models.rewards.score(episodes)  # (N,)
             reference = partial(response_logprobs, models.ref_policy, temperature=config.temperature)
             ref_logprobs = episodes.measure(reference)  # (N, R)
             values = episodes.measure(models.trained.values)  # (N, R), of the state before each token
@@ -223,7 +229,7 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
         advantages, returns = estimate_advantages(loop, rewards, values, mask)  # (N, R), details 29 and 30
         rollout = Rollout(mask, logprobs, ref_logprobs, values, score, rewards, advantages, returns)
 
-        figures = rollout_metrics(loop, rollout, episodes.ended)
+        figures = rollout_metrics(loop, rollout, episodes.ended) | reward_figures
         refuse_collapse(loop, figures, update)  # before the update makes it worse
         sampled = time.monotonic()
         figures |= optimise(loop, models, episodes, rollout, posts.supervised)
@@ -534,24 +540,24 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
 
 def main(config: PPOStageConfig) -> None:
     refuse_contradictions(config)
+    rewards = open_rewards(config)
     sft = Parent("model", config.model, config.chat_template)
-    reward = Parent("reward_model", config.reward_model)
     open_stage(config, sft)
     refuse_impossible(config)
     set_seed(config.seed)
-    check_task(sft, reward)
-    refuse_broken_summaries(sft, reward)
+    check_task(sft, *rewards.parents)
+    refuse_broken_summaries(sft, *rewards.parents)
     report = DataReport()
     posts = load_posts(config, sft.tokenizer, report)
     held_out = [*posts.validation.examples, *posts.test.examples]
     gold = GoldJudge(config.gold_rules, held_out) if config.gold_rules else None
     deepspeed = load_settings(config, sft)
-    models = load_models(sft, reward, config)
+    models = load_models(sft, rewards, config)
     rehearse_saving(models.policy, sft.tokenizer, config)
     if deepspeed:
         models.trained.frozen.extend(models.frozen)
 
-    run = Run(config, "ppo", report, [sft, reward])
+    run = Run(config, "ppo", report, [sft, *rewards.parents])
     run.log(plan_of(config, len(posts.prompts), config.updates, run.unit))
     optimizer_steps = config.updates * config.ppo_epochs * config.steps_per_pass
     loop = Loop(run, models.trained, sft.tokenizer, Schedule(config.updates, optimizer_steps, "linear"),
@@ -562,7 +568,7 @@ def main(config: PPOStageConfig) -> None:
         models = models._replace(average=averaged(models.policy, config.ema_decay))
         loop.weights["average"] = outcome_weights(models)
     loop.carried = {"kl_coef": config.kl_coef}
-    judge = Judge(models.ref_policy, models.reward_model, sft.tokenizer, config)
+    judge = Judge(models.ref_policy, rewards, sft.tokenizer, config)
     loop.resume()
     if loop.step == 0:
         evaluate(loop, models, posts.validation, judge, gold, 0)
@@ -573,7 +579,7 @@ def main(config: PPOStageConfig) -> None:
     with loop.accelerator.autocast():
         end = ending(loop, models, posts.test, judge, gold, best_step)
     end.work["episodes_per_second"] = speed
-    end_stage(run, loop.step, models.outcome, sft.tokenizer, [sft, reward], end)
+    end_stage(run, loop.step, models.outcome, sft.tokenizer, [sft, *rewards.parents], end)
 
 
 if __name__ == "__main__":

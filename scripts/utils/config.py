@@ -115,7 +115,7 @@ def parse_config(config_class, default_file: Path | None, argv: list[str], descr
         settings, _ = _layered(config_class, layers)
         _print_help(parser, config_class, settings, named or ([default_file] if embedded else []))
         sys.exit(0)
-    layers.append(_checked_all(config_class, _typed(parser, config_class, words)))
+    layers.append(checked_all(config_class, _typed(parser, config_class, words)))
     settings, notes = _layered(config_class, layers)
     try:
         config = config_class(**{name: setting.value for name, setting in settings.items()})
@@ -295,7 +295,7 @@ def _file_settings(parser, config_class, path: Path) -> dict[str, Setting]:
             _refuse_other_digits(config_class, [f"--{name}={value}"], place)
             given, _ = _parsed(parser, [f"--{name}={value}"], place)
             settings[name] = Setting(vars(given)[name], place)
-    return _checked_all(config_class, settings)
+    return checked_all(config_class, settings)
 
 
 def read_settings(path: Path, section: str) -> dict[str, Setting]:
@@ -320,7 +320,8 @@ def read_settings(path: Path, section: str) -> dict[str, Setting]:
 # ----------------------------------------------------------------------------------------------------- checks
 
 
-def _checked_all(config_class, settings: dict[str, Setting]) -> dict[str, Setting]:
+def checked_all(config_class, settings: dict[str, Setting]) -> dict[str, Setting]:
+    """The settings with each value in the type of its field. Raises UserError as `_checked`."""
     kinds = typing.get_type_hints(config_class)  # in field.type, the parser turns `str | None` into `str`
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     return {name: Setting(_checked(fields[name], kinds[name], value, place), place)

@@ -15,6 +15,9 @@ from utils.data.rows import Tokenised
 from utils.judge import evaluation
 from utils.judge.judging import Judge
 from utils.models.policy_value import Models, PolicyAndValue
+from utils.rewards.entries import ModelEntry
+from utils.rewards.model import ModelReward
+from utils.rewards.rewards import Rewards
 
 PROMPTS = random_groups([5, 1, 8, 3, 6], [[1]] * 5)[0]
 POSTS = Tokenised([SimpleNamespace(prompt="p", completion=" w3 w4.", facts=None) for _ in PROMPTS], PROMPTS,
@@ -33,7 +36,8 @@ class Tokenizer:
 
 
 def judge():
-    return Judge(policy("opt", 1), scalar_model("opt"), Tokenizer(), CONFIG)
+    rewards = Rewards([ModelReward(ModelEntry(name="model"), None, scalar_model("opt"))])
+    return Judge(policy("opt", 1), rewards, Tokenizer(), CONFIG)
 
 
 def stock_logprob(model, prompt, response):
@@ -59,7 +63,7 @@ def test_each_policys_summaries_are_scored_and_one_without_eos_gets_the_fixed_sc
     for summaries, scores in zip(found, ours.scores(POSTS, found, ""), strict=True):
         for prompt, response, ended, score in zip(PROMPTS, summaries.tokens, summaries.ended, scores,
                                                   strict=True):
-            stock = ours.reward_model(input_ids=torch.tensor([prompt + response])).logits.item()
+            stock = ours.rewards.models[0](input_ids=torch.tensor([prompt + response])).logits.item()
             assert score == pytest.approx(stock if ended else -1.0, abs=1e-4)
     assert any(not ended for summaries in found for ended in summaries.ended)
 
@@ -80,7 +84,7 @@ def evaluated(trained, judge, gold=None):
 def test_an_evaluation_samples_twice_and_asks_each_judge_once(monkeypatch):
     """Greedy and sampled summaries; the scores of both in one pass, the KL of the sampled ones."""
     ours, trained, asked = judge(), policy("opt", 2), []
-    for model, name in ((ours.ref_policy, "reference"), (ours.reward_model, "reward")):
+    for model, name in ((ours.ref_policy, "reference"), (ours.rewards.models[0], "reward")):
         model.base_model.register_forward_hook(lambda *_, name=name: asked.append(name))
     drawn, sample = [], evaluation.sample
     monkeypatch.setattr(evaluation, "sample", lambda *a, **k: (drawn.append(k["temperature"]),

@@ -167,7 +167,7 @@ def test_before_the_first_step_of_ppo_the_ratio_is_1_and_the_kl_0(folders, tmp_p
     policy_bytes = {layer.weight.data_ptr() for _, layer in layers_of(models.policy)}
     assert policy_bytes == {layer.weight.data_ptr() for _, layer in layers_of(models.ref_policy)}
     of_values = {layer.weight.data_ptr() for _, layer in layers_of(models.trained.value_model)}
-    assert of_values == {layer.weight.data_ptr() for _, layer in layers_of(models.reward_model)}
+    assert of_values == {layer.weight.data_ptr() for _, layer in layers_of(models.rewards.models[0])}
 
 
 # -------------------------------------------------------------------------------------------- what is refused

@@ -35,6 +35,7 @@ from utils.models.four_bit import layers_of, storage_of
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.parents import Parent
 from utils.models.policy_value import load_models
+from utils.rewards.rewards import open_rewards
 from utils.runs.checkpoints import Best
 
 SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "tokens_per_second", "best_step"}
@@ -453,9 +454,9 @@ def test_adapters_as_final_are_those_of_one_base_in_all_stages(folder, monkeypat
     exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), final).eval()
     torch.testing.assert_close(load_policy(parent).eval()(input_ids=ids).logits, exact(input_ids=ids).logits,
                                rtol=1e-4, atol=1e-4)
-    models = load_models(Parent("model", config.model), Parent("reward_model", config.reward_model), config)
+    models = load_models(Parent("model", config.model), open_rewards(config), config)
     held = [{layer.weight.data_ptr() for _, layer in layers_of(model)} for model in (
-        models.policy, models.ref_policy, models.reward_model, models.trained.value_model)]
+        models.policy, models.ref_policy, *models.rewards.models, models.trained.value_model)]
     assert held[0] == held[1] == held[2] == held[3] and len(held[0]) == 12
     refuse_what_does_not_fit(folder, run, extra, tmp=folder / "other")
 

@@ -31,6 +31,7 @@ from utils.models.loading import load_policy, load_scalar_model
 from utils.models.outputs import GroupModel, scores, supervised_outputs
 from utils.models.parents import Parent
 from utils.models.policy_value import load_models
+from utils.rewards.rewards import open_rewards
 from utils.runs.run import Run
 
 # What is computed at once is about a thousand tokens, as the docs advise for CPUs; it changes no result.
@@ -114,12 +115,12 @@ def ppo(task: Task, turns: Turns) -> None:
         max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE, kl_coef=KL_COEF, eval_steps=NEVER,
     )
     set_seed(config.seed)
-    models = load_models(Parent("model", config.model), Parent("reward_model", config.reward_model), config)
+    models = load_models(Parent("model", config.model), open_rewards(config), config)
     run = TurnRun(config, "ppo", turns)
     loop = Loop(run, models.trained, TOKENIZER, Schedule(config.updates, config.updates * config.ppo_epochs,
                                                          "linear"))
     loop.carried = {"kl_coef": config.kl_coef}
-    models.reward_model.base_model.register_forward_hook(lambda *_: run.counts.update({"scored": 1}))
+    models.rewards.models[0].base_model.register_forward_hook(lambda *_: run.counts.update({"scored": 1}))
     measured = utils.episodes.Episodes.measure
 
     def measure(episodes, model):

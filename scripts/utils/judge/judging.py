@@ -1,37 +1,35 @@
-"""What summaries of held-out posts are worth: the reward model's score, KL, and ROUGE.
+"""What summaries of held-out posts are worth: the rewards' score, KL, and ROUGE.
 
 Each measure stands alone, because each costs a pass of a model or more: a caller takes those that it reports.
 """
 
 from utils.data.rows import Tokenised
-from utils.judge.evaluation import Summaries, measure_groups, score_groups, summarise
+from utils.judge.evaluation import Summaries, measure_groups, summarise
 from utils.judge.metrics import SummaryRouge
 from utils.models.outputs import response_logprobs
+from utils.rewards.rewards import Rewards
 
 
 class Judge:
-    """The frozen models that summaries are measured with. A list has one entry for each post."""
+    """What summaries are measured with. A list has one entry for each post."""
 
-    def __init__(self, ref_policy, reward_model, tokenizer, config):
-        self.ref_policy, self.reward_model, self.tokenizer, self.config = (ref_policy, reward_model,
-                                                                           tokenizer, config)
+    def __init__(self, ref_policy, rewards: Rewards, tokenizer, config):
+        self.ref_policy, self.rewards, self.tokenizer, self.config = ref_policy, rewards, tokenizer, config
 
     def summaries(self, policy, posts: Tokenised, temperature: float, title: str) -> Summaries:
         """One summary of each post; the same seeds for every policy."""
         return summarise(policy, self.tokenizer, posts.prompts, self.config, temperature, title)
 
     def scores(self, posts: Tokenised, written: list[Summaries], title: str) -> list[list[float]]:
-        """The reward model's scores, a list for each policy's summaries: those of one post are one prompt
-        group.
+        """The scores of all rewards together, a list for each policy's summaries: those of one post are one
+        prompt group.
 
         A summary without EOS scores `missing_eos_score`, as in training (detail 26).
         """
-        completions = [list(group) for group in zip(*(summaries.tokens for summaries in written),
-                                                    strict=True)]
-        size, missing = self.config.eval_batch_size, self.config.missing_eos_score
-        raw = score_groups(self.reward_model, self.tokenizer, posts.prompts, completions, size, title)
+        missing = self.config.missing_eos_score
+        scored = self.rewards.judge(posts, written, self.tokenizer, self.config.eval_batch_size, title)
         return [[score if ended else missing for score, ended in zip(column, summaries.ended, strict=True)]
-                for column, summaries in zip(zip(*raw, strict=True), written, strict=True)]
+                for column, summaries in zip(scored, written, strict=True)]
 
     def kls(self, posts: Tokenised, sampled: Summaries, title: str) -> list[float]:
         """log p - log p_ref in nats, of summaries sampled at the training temperature: their own log-probs

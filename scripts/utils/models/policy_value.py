@@ -70,7 +70,7 @@ class Models(NamedTuple):
 
     trained: PolicyAndValue
     ref_policy: nn.Module
-    reward_model: nn.Module
+    rewards: object  # a `Rewards`, with the reward models
     average: AveragedModel | None = None  # of the policy, over the optimizer steps (detail 35)
 
     @property
@@ -78,8 +78,8 @@ class Models(NamedTuple):
         return self.trained.policy
 
     @property
-    def frozen(self) -> tuple[nn.Module, nn.Module]:
-        return self.ref_policy, self.reward_model
+    def frozen(self) -> list[nn.Module]:
+        return [self.ref_policy, *self.rewards.models]
 
     @property
     def outcome(self) -> nn.Module:
@@ -87,11 +87,14 @@ class Models(NamedTuple):
         return self.policy if self.average is None else self.average.module
 
 
-def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
-    """Policy and value model in one module; reference and reward model frozen.
+def load_models(policy_parent: Parent, rewards, config) -> Models:
+    """Policy and value model in one module; the reference and the reward models frozen.
 
-    With LoRA the reference policy shares the policy's weights and the reward model those of a separate value
-    model, without their adapters.
+    With LoRA the reference policy shares the policy's weights and the first reward model those of a separate
+    value model, without their adapters.
+
+    Args:
+        rewards: a `Rewards`, whose models are put into it.
     """
     tokenizer = policy_parent.tokenizer
     storage = storage_of(config)
@@ -100,24 +103,26 @@ def load_models(policy_parent: Parent, reward_parent: Parent, config) -> Models:
     longest = max(answers, key=lambda name: getattr(config, name))
     refuse_unfit(policy, policy_parent, tokenizer, config.max_prompt_tokens + getattr(config, longest),
                  f"max_prompt_tokens + {longest}")
-    reward_model = load_scalar_model(reward_parent, vocab_size=policy.config.get_text_config().vocab_size,
-                                     storage=storage)
-    refuse_unfit(reward_model, reward_parent, tokenizer, config.max_prompt_tokens + config.max_new_tokens,
-                 "max_prompt_tokens + max_new_tokens")
-    if config.load_in_4bit:
-        join_weights(reward_model, policy)
+    for reward in rewards.rewards:
+        reward.model = load_scalar_model(reward.parent, storage=storage,
+                                         vocab_size=policy.config.get_text_config().vocab_size)
+        refuse_unfit(reward.model, reward.parent, tokenizer, config.max_prompt_tokens + config.max_new_tokens,
+                     "max_prompt_tokens + max_new_tokens")
+        if config.load_in_4bit:
+            join_weights(reward.model, policy)
     ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))
     value_model = None
     if config.advantage == "gae" and config.value_model == "shared":
         value_model = new_value_head(policy)
     elif config.advantage == "gae":
-        value_model = share_weights(reward_model) if config.lora_rank else load_scalar_model(reward_parent)
+        first = rewards.first_model
+        value_model = share_weights(first.model) if config.lora_rank else load_scalar_model(first.parent)
     for model in (policy, value_model):
         if isinstance(model, PreTrainedModel):
             trainable(model, config)
-    for frozen in (ref_policy, reward_model):
+    for frozen in (ref_policy, *rewards.models):
         frozen.requires_grad_(False).eval()
-    return Models(PolicyAndValue(policy, value_model), ref_policy, reward_model)
+    return Models(PolicyAndValue(policy, value_model), ref_policy, rewards)
 
 
 def new_value_head(policy) -> nn.Linear:
