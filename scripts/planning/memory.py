@@ -312,15 +312,15 @@ def row_bytes(model: Model, zero: Zero, work: Work) -> int:
 def logits(held: list[Held], zero: Zero, work: Work) -> list[Item]:
     """Tables of the language-model head in the update (utils/models/lm_head.py). A frozen head keeps nothing.
 
-    The head's gradient needs the probabilities at response positions: one float32 table (positions,
-    vocabulary), and its 16-bit copy in the backward pass. The gradient of the head's weight is float32 before
-    it is cast to 16 bits.
+    The head's gradient needs the probabilities at response positions: one table (positions, vocabulary), in
+    16 bits under autocast. A GPU on which it would take more than 1/16 of the memory computes it again; that
+    is not counted. The gradient of the head's weight is float32 before it is cast to 16 bits.
     """
     policy = held[0].model
     if work.stage == "reward" or not policy.head:
         return []
     positions, cast = work.micro_batch * work.k * work.completion, 2 * work.mixed
-    return [Item("logits", (4 + cast) * positions * policy.vocabulary, alive=("update",)),
+    return [Item("logits", (4 - cast) * positions * policy.vocabulary, alive=("update",)),
             Item("logits", (4 + cast) * policy.head, alive=("update",))]
 
 

@@ -10,10 +10,17 @@ from utils.models.lm_head import LMHead, token_logprobs, token_logprobs_and_entr
 TOKENS, WIDTH, WORDS = 23, 16, 101
 
 
-@pytest.fixture(params=[1, 5 * WORDS, 2**22])
+@pytest.fixture(params=[1, 5 * WORDS, 2**22, "no room for the table"])
 def chunk(request, monkeypatch):
-    """Rows worked on at once: one, five (23 leaves a rest), all."""
-    monkeypatch.setattr(lm_head, "_CHUNK", request.param)
+    """Rows worked on at once: one, five (23 leaves a rest), all; or as on a GPU with little memory, where the
+    probabilities are computed again.
+    """
+    if isinstance(request.param, int):
+        monkeypatch.setattr(lm_head, "_CHUNK", request.param)
+    else:
+        monkeypatch.setattr(lm_head, "device_memory", lambda device: 16 * TOKENS)
+        monkeypatch.setattr(lm_head, "_LEAST_ROWS", 9)
+    return request.param
 
 
 def work(bias: bool):
@@ -84,7 +91,7 @@ def test_one_table_of_probabilities_is_kept_and_none_where_the_head_is_frozen(ch
     head, states, tokens, weights = work(bias=False)
     assert kept_shapes(lambda: plain(head, states, tokens, 0.7)).count((TOKENS, WORDS)) > 1
     assert (kept_shapes(lambda: token_logprobs_and_entropy(head, states, tokens, 0.7)).count((TOKENS, WORDS))
-            == 1)
+            == isinstance(chunk, int))
     head.requires_grad_(False)
     assert (TOKENS, WORDS) not in kept_shapes(lambda: token_logprobs_and_entropy(head, states, tokens, 0.7))
     logprobs = token_logprobs(head, states, tokens, 0.7)
@@ -106,3 +113,28 @@ def test_bfloat16_is_as_good_as_with_separate_operations(chunk):
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.dtype == torch.float32
         assert 0 < (a - c).norm() < 1.5 * (b - c).norm()  # 0: it was not bfloat16 at all
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_table_is_kept_in_the_arithmetic_of_the_products(dtype):
+    head, states, tokens, _ = work(bias=False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            token_logprobs(head, states, tokens, 0.7)
+    assert [one.dtype for one in kept if one.shape == (TOKENS, WORDS)] == [dtype]
+
+
+@pytest.mark.parametrize("words", [50_272, 151_936])
+@pytest.mark.parametrize(("memory", "at_least"), [(8, 256), (24, 256), (80, 500), (141, 900)])
+def test_a_chunk_on_a_gpu_is_large_and_takes_little_of_its_memory(memory, at_least, words, monkeypatch):
+    monkeypatch.setattr(lm_head, "device_memory", lambda device: memory * 2**30)
+    rows = lm_head.rows_at_once(torch.device("cuda"), words)
+    assert rows >= at_least and 3 * 4 * rows * words <= max(memory * 2**30 / 64, 256 * 12 * words)
+    assert lm_head.keeps_table(torch.device("cuda"), 2 * 2048 * words) == (memory >= 16 or words < 10**5)
+
+
+def test_a_chunk_on_a_cpu_stays_in_the_cache():
+    assert lm_head.rows_at_once(torch.device("cpu"), 50_272) == 83
+    assert lm_head.rows_at_once(torch.device("cpu"), 10**8) == 1
+    assert lm_head.keeps_table(torch.device("cpu"), 2**50)

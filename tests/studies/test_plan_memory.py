@@ -347,7 +347,7 @@ def test_logits_are_those_of_response_positions():
     """2 prompts x 4 completions x 20 tokens, 50,272 words. The reward stage has no head, LoRA trains none."""
     held, work = held_models("ppo", SETUP), SETUP.work("ppo")
     table, head = memory.logits(held, CHOICE["zero2"], work)
-    assert table.bytes == 6 * 2 * 4 * 20 * 50272 and head.bytes == 6 * 50272 * 768
+    assert table.bytes == 2 * 2 * 4 * 20 * 50272 and head.bytes == 6 * 50272 * 768
     assert memory.logits(held, CHOICE["none"], work._replace(precision="fp32"))[0].bytes == 4 * 160 * 50272
     assert not memory.logits(held_models("reward", SETUP), CHOICE["zero2"], SETUP.work("reward"))
     assert not memory.logits(held_models("ppo", SETUP._replace(lora_rank=8)), CHOICE["zero2"], work)
