@@ -1,7 +1,8 @@
 """How many ratings make a model yours: simulated people rate on the page, and the model is trained on it.
 
     make demo && python scripts/studies/personalise.py           # goes on where it was stopped
-    python scripts/studies/personalise.py --sizes 100 --seeds 0  # a part of it
+    python scripts/studies/personalise.py --ways rankings/100 --seeds 0  # a part of it
+    python scripts/studies/personalise.py --workers 12 --minutes 6       # twelve cells at once, six minutes
 
 Three people (scripts/studies/tastes.py) rank the answers to some posts through the rating page's HTTP
 interface, with the noise of the mini data's labellers. All of them see the same answers. Then, for each
@@ -11,14 +12,17 @@ person and number of rated posts, the model is trained in one of three ways:
 - `pairs`: the same on the best and the worst answer alone;
 - `best`: the SFT stage on the best answer alone.
 
-The old and the new model summarise held-out posts at temperature 1. A win is a summary that the person likes
-better, without noise; a tie is half a win. With `--pick unsure` the rated posts are not random: they are
-those, of three times as many, on whose answers the scores of the old reward model are closest.
+Size 0 is the old model against itself.
 
-Each finished cell is kept in `results`, so that the study can be stopped and goes on. The figure is drawn at
-the end.
+The old and the new model summarise held-out posts at temperature 1. A win is a summary that the person likes
+better, without noise; a tie is half a win. With `rankings/100/unsure` the rated posts are not random: they
+are those, of three times as many, on whose answers the scores of the old reward model are closest.
+
+Each finished cell is a line of `results`, so that the study can be stopped and goes on. The figure is drawn
+at the end. With several `workers` each cell has a process, a folder and a thread of its own.
 """
 
+import fcntl
 import gzip
 import http.cookiejar
 import json
@@ -28,13 +32,16 @@ import os
 import random
 import re
 import runpy
+import signal
 import sys
 import time
 import urllib.error
 import urllib.request
 import uuid
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -47,6 +54,10 @@ from utils.config import UserError, find_input, key
 from utils.launch import read_config, start
 
 ARMS = ("rankings", "pairs", "best")
+PICKS = ("random", "unsure")
+WAYS = ("rankings/100", "best/100", "pairs/100", "rankings/30", "rankings/10", "rankings/300", "rankings/0",
+        "rankings/100/unsure", "rankings/30/unsure", "best/30", "pairs/30", "best/300", "pairs/300",
+        "best/10", "pairs/10")
 SCRIPTS = Path(__file__).resolve().parents[1]
 # of the baseline; chosen once and not tuned, as the other two ways were
 SUPERVISED = ["--config", "configs/tldr_mini/sft.yaml", "--max_steps", "-1", "--num_train_epochs", "3",
@@ -71,27 +82,41 @@ class PersonaliseConfig:
     test_posts: str = key("data/tldr_mini/rlhf_test.jsonl.gz", "Held-out posts.")
     gold_rules: str = key("data/tldr_mini/gold.json", "Rules of the gold score.")
     tastes: list[str] = key(list(TASTES), f"Of {', '.join(TASTES)}.")
-    sizes: list[int] = key([100, 30, 300, 10], "Numbers of rated posts, in this order.")
-    arms: list[str] = key(list(ARMS), f"Of {', '.join(ARMS)}.")
-    seeds: list[int] = key([1, 2, 3], "Seeds: of the posts, the noise and the training.")
-    pick: str = key("random", "Which posts are rated.", choices=["random", "unsure"])
+    ways: list[str] = key(list(WAYS), f"Arm ({', '.join(ARMS)}), number of rated posts (0: nothing is "
+                          "trained) and, perhaps, `unsure`; measured in this order.")
+    seeds: list[int] = key([2, 3, 4], "Seeds: of the posts, the noise and the training.")
     k: int = key(4, "Answers to a post.", unit="answers", low=2, high=9)
     test_rows: int = key(200, "Held-out posts of each cell.", unit="posts", low=1, high=10**6)
     reward_config: str = key("configs/personal/reward.yaml", "Configuration of the reward stage.")
     ppo_config: str = key("configs/personal/ppo.yaml", "Configuration of PPO.")
     extra: list[str] = key([], "Words that are added to the command of every stage.")
+    workers: int = key(1, "Cells that are measured at once; with more than one each takes one thread.",
+                       unit="cells", low=1, high=1000)
+    minutes: float | None = key(None, "The study ends then; what is not finished is lost. none: no limit.",
+                                unit="minutes", low=0.01, high=1e6)
     folder: str = key("outputs/personalise", "Folder for ratings and runs.")
-    results: str = key("outputs/personalise.json", "Finished cells.")
+    results: str = key("outputs/personalise.jsonl", "Finished cells.")
     figure: str | None = key("outputs/personalise.png", "Picture of all finished cells; none: no "
                              "picture.")
 
     def __post_init__(self):
-        for name, known in (("tastes", TASTES), ("arms", ARMS)):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise UserError(f"{name}: '{value}' is none of {', '.join(known)}")
-        if min(self.sizes, default=4) < 4:
-            raise UserError("sizes: a round needs 4 rated posts or more")
+        for taste in self.tastes:
+            if taste not in TASTES:
+                raise UserError(f"tastes: '{taste}' is none of {', '.join(TASTES)}")
+        for way in self.ways:
+            arm, size, pick = parts_of(way)
+            if arm not in ARMS or pick not in PICKS or not size.isascii() or not size.isdecimal():
+                raise UserError(f"ways: '{way}' is none; write an arm ({', '.join(ARMS)}), a number and, for "
+                                "picked posts, 'unsure', as in rankings/100/unsure")
+            if 0 < int(size) < 4:
+                raise UserError(f"ways: '{way}': a round needs 4 rated posts or more")
+
+
+def parts_of(way: str) -> tuple[str, str, str]:
+    """Arm, number of rated posts and which posts, as they are written."""
+    arm, _, rest = way.partition("/")
+    size, _, pick = rest.partition("/")
+    return arm, size, pick or "random"
 
 
 if __name__ == "__main__":  # before the libraries, which take seconds to import
@@ -106,6 +131,11 @@ from utils.judge.plots import plot_win_rates
 from utils.models.generation import sample
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.parents import Parent
+from utils.runs.records import end_line
+
+
+class OutOfTime(Exception):
+    """The `minutes` are over."""
 
 
 class Cell(NamedTuple):
@@ -123,9 +153,9 @@ class Cell(NamedTuple):
 
 
 def cells_of(config: PersonaliseConfig) -> list[Cell]:
-    """All cells in the order in which they are measured: a size with all its seeds before the next one."""
-    return [Cell(taste, arm, size, config.pick, seed) for size, seed, taste, arm
-            in product(config.sizes, config.seeds, config.tastes, config.arms)]
+    """All cells in the order in which they are measured: a way with all its seeds and people."""
+    ways = [(arm, int(size), pick) for arm, size, pick in map(parts_of, config.ways)]
+    return [Cell(taste, *way, seed) for way, seed, taste in product(ways, config.seeds, config.tastes)]
 
 
 # --------------------------------------------------------------------------------------- scripts as processes
@@ -260,22 +290,28 @@ def rating_page(config: PersonaliseConfig, folder: Path, posts: Path, seed: int)
         yield found[1]
 
 
-def session(config: PersonaliseConfig, size: int, seed: int, rows: list[dict], gold: dict) -> Path:
-    """The database in which every person has rated `size` posts; what is rated already is kept."""
+def session(config: PersonaliseConfig, cell: Cell, rows: list[dict], gold: dict) -> Path:
+    """The database in which every person has rated the cell's posts; what is rated already is kept.
+
+    One worker at a time fills it; the others wait.
+    """
     # random posts of a larger session begin with those of a smaller one, unsure ones do not
-    folder = Path(config.folder) / (f"random-{seed}" if config.pick == "random" else f"unsure-{size}-{seed}")
+    size, pick, seed = cell.size, cell.pick, cell.seed
+    folder = Path(config.folder) / (f"random-{seed}" if pick == "random" else f"unsure-{size}-{seed}")
     folder.mkdir(parents=True, exist_ok=True)
     database = folder / "ratings.db"
-    # an earlier person may have been stopped half-way, so all are asked: whoever is done rates nothing
-    done = database.exists() and all(len(rated(database, taste)) >= size for taste in config.tastes)
-    if not done:
-        posts = folder / f"posts-{size}.jsonl"
-        chosen = (random_posts if config.pick == "random" else unsure_posts)(config, rows, size, seed)
-        posts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in chosen))
-        facts = {row["prompt"].strip(): row["facts"] for row in rows}
-        with rating_page(config, folder, posts, seed) as address:
-            for taste in config.tastes:
-                rate(address, Person(taste, gold, seed), size, facts)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # an earlier person may have been stopped half-way, so all are asked: whoever is done rates nothing
+        done = database.exists() and all(len(rated(database, taste)) >= size for taste in config.tastes)
+        if not done:
+            posts = folder / f"posts-{size}.jsonl"
+            chosen = (random_posts if pick == "random" else unsure_posts)(config, rows, size, seed)
+            posts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in chosen))
+            facts = {row["prompt"].strip(): row["facts"] for row in rows}
+            with rating_page(config, folder, posts, seed) as address:
+                for taste in config.tastes:
+                    rate(address, Person(taste, gold, seed), size, facts)
     return database
 
 
@@ -355,10 +391,12 @@ def train(config: PersonaliseConfig, cell: Cell, rankings: list[dict]) -> tuple[
     return str(folder / "ppo" / "final"), took
 
 
-def summaries(model: str, rows: list[dict], seed: int) -> list[str]:
-    """A summary of each post, sampled at temperature 1."""
+@lru_cache(maxsize=8)  # those of the old model are wanted again
+def summaries(model: str, posts: str, count: int, seed: int) -> list[str]:
+    """A summary of each of the first posts of a file, sampled at temperature 1."""
     parent = Parent("model", model)
-    prompts = prompt_tokens(parent.tokenizer, [row["prompt"] for row in rows], 256)
+    prompts = [row["prompt"] for row in read_rows(posts, "test_posts")[:count]]
+    prompts = prompt_tokens(parent.tokenizer, prompts, 256)
     settings = SimpleNamespace(max_new_tokens=48, seed=seed, eval_batch_size=64)
     return summarise(load_policy(parent), parent.tokenizer, prompts, settings, 1.0).texts
 
@@ -381,6 +419,7 @@ def judged(person: Person, rows: list[dict], old: list[str], new: list[str], see
 # -------------------------------------------------------------------------------------------------- the study
 
 
+@lru_cache
 def read_rows(path: str, name: str) -> list[dict]:
     """The rows of a file of posts with their facts."""
     file = find_input(path, name)
@@ -413,9 +452,13 @@ def averages(done: dict[str, dict]) -> dict[tuple, tuple[float, float, float, in
 
 
 def draw(done: dict[str, dict], path: Path) -> None:
-    """Win rate against the number of rated posts: a panel for each taste and one for all, a line an arm."""
+    """Win rate against the number of rated posts: a panel for each taste and one for all, a line an arm.
+
+    The old model against itself has no place on a logarithmic axis.
+    """
     panels = {}
-    for (taste, arm, size, pick), (rate, low, high, _) in sorted(averages(done).items(), key=str):
+    trained = {name: figures for name, figures in done.items() if Cell(*figures["cell"]).size}
+    for (taste, arm, size, pick), (rate, low, high, _) in sorted(averages(trained).items(), key=str):
         label = arm if pick == "random" else f"{arm}, unsure posts"
         panels.setdefault(taste, {}).setdefault(label, []).append((size, rate, low, high))
     order = [*(taste for taste in TASTES if taste in panels), "all three"]
@@ -423,33 +466,90 @@ def draw(done: dict[str, dict], path: Path) -> None:
                           for taste in order}, goal=0.75)
 
 
+def measure(config: PersonaliseConfig, cell: Cell, until: float) -> dict:
+    """One cell, from the ratings to the judgement: what a line of `results` holds.
+
+    Args:
+        until: on the clock of `time.monotonic`, which all processes share.
+
+    Raises:
+        OutOfTime: when it is not finished by then; its processes have ended.
+    """
+    if (left := until - time.monotonic()) <= 0:
+        raise OutOfTime
+    signal.signal(signal.SIGALRM, _time_is_up)
+    signal.setitimer(signal.ITIMER_REAL, 0.0 if left == math.inf else left)
+    try:
+        gold = load_rules(config.gold_rules)
+        model, took, seed = config.model, {}, cell.seed + 1000  # the old model says something else
+        if cell.size:
+            database = session(config, cell, read_rows(config.posts, "posts"), gold)
+            model, took = train(config, cell, rated(database, cell.taste)[: cell.size])
+            seed = cell.seed
+        old = summaries(config.model, config.test_posts, config.test_rows, cell.seed)
+        new = summaries(model, config.test_posts, config.test_rows, seed)
+        test = read_rows(config.test_posts, "test_posts")[: config.test_rows]
+        return {"cell": list(cell), **judged(Person(cell.taste, gold), test, old, new, cell.seed), **took}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+def _time_is_up(number, frame):
+    raise OutOfTime
+
+
+def finished_cells(path: Path) -> dict[str, dict]:
+    """What earlier calls have measured, by the name of the cell. A line that a kill cut off is none."""
+    done = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            done[Cell(*row["cell"]).name] = row
+    return done
+
+
+def line_of(name: str, figures: dict) -> str:
+    """What is said of a finished cell."""
+    return (f"{name}: wins {figures['win_rate']:.3f} ({figures['low']:.3f} - {figures['high']:.3f}), taste "
+            f"{figures['taste_before']:.3f} -> {figures['taste_after']:.3f}, gold "
+            f"{figures['gold_before']:.3f} -> {figures['gold_after']:.3f}")
+
+
 def main(config: PersonaliseConfig) -> None:
-    gold = load_rules(config.gold_rules)
-    rows = read_rows(config.posts, "posts")
-    test = read_rows(config.test_posts, "test_posts")[: config.test_rows]
+    until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     results = Path(config.results)
     results.parent.mkdir(parents=True, exist_ok=True)
-    done = json.loads(results.read_text()) if results.exists() else {}
-    old = {}
-    for cell in cells_of(config):
-        if cell.name in done:
-            continue
-        database = session(config, cell.size, cell.seed, rows, gold)
-        model, took = train(config, cell, rated(database, cell.taste)[: cell.size])
-        old[cell.seed] = old.get(cell.seed) or summaries(config.model, test, cell.seed)
-        figures = judged(Person(cell.taste, gold), test, old[cell.seed], summaries(model, test, cell.seed),
-                         cell.seed)
-        done[cell.name] = {"cell": list(cell), **figures, **took}
-        unfinished = results.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(done, indent=1) + "\n")
-        unfinished.replace(results)
-        print(f"{cell.name}: wins {figures['win_rate']:.3f} ({figures['low']:.3f} - {figures['high']:.3f}), "
-              f"taste {figures['taste_before']:.3f} -> {figures['taste_after']:.3f}, gold "
-              f"{figures['gold_before']:.3f} -> {figures['gold_after']:.3f}; {took}", flush=True)
-    if config.figure and done:
+    done, failed = finished_cells(results), []
+    end_line(results)
+    if config.workers > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    with ProcessPoolExecutor(config.workers, context) as pool, results.open("a", encoding="utf-8") as file:
+        waiting = {pool.submit(measure, config, cell, until): cell for cell in cells_of(config)
+                   if cell.name not in done}
+        try:
+            for future in as_completed(waiting):
+                name = waiting[future].name
+                try:
+                    done[name] = figures = future.result()
+                except OutOfTime:
+                    continue
+                except UserError as error:  # the other cells go on
+                    failed.append(f"{name}: {error}")
+                    print(failed[-1], flush=True)
+                    continue
+                file.write(json.dumps(figures) + "\n")
+                file.flush()
+                print(line_of(name, figures), flush=True)
+        finally:  # Ctrl-C: nothing more begins
+            pool.shutdown(cancel_futures=True)
+    if config.figure and any(figures["cell"][2] for figures in done.values()):
         draw(done, Path(config.figure))
     for name, (rate, low, high, runs) in sorted(averages(done).items(), key=str):
         print(f"{', '.join(map(str, name))}: {rate:.3f} ({low:.3f} - {high:.3f}), {runs} runs")
+    if failed:
+        raise UserError(f"{len(failed)} cells failed; the first: {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import time
 from collections import Counter
 
 import pytest
@@ -88,8 +89,10 @@ def test_averages_over_runs_by_hand():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--tastes short", "tastes: 'short' is none of short with the place"), ("--arms dpo", "arms: 'dpo'"),
-    ("--sizes 3", "sizes: a round needs 4"),
+    ("--tastes short", "tastes: 'short' is none of short with the place"),
+    ("--ways dpo/100", "ways: 'dpo/100' is none"), ("--ways best", "ways: 'best' is none"),
+    ("--ways best/x", "ways: 'best/x' is none"), ("--ways best/9/sure", "ways: 'best/9/sure' is none"),
+    ("--ways best/9/unsure/x", "ways: 'best/9/unsure/x' is none"), ("--ways best/3", "a round needs 4"),
 ])
 def test_mistakes_are_said(words, message):
     with pytest.raises(UserError, match=message):
@@ -100,9 +103,28 @@ def shrunken(folder, *words):
     """The study on tiny models: one person, six posts, through the real page and the real stages."""
     return parse_config(personalise.PersonaliseConfig, None, [
         "--model", str(folder / "policy"), "--other_model", "none", "--reward_model", str(folder / "reward"),
-        "--tastes", FEELING, "--sizes", "6", "--seeds", "1", "--test_rows", "8",
-        "--folder", str(folder / "runs"), "--results", str(folder / "found.json"),
+        "--tastes", FEELING, "--seeds", "1", "--test_rows", "8",
+        "--folder", str(folder / "runs"), "--results", str(folder / "found.jsonl"),
         "--figure", str(folder / "found.png"), *words])
+
+
+def test_the_order_of_the_cells(tmp_path):
+    """A way comes after the other, with all its seeds and people."""
+    config = shrunken(tmp_path, "--ways", "best/6", "rankings/4/unsure", "--seeds", "1", "2",
+                      "--tastes", SHORT, FEELING)
+    assert [cell.name for cell in personalise.cells_of(config)] == [
+        f"{taste}/{way}/{seed}" for way in ("best/6/random", "rankings/4/unsure") for seed in (1, 2)
+        for taste in (SHORT, FEELING)]
+
+
+def test_the_minutes_end_a_cell(tmp_path, monkeypatch):
+    """Whatever the worker is doing then."""
+    monkeypatch.setattr(personalise, "session", lambda *_: time.sleep(60))
+    config, began = shrunken(tmp_path, "--ways", "best/6"), time.monotonic()
+    for left in (0.3, -1.0):
+        with pytest.raises(personalise.OutOfTime):
+            personalise.measure(config, personalise.cells_of(config)[0], time.monotonic() + left)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.slow
@@ -113,13 +135,16 @@ def test_the_whole_study_shrunken_and_continued(tmp_path, monkeypatch):
     (tmp_path / "ppo.yaml").write_text((PROJECT / "configs" / "personal" / "ppo.yaml").read_text()
                                        .replace("total_episodes: ", "total_episodes: 8 #"))
     monkeypatch.setattr(personalise, "SUPERVISED", [*personalise.SUPERVISED[:2], "--max_steps", "1"])
-    personalise.main(shrunken(tmp_path, "--arms", "rankings", "--ppo_config", str(tmp_path / "ppo.yaml")))
-    first = json.loads((tmp_path / "found.json").read_text())
-    personalise.main(shrunken(tmp_path, "--arms", "rankings", "best"))
-    second = json.loads((tmp_path / "found.json").read_text())
-    assert list(first) == [f"{FEELING}/rankings/6/random/1"] and second.items() >= first.items()
-    assert list(second) == [*first, f"{FEELING}/best/6/random/1"]
-    assert all(0 <= cell["low"] <= cell["win_rate"] <= cell["high"] <= 1 for cell in second.values())
+    results = tmp_path / "found.jsonl"
+    personalise.main(shrunken(tmp_path, "--ways", "rankings/6", "--ppo_config", str(tmp_path / "ppo.yaml")))
+    first = results.read_text()
+    results.write_text(first + '{"cell": ["cut off by a ki')
+    personalise.main(shrunken(tmp_path, "--ways", "rankings/6", "best/6", "rankings/0", "--workers", "2"))
+    assert results.read_text().startswith(first)
+    done = personalise.finished_cells(results)
+    names = [f"{FEELING}/{cell}/random/1" for cell in ("rankings/6", "rankings/0", "best/6")]
+    assert sorted(done) == sorted(names)
+    assert all(0 <= cell["low"] <= cell["win_rate"] <= cell["high"] <= 1 for cell in done.values())
     rows = personalise.rated(tmp_path / "runs" / "random-1" / "ratings.db", FEELING)
     assert len(rows) == 6 and all(sorted(row["ranks"]) == [1, 2, 3, 4] for row in rows)
     assert (tmp_path / "found.png").exists()
