@@ -2,20 +2,25 @@
 
     make real                                          # SmolLM2-135M-Instruct, into outputs/real
     python scripts/studies/real.py --data FOLDER --output_dir outputs/real
+    python scripts/studies/real.py --runs 0 1 2 lora   # side by side on one GPU, each in a folder of its own
 
 The stages are those of configs/smollm2-135m. The model comes from the hub, or else from a Python package that
 carries it. The posts are reddit_tldr.jsonl.gz and tldr_valid.jsonl.gz of the folder `data`; real_run/posts.py
 ranks summaries of them. Without a folder the stages take the hub's sets that their configurations name. Then
 there is no judge.
 
-A finished stage is not run again, an interrupted one goes on. All figures are in real.json of `output_dir`,
-with what the models write for the first posts. It holds no posts; the runs' own folders do.
+A finished stage is not run again, an interrupted one goes on. Figures are in real.json of `output_dir` as
+soon as they are known, with what the models write for the first posts. It holds no posts; the folders of the
+stages do.
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
@@ -23,6 +28,19 @@ from utils.config import PROJECT, UserError, key
 from utils.launch import read_config, start
 
 SHOWN = 10  # posts whose summaries are written to real.json
+# by machine: what takes two CPU cores less than three hours, and one H200 less than a quarter of an hour
+SIZES = {
+    "cpu": {"validation_posts": 60, "sft_posts": 600, "reward_posts": 160, "judge_posts": 160,
+            "held_out_posts": 64, "test_posts": 100, "judged_pairs": 500, "longest_prompt": 256},
+    "gpu": {"validation_posts": 64, "sft_posts": 2000, "reward_posts": 1000, "judge_posts": 800,
+            "held_out_posts": 200, "test_posts": 300, "judged_pairs": 500, "longest_prompt": 512},
+}
+
+
+def size_key(name: str, help: str, unit: str, low: int):
+    """A key that is sized by the machine where it is not given."""
+    return key(None, f"{help}; none: {SIZES['cpu'][name]} on CPUs, {SIZES['gpu'][name]} on a GPU.", unit=unit,
+               low=low, high=10**6)
 
 
 @dataclass
@@ -34,19 +52,26 @@ class RealConfig:
     data: str | None = key(None, "Folder with reddit_tldr.jsonl.gz and tldr_valid.jsonl.gz; none: that of "
                                  "the environment's TLDR_DATA_DIR, else the hub's sets.")
     output_dir: str = key("outputs/real", "Folder of all runs.")
+    machine: str = key("auto", "Whose sizes and batches are taken; auto: those of what is here.",
+                       choices=["auto", *SIZES])
+    runs: list[str] = key([], "Runs side by side, each a process: seeds, and lora, the first seed with "
+                              "adapters; none: one run, with `seed`.")
     seed: int = key(0, "Seed of the three stages; the judge has the next one.", low=0, high=2**31)
-    validation_posts: int = key(60, "Posts that choose checkpoints.", unit="posts", low=2, high=10**6)
-    sft_posts: int = key(600, "Posts that SFT learns from.", unit="posts", low=1, high=10**6)
-    reward_posts: int = key(160, "Ranked posts of the reward model.", unit="posts", low=2, high=10**6)
-    judge_posts: int = key(160, "Ranked posts of the judge, others than those of the reward model.",
-                           unit="posts", low=2, high=10**6)
-    held_out_posts: int = key(64, "Ranked posts that both are tested on.", unit="posts", low=2, high=10**6)
-    test_posts: int = key(100, "Posts of tldr_valid.jsonl.gz in the final figures.", unit="posts", low=2,
-                          high=10**6)
-    judged_pairs: int = key(500, "Pairs of tldr_valid_gpt4_judged.jsonl.gz in the final figures, if it is "
-                                 "there; 0: none.", unit="pairs", low=0, high=10**6)
-    longest_prompt: int = key(256, "Longer posts are left out; the stages' max_prompt_tokens cuts them.",
-                              unit="GPT-2 tokens", low=32, high=512)
+    lora: bool = key(False, "Train adapters in all stages (configs/smollm2-135m/lora.yaml).")
+    dialogues: bool = key(False, "One more reward model, on the dialogues of hh_rlhf/ in the folder `data`.")
+    validation_posts: int | None = size_key("validation_posts", "Posts that choose checkpoints", "posts", 2)
+    sft_posts: int | None = size_key("sft_posts", "Posts that SFT learns from", "posts", 1)
+    reward_posts: int | None = size_key("reward_posts", "Ranked posts of the reward model", "posts", 2)
+    judge_posts: int | None = size_key("judge_posts", "Ranked posts of the judge, others than those of the "
+                                                      "reward model", "posts", 2)
+    held_out_posts: int | None = size_key("held_out_posts", "Ranked posts that both are tested on",
+                                          "posts", 2)
+    test_posts: int | None = size_key("test_posts", "Posts of tldr_valid.jsonl.gz in the final figures",
+                                      "posts", 2)
+    judged_pairs: int | None = size_key("judged_pairs", "Pairs of tldr_valid_gpt4_judged.jsonl.gz in the "
+                                                        "final figures, if it is there", "pairs", 0)
+    longest_prompt: int | None = size_key("longest_prompt", "Longer posts are left out; the stages' "
+                                          "max_prompt_tokens cuts them", "GPT-2 tokens", 32)
     sft: str = key("", "More options of train_sft.py, in one text.")
     reward: str = key("", "More options of train_reward.py, for both reward models.")
     ppo: str = key("", "More options of train_ppo.py.")
@@ -56,6 +81,9 @@ if __name__ == "__main__":  # before the libraries, which take seconds to import
     CONFIG = read_config(RealConfig, None, __doc__)
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from statistics import fmean
 
 import torch
 from rich.table import Table
@@ -81,6 +109,15 @@ from utils.console import show_table
 
 STAGES = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig,
           "ppo": train_ppo.PPOStageConfig}
+DIALOGUES = "hh_rlhf/harmless-base_test.jsonl.gz"
+
+
+def sized(config: RealConfig) -> RealConfig:
+    """The configuration with the sizes of its machine."""
+    here = "gpu" if torch.cuda.is_available() else "cpu"
+    machine = here if config.machine == "auto" else config.machine
+    sizes = {name: size for name, size in SIZES[machine].items() if getattr(config, name) is None}
+    return replace(config, machine=machine, **sizes)
 
 
 class Runs:
@@ -91,7 +128,9 @@ class Runs:
 
     def words(self, stage: str, name: str, seed: int, options: dict) -> list[str]:
         given = {"output_dir": self.out / name, "seed": seed, **options}
-        return ["--config", str(PROJECT / "configs" / "smollm2-135m" / f"{stage}.yaml"),
+        files = [stage, *(name for name in ("gpu", "lora") if name == self.config.machine or name == "lora"
+                          and self.config.lora)]
+        return ["--config", *(str(PROJECT / "configs" / "smollm2-135m" / f"{name}.yaml") for name in files),
                 *(word for option, value in given.items() for word in (f"--{option}", str(value))),
                 *getattr(self.config, stage).split()]
 
@@ -112,9 +151,40 @@ class Runs:
                      *self.words(stage, name, seed, options)]
             if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
                 words.append("--resume")
+            began = time.time()
             if subprocess.run(words).returncode:
                 raise UserError(f"{name}: this stage did not end well; the same command goes on from here")
-        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            write_json(self.out / "times" / f"{name}.json", {"began": began, "ended": time.time()})
+        return read_json(folder / "summary.json")
+
+    def together(self, jobs: dict) -> dict[str, dict]:
+        """Summaries of several stages by name, each a function that runs one. A card has room for all."""
+        with ThreadPoolExecutor(len(jobs) if self.config.machine == "gpu" else 1) as pool:
+            return dict(zip(jobs, pool.map(lambda job: job(), jobs.values()), strict=True))
+
+
+class Figures(dict):
+    """What is known so far, also in real.json of a run."""
+
+    def __init__(self, out: Path):
+        self.path = out / "real.json"
+        super().__init__(read_json(self.path) if self.path.is_file() else {})
+
+    def add(self, **more) -> None:
+        self.update(more)
+        write_json(self.path, self)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, values: dict) -> None:
+    """A killed run leaves the file of before, or this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def folder_of(config: RealConfig) -> Path | None:
@@ -129,120 +199,250 @@ def folder_of(config: RealConfig) -> Path | None:
     return Path(config.data)
 
 
-def run_stages(config: RealConfig, source: Path | None) -> dict[str, dict]:
-    """All stages; their summaries by name."""
+def run_stages(config: RealConfig, source: Path | None, figures: Figures) -> dict[str, dict]:
+    """All stages, and after each what it reached; their summaries by name."""
     runs, out = Runs(config), Path(config.output_dir)
     model = fetched(config.model, out / "model")
+    sft, valid = out / "sft/final", source and source / "tldr_valid.jsonl.gz"
     if source is None:
-        return {"sft": runs.run("sft", model=model),
-                "reward": runs.run("reward", model=out / "sft/final"),
-                "ppo": runs.run("ppo", model=out / "sft/final", reward_model=out / "reward/final")}
+        return {"sft": runs.run("sft", model=model), "reward": runs.run("reward", model=sft),
+                "ppo": runs.run("ppo", model=sft, reward_model=out / "reward/final")}
     sizes = Sizes(config.validation_posts, config.sft_posts, config.reward_posts, config.judge_posts,
                   config.held_out_posts)
     parts = split_posts(read_rows(source / "reddit_tldr.jsonl.gz"), sizes, config.longest_prompt)
     files = {name: write_rows(out / "data" / f"{name}.jsonl", parts[name])
              for name in ("validation", "sft", "prompts")}
-    valid = source / "tldr_valid.jsonl.gz"
     summaries = {"sft": runs.run("sft", model=model, actor_training_data=files["sft"],
                                  actor_validation_data=files["validation"], actor_test_data=valid)}
+    posts = Posts(runs, source)
+    if "rouge" not in figures:
+        figures.add(**posts.after_sft(model))
     ranked = {name: out / "data" / "rankings" / f"{name}.jsonl" for name in ("reward", "judge", "held_out")}
     if not all(path.is_file() for path in ranked.values()):
         stage = runs.settings("sft")
         with arithmetic(stage):
-            rank_posts({name: parts[name] for name in ranked}, str(out / "sft/final"), stage,
-                       out / "data" / "rankings")
+            rank_posts({name: parts[name] for name in ranked}, str(sft), stage, out / "data" / "rankings")
 
-    def learn(name):
-        return runs.run("reward", name, config.seed + (name == "judge"), model=out / "sft/final",
-                        reward_training_data=ranked[name], reward_test_data=ranked["held_out"],
-                        centring_data=files["validation"])
+    def learn(name, seed):
+        return lambda: runs.run("reward", name, seed, model=sft, reward_training_data=ranked[name],
+                                reward_test_data=ranked["held_out"], centring_data=files["validation"])
 
-    with ThreadPoolExecutor(2 if torch.cuda.is_available() else 1) as pool:  # a card has room for both
-        summaries |= zip(("reward", "judge"), pool.map(learn, ("reward", "judge")), strict=True)
-    summaries["ppo"] = runs.run("ppo", model=out / "sft/final", reward_model=out / "reward/final",
+    jobs = {"reward": learn("reward", config.seed), "judge": learn("judge", config.seed + 1)}
+    if config.dialogues:
+        jobs["dialogues"] = lambda: runs.run(
+            "reward", "dialogues", model=model, reward_training_data=source / DIALOGUES, test_rows=400,
+            reward_test_data="none", centring_data="none", max_completion_tokens=256)
+    summaries |= runs.together(jobs)
+    if "accuracy" not in figures:
+        figures.add(**posts.after_reward())
+    summaries["ppo"] = runs.run("ppo", model=sft, reward_model=out / "reward/final",
                                 rlhf_training_data=files["prompts"], rlhf_validation_data=files["validation"],
                                 rlhf_test_data=valid)
+    if "ppo over sft" not in figures:
+        figures.add(**posts.after_ppo())
     return summaries
 
 
-def figures_of(config: RealConfig, source: Path) -> dict:
-    """What the finished stages reached on posts that none has trained on."""
-    runs, out = Runs(config), Path(config.output_dir)
-    settings, rewarding = runs.settings("ppo"), runs.settings("reward")
-    rows = read_rows(source / "tldr_valid.jsonl.gz")[: config.test_posts]
-    prompts = [row["prompt"] for row in rows]
-    temperatures = {"sampled": settings.temperature, "greedy": settings.eval_temperature}
-    with arithmetic(settings):
-        written = {name: written_by(str(out / name / "final"), prompts, settings, temperatures)
-                   for name in ("sft", "ppo")}
-        kl = kl_to(str(out / "sft/final"), prompts, written["ppo"]["sampled"], settings)
-    scorers = {name: Scorer(str(out / name / "final"), rewarding) for name in ("reward", "judge")}
-    texts = baselines(rows, scorers["reward"].tokenizer) | {
-        f"{name}, {kind}": summaries.texts for name, kinds in written.items()
-        for kind, summaries in kinds.items()}
-    held_out = [json.loads(line) for line in
-                (out / "data/rankings/held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-    figures = {
-        "rouge": {name: rouge(column, rows) for name, column in texts.items()},
-        "kl": kl,
-        "largest difference to a stock pipeline": scorers["reward"].difference_to_a_stock_pipeline(
-            prompts[:8], [row["completion"] for row in rows[:8]]),
-        "samples": [{name: texts[f"{name}, greedy"][i].strip() for name in written}
-                    for i in range(min(SHOWN, len(rows)))],
-    }
-    pairs = source / "tldr_valid_gpt4_judged.jsonl.gz"
-    with arithmetic(rewarding):
-        figures["accuracy"] = {name: scorer.accuracy_by_kind(held_out) for name, scorer in scorers.items()}
-        figures["ppo over sft"] = {
-            f"{name}, {kind}": compared(ppo, sft, scorer.scores_of_tokens(
-                prompts, [ppo.tokens, sft.tokens], name), config.seed)
-            for name, scorer in scorers.items() for kind in temperatures
-            for ppo, sft in [(written["ppo"][kind], written["sft"][kind])]}
-        if config.judged_pairs and pairs.is_file():
-            figures["gpt-4"] = judged_pairs(scorers, read_rows(pairs)[: config.judged_pairs])
-    return figures
+class Posts:
+    """Posts that no stage has trained on, and what the finished stages reach on them."""
+
+    def __init__(self, runs: Runs, source: Path):
+        self.config, self.out, self.source = runs.config, runs.out, source
+        self.settings, self.rewarding = runs.settings("ppo"), runs.settings("reward")
+        self.rows = read_rows(source / "tldr_valid.jsonl.gz")[: self.config.test_posts]
+        self.prompts = [row["prompt"] for row in self.rows]
+        self.temperatures = {"sampled": self.settings.temperature, "greedy": self.settings.eval_temperature}
+
+    def written(self, folder: str, kinds=("sampled", "greedy")) -> dict:
+        with arithmetic(self.settings):
+            return written_by(folder, self.prompts, self.settings, {kind: self.temperatures[kind]
+                                                                    for kind in kinds})
+
+    def after_sft(self, base: str) -> dict:
+        """ROUGE of the base model, of SFT, and of what needs no model."""
+        model = {"base": self.written(base, ["greedy"]), "sft": self.written(str(self.out / "sft/final"))}
+        texts = baselines(self.rows, str(self.out / "sft/final")) | {
+            f"{name}, {kind}": summaries.texts for name, kinds in model.items()
+            for kind, summaries in kinds.items()}
+        return {"rouge": {name: rouge(column, self.rows) for name, column in texts.items()},
+                "samples": [{name: kinds["greedy"].texts[i].strip() for name, kinds in model.items()}
+                            for i in range(min(SHOWN, len(self.rows)))]}
+
+    def after_reward(self) -> dict:
+        """Accuracy of both reward models by kind of the worse summary, and on GPT-4's choices."""
+        scorers = self.scorers()
+        held_out = [json.loads(line) for line in
+                    (self.out / "data/rankings/held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+        found = {"largest difference to a stock pipeline": scorers["reward"].difference_to_a_stock_pipeline(
+            self.prompts[:8], [row["completion"] for row in self.rows[:8]])}
+        pairs = self.source / "tldr_valid_gpt4_judged.jsonl.gz"
+        with arithmetic(self.rewarding):
+            found["accuracy"] = {name: scorer.accuracy_by_kind(held_out) for name, scorer in scorers.items()}
+            if self.config.judged_pairs and pairs.is_file():
+                found["gpt-4"] = judged_pairs(scorers, read_rows(pairs)[: self.config.judged_pairs])
+        return found
+
+    def after_ppo(self) -> dict:
+        """Win rates over SFT by both reward models, ROUGE, KL."""
+        figures = Figures(self.out)
+        sft, ppo = (self.written(str(self.out / name / "final")) for name in ("sft", "ppo"))
+        columns = [(kind, policy[kind]) for kind in self.temperatures for policy in (ppo, sft)]
+        with arithmetic(self.settings):
+            kl = kl_to(str(self.out / "sft/final"), self.prompts, ppo["sampled"], self.settings)
+        with arithmetic(self.rewarding):
+            scores = {name: scorer.scores_of_tokens(self.prompts, [summaries.tokens for _, summaries in
+                                                                   columns], name)
+                      for name, scorer in self.scorers().items()}
+        return {
+            "kl": kl,
+            "rouge": figures["rouge"] | {f"ppo, {kind}": rouge(ppo[kind].texts, self.rows)
+                                         for kind in self.temperatures},
+            "samples": [sample | {"ppo": text.strip()} for sample, text in
+                        zip(figures["samples"], ppo["greedy"].texts, strict=False)],
+            "ppo over sft": {
+                f"{name}, {kind}": compared(ppo[kind], sft[kind], [row[2 * i : 2 * i + 2] for row in found],
+                                            self.config.seed)
+                for name, found in scores.items() for i, kind in enumerate(self.temperatures)},
+        }
+
+    def scorers(self) -> dict[str, Scorer]:
+        return {name: Scorer(str(self.out / name / "final"), self.rewarding) for name in ("reward", "judge")}
 
 
-def table_of(summaries: dict[str, dict], figures: dict) -> Table:
-    """What came out, a line for each figure."""
-    table = Table(title="A real model on real posts", title_justify="left")
-    for column in ("measure", "figure", "95 % interval"):
-        table.add_column(column, overflow="fold")
-    table.add_row("ROUGE mean, base model", f"{summaries['sft']['base_rouge_avg']:.3f}", "")
-    table.add_row("ROUGE mean, after SFT", f"{summaries['sft']['rouge_avg']:.3f}", "")
+@contextmanager
+def power_to(path: Path):
+    """Append the time and the card's watts to a file every second meanwhile; nothing without a card."""
+    if not shutil.which("nvidia-smi"):
+        yield
+        return
+    query = ["nvidia-smi", "--query-gpu=timestamp,power.draw", "--format=csv,noheader,nounits", "-l", "1"]
+    with path.open("a") as file:
+        process = subprocess.Popen(query, stdout=file, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def cost_of(out: Path) -> dict[str, dict]:
+    """Of each stage the seconds with its start and the peak memory; the card's mean power and the energy
+    meanwhile, other processes on it included.
+    """
+    power, samples = out / "power.csv", []
+    for line in power.read_text().splitlines() if power.is_file() else ():
+        at, _, watts = line.partition(",")
+        with suppress(ValueError):  # a line that was cut off, or a card that does not say
+            samples.append((datetime.strptime(at.strip(), "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(watts)))
+    costs = {}
+    for path in sorted((out / "times").glob("*.json"), key=lambda path: path.stat().st_mtime):
+        times, summary = read_json(path), read_json(out / path.stem / "summary.json")
+        seconds = times["ended"] - times["began"]
+        costs[path.stem] = {"seconds": seconds, "peak_memory_mb": summary["peak_memory_mb"]}
+        watts = [watt for at, watt in samples if times["began"] <= at <= times["ended"]]
+        if watts:
+            costs[path.stem] |= {"watts": fmean(watts), "kwh": fmean(watts) * seconds / 3.6e6}
+    return costs
+
+
+def rows_of(summaries: dict[str, dict], figures: dict) -> dict[str, str]:
+    """What came out: a figure with its 95 % interval, by its name."""
+    rows = {"ROUGE mean, base model": f"{summaries['sft']['base_rouge_avg']:.3f}",
+            "ROUGE mean, after SFT": f"{summaries['sft']['rouge_avg']:.3f}"}
+
+    def interval(values, name="accuracy", before=""):
+        return f"{values[name]:.3f} ({values[before + 'low']:.3f} - {values[before + 'high']:.3f})"
+
     for name, values in figures.get("rouge", {}).items():
-        table.add_row(f"ROUGE mean, {name}", f"{values['rouge_avg']:.3f}", "")
+        rows[f"ROUGE mean, {name}"] = f"{values['rouge_avg']:.3f}"
     if not figures:
-        table.add_row("reward model, accuracy", f"{summaries['reward']['accuracy']:.3f}", "")
+        rows["reward model, accuracy"] = f"{summaries['reward']['accuracy']:.3f}"
     for kind, found in figures.get("accuracy", {}).items():
         for worse, values in found.items():
-            table.add_row(f"{kind}, the author's above: {worse}", f"{values['accuracy']:.3f}",
-                          f"{values['low']:.3f} - {values['high']:.3f}")
+            rows[f"{kind}, the author's above: {worse}"] = interval(values)
     for name, values in figures.get("gpt-4", {}).items():
-        table.add_row(f"GPT-4's choices, {name}", f"{values['accuracy']:.3f}",
-                      f"{values['low']:.3f} - {values['high']:.3f}")
+        rows[f"GPT-4's choices, {name}"] = interval(values)
+    if "dialogues" in summaries:
+        values = summaries["dialogues"]
+        rows["dialogues, accuracy"] = interval(values, before="accuracy_")
     for name, values in figures.get("ppo over sft", {}).items():
-        table.add_row(f"PPO over SFT by the {name}", f"{values['win_rate']:.3f}",
-                      f"{values['low']:.3f} - {values['high']:.3f}")
-        table.add_row("  at equal length", f"{values['equal']:.3f}",
-                      f"{values['equal_low']:.3f} - {values['equal_high']:.3f}")
-        table.add_row("  score, SFT to PPO", f"{values['score_before']:.3f} to {values['score']:.3f}", "")
-        table.add_row("  tokens, SFT to PPO", f"{values['tokens_before']:.1f} to {values['tokens']:.1f}", "")
-        table.add_row("  share that ends", f"{values['ended_before']:.2f} to {values['ended']:.2f}", "")
-    table.add_row("KL to SFT [nats a summary]", f"{figures.get('kl', summaries['ppo']['kl']):.2f}", "")
+        by = f"PPO over SFT, {name}"
+        rows[f"{by}: win rate"] = interval(values, "win_rate")
+        rows[f"{by}: at equal length"] = interval(values, "equal", "equal_")
+        rows[f"{by}: score"] = f"{values['score_before']:.3f} to {values['score']:.3f}"
+        rows[f"{by}: tokens"] = f"{values['tokens_before']:.1f} to {values['tokens']:.1f}"
+        rows[f"{by}: share that ends"] = f"{values['ended_before']:.2f} to {values['ended']:.2f}"
+    rows["KL to SFT [nats a summary]"] = f"{figures.get('kl', summaries['ppo']['kl']):.2f}"
+    for name, cost in figures.get("cost", {}).items():
+        rows[f"{name}: seconds, peak memory [MiB]"] = f"{cost['seconds']:.0f}, {cost['peak_memory_mb']:.0f}"
+    return rows
+
+
+def table_of(columns: dict[str, dict[str, str]]) -> Table:
+    """A line for each figure, a column for each run."""
+    table = Table(title="A real model on real posts", title_justify="left")
+    for column in ("figure (95 % interval)", *columns):
+        table.add_column(column, overflow="fold")
+    for name in dict.fromkeys(name for rows in columns.values() for name in rows):
+        table.add_row(name, *(rows.get(name, "") for rows in columns.values()))
     return table
 
 
-def main(config: RealConfig) -> None:
+def side_by_side(config: RealConfig) -> None:
+    """The `runs`, each this program with one seed, on one machine at the same time; then all in one table.
+
+    Raises:
+        UserError: when one did not end well. The others have ended.
+    """
+    out = Path(config.output_dir)
+    model = fetched(config.model, out / "model")
+    given = {field.name: getattr(config, field.name) for field in fields(config)
+             if field.name not in ("runs", "seed", "lora", "model", "output_dir", "dialogues")}
+    first = next((run for run in config.runs if run != "lora"), str(config.seed))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // len(config.runs)))
+    processes = {}
+    for run in config.runs:
+        options = {**given, "model": model, "output_dir": out / run, "lora": run == "lora",
+                   "seed": first if run == "lora" else run, "dialogues": config.dialogues and run == first}
+        words = [word for name, value in options.items() if value not in (None, "")
+                 for word in (f"--{name}", str(value))]
+        with (out / f"{run}.log").open("w") as log:
+            processes[run] = subprocess.Popen([sys.executable, __file__, *words], stdout=log, stderr=log,
+                                              env={"OMP_NUM_THREADS": threads} | os.environ)
+    print(f"runs {', '.join(config.runs)}: {out}/*.log", flush=True)
+    failed = [run for run, process in processes.items() if process.wait()]
+    if failed:
+        raise UserError(f"runs: {', '.join(failed)} did not end well; read {out}/{failed[0]}.log. The same "
+                        "command goes on from here")
+    show_table(table_of({run: read_json(out / run / "table.json") for run in config.runs}))
+
+
+def one_run(config: RealConfig) -> None:
     source, out = folder_of(config), Path(config.output_dir)
-    summaries = run_stages(config, source)
-    report = out / "real.json"
-    if source is not None and not report.is_file():
-        report.write_text(json.dumps(figures_of(config, source), indent=1) + "\n", encoding="utf-8")
-    figures = json.loads(report.read_text(encoding="utf-8")) if source is not None else {}
-    show_table(table_of(summaries, figures))
+    figures = Figures(out)
+    with power_to(out / "power.csv"):
+        summaries = run_stages(config, source, figures)
+    if source is not None:
+        figures.add(cost=cost_of(out))
+    rows = rows_of(summaries, figures)
+    write_json(out / "table.json", rows)
+    show_table(table_of({"": rows}))
     for number, sample in enumerate(figures.get("samples", [])[:3], 1):
         print(f"post {number}", *(f"  {name}: {text}" for name, text in sample.items()), sep="\n")
+
+
+def main(config: RealConfig) -> None:
+    config = sized(config)
+    out = Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    if config.runs:
+        for run in config.runs:
+            if run != "lora" and not (run.isascii() and run.isdecimal()):
+                raise UserError(f"runs: '{run}' is neither a seed nor lora")
+        folder_of(config)
+        side_by_side(config)
+    else:
+        one_run(config)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import real_posts
-from studies.real import RealConfig, Runs, folder_of, run_stages
+from studies.real import Figures, RealConfig, Runs, cost_of, folder_of, run_stages, sized, write_json
 from studies.real_run.fetch import FILE, convert, fetched
 from studies.real_run.figures import at_equal_length
 from studies.real_run.posts import KINDS, Sizes, ranked, split_posts, with_a_fact_changed
@@ -105,12 +106,32 @@ def test_options_given_here_reach_a_stage_and_the_judge_has_another_seed(tmp_pat
         (folder / "judge" / "summary.json").write_text("{}")
         return subprocess.CompletedProcess([], 0)
 
-    runs = Runs(RealConfig(output_dir=str(tmp_path), reward="--max_steps 3"))
+    runs = Runs(sized(RealConfig(output_dir=str(tmp_path), machine="cpu", reward="--max_steps 3")))
     assert runs.run("reward", "judge", 1) == {}
     assert runs.run("reward", "judge", 1) == {}  # finished: not again
     [words] = called
     assert words[-2:] == ["--max_steps", "3"] and words[words.index("--seed") + 1] == "1"
     assert runs.settings("reward").max_steps == 3
+
+
+@pytest.mark.parametrize(("machine", "lora", "rank", "prompt"), [
+    ("cpu", False, 0, 256), ("gpu", False, 0, 512), ("gpu", True, 16, 512)])
+def test_a_card_and_adapters_have_files_of_their_own(machine, lora, rank, prompt):
+    config = sized(RealConfig(machine=machine, lora=lora, test_posts=7))
+    assert config.test_posts == 7 and config.longest_prompt == prompt
+    for stage in ("sft", "reward", "ppo"):
+        settings = Runs(config).settings(stage)
+        assert (settings.lora_rank, settings.max_prompt_tokens) == (rank, prompt)
+
+
+def test_the_energy_of_a_stage_is_the_mean_power_while_it_ran_times_its_seconds(tmp_path):
+    began = datetime(2026, 11, 28, 5, 0).timestamp()
+    write_json(tmp_path / "times" / "sft.json", {"began": began, "ended": began + 36})
+    write_json(tmp_path / "sft" / "summary.json", {"peak_memory_mb": 5.0})
+    (tmp_path / "power.csv").write_text("2026/11/28 04:59:59.000, 900\n2026/11/28 05:00:01.000, 100.00\n"
+                                        "2026/11/28 05:00:30.500, 300.00\n"
+                                        "2026/11/28 05:00:31.000, [N/A]\n2026")
+    assert cost_of(tmp_path) == {"sft": {"seconds": 36, "peak_memory_mb": 5, "watts": 200, "kwh": 0.002}}
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -200,21 +221,23 @@ def test_all_of_it_with_a_shrunken_model_and_finished_stages_are_not_run_again(t
     data.mkdir()
     few = "--eval_rows 4 --test_rows 4 --report_to none"
     sizes = {"validation_posts": 8, "sft_posts": 16, "reward_posts": 8, "judge_posts": 8, "held_out_posts": 8,
-             "test_posts": 4}
+             "test_posts": 4, "machine": "cpu"}
     options = sizes | {
-        "model": model, "data": write_folder(data), "output_dir": out,
+        "model": model, "data": write_folder(data), "output_dir": out, "runs": 0,
         "sft": f"--max_steps 2 --learning_rate 1e-3 {few}", "reward": f"--max_steps 2 {few}",
         "ppo": f"--total_episodes 16 --prompts_per_update 4 --responses_per_prompt 2 {few}"}
     command = [sys.executable, PROJECT / "scripts" / "studies" / "real.py",
                *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
     first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
+    assert first.returncode == 0, first.stderr + (out / "0.log").read_text()
+    out = out / "0"
     figures = json.loads((out / "real.json").read_text())
     assert figures["rouge"]["OpenAI's PPO, 1.3B"]["rouge_avg"] == pytest.approx(1)  # given: the references
-    assert {"the title", "sft, greedy", "ppo, sampled"} < set(figures["rouge"])
+    assert {"the title", "base, greedy", "sft, greedy", "ppo, sampled"} < set(figures["rouge"])
     assert set(figures["accuracy"]["judge"]) <= set(KINDS[1:])
     assert figures["largest difference to a stock pipeline"] < 1e-3
-    assert {len(sample) for sample in figures["samples"]} == {2}
+    assert {tuple(sample) for sample in figures["samples"]} == {("base", "sft", "ppo")}
+    assert set(figures["cost"]) == {"sft", "reward", "judge", "ppo"}
     # the longer one is the chosen one in all pairs
     assert figures["gpt-4"]["the longer one"]["accuracy"] == 1
     weights = {name: (out / name / "final" / "model.safetensors").read_bytes()
@@ -222,5 +245,6 @@ def test_all_of_it_with_a_shrunken_model_and_finished_stages_are_not_run_again(t
     assert weights["reward"] != weights["judge"]
 
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a finished stage is run again"))
-    assert run_stages(RealConfig(**sizes, model=model, output_dir=str(out)), data) == {
+    config = sized(RealConfig(**sizes, model=model, output_dir=str(out)))
+    assert run_stages(config, data, Figures(out)) == {
         name: json.loads((out / name / "summary.json").read_text()) for name in weights}

@@ -34,8 +34,13 @@ def arithmetic(stage):
     return torch.autocast(world().device.type, torch.bfloat16, enabled=stage.mixed_precision == "bf16")
 
 
-def baselines(rows: list[dict], tokenizer) -> dict[str, list[str]]:
-    """Summaries of posts of tldr_valid.jsonl.gz that need none of our models, by what they are."""
+def baselines(rows: list[dict], folder: str) -> dict[str, list[str]]:
+    """Summaries of posts of tldr_valid.jsonl.gz that need none of our models, by what they are.
+
+    Args:
+        folder: the model whose tokens are counted.
+    """
+    tokenizer = Parent("model", folder).tokenizer
     parts = [tldr_parts(row["prompt"]) for row in rows]
     posts = [post.removesuffix("TL;DR:").strip() for _, _, post in parts]
     return {
