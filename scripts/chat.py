@@ -63,7 +63,7 @@ from transformers import TextStreamer
 
 from utils.data.rows import load_examples
 from utils.models.parents import Parent
-from utils.models.talk import Answer, Scorer, Talker, last_model
+from utils.models.talk import Answer, Scorer, Talker, last_model, share_layout
 
 DEMO = PROJECT / "outputs" / "tldr_mini"
 _QUOTES = '"""'
@@ -77,6 +77,7 @@ class Chat:
         key = "compare" if config.compare else "model"
         self.config = config
         self.talkers = [Talker(Parent(key, name, config.chat_template)) for name in names]
+        share_layout(self.talkers)
         self.scorer = Scorer(Parent("reward_model", config.reward_model)) if config.reward_model else None
         for talker in self.talkers if self.scorer else ():
             if talker.tokenizer.get_vocab() != self.scorer.parent.tokenizer.get_vocab():

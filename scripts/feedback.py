@@ -95,7 +95,7 @@ from utils.feedback.rounds import Rounds, script
 from utils.feedback.sampling import Ahead, Models, Precedence, policy_name
 from utils.feedback.security import Sessions, installation_key, read_token
 from utils.models.parents import Parent
-from utils.models.talk import Scorer, last_model
+from utils.models.talk import Scorer, last_model, share_layout
 from utils.paths import find_local
 from utils.runs.folder import claim
 
@@ -151,6 +151,7 @@ def load_models(config: FeedbackConfig, ratings: Ratings) -> Models:
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     numbers = [models.add(name, path, "model" if place < len(config.model) else "compare")
                for place, (name, path) in enumerate(zip(names, paths, strict=True))]
+    share_layout([models.talker(number) for number in numbers])
     models.rated = list(dict.fromkeys(numbers[: len(config.model)]))
     finished = [row for row in ratings.rounds() if row["state"] == "finished"]
     for row in finished[-2:]:

@@ -949,6 +949,8 @@ MUTATIONS = [
          "better_ones += len(level)", "better_ones += 1", "database:a_rating_is_what"),
         ("undo takes back what another rater said", None, "Ratings.undo",
          "rater_id = ? AND undone", "? AND undone", "database:only_my_own"),
+        ("a new policy brings no rated prompt again", None, "",
+         '(rated > 0 AND NOT EXISTS (', '(FALSE AND NOT EXISTS (', "database:a_new_policy_brings"),
     ]),
     *_of("utils/feedback/schema.py", "database:the_file_is_a_log", [
         ("a rating is stored without waiting for the disk", None, "_prepare",

@@ -143,6 +143,34 @@ def test_shared_prompts_go_to_everyone_after_another_policy_has_answered(tmp_pat
     assert sorted(task.answers) == sorted(ann["completions"])
 
 
+def test_a_new_policy_brings_rated_prompts_again_after_all_others(tmp_path):
+    """Each once, and those for all raters once for each of them, with the same answers."""
+    count, shares = 40, {"overlap_share": 0.3}
+    prompts = [f"p{n}" for n in range(count)]
+    ratings = database(tmp_path / "r.db", prompts[1:])
+    earlier = {rater: rank_all(ratings, rater, **shares) for rater in ("Ann", "Bob")}
+    ratings = database(tmp_path / "r.db", prompts[1:])  # a restart with the same policies changes nothing
+    assert next_task(ratings, "Ann", **shares) is None
+    ratings = database(tmp_path / "r.db", prompts, ["old", "new"])  # p0 has not been rated
+    ann, ids = ratings.rater("Ann"), ids_of(ratings)
+    assert ratings.progress(ann, 0.3, ids)["total"] == earlier["Ann"] + count
+    tasks = [next_task(ratings, rater, **shares) for rater in ("Ann", "Bob")]
+    assert tasks[0].prompt == "p0" != tasks[1].prompt
+    for rater in ("Ann", "Bob"):
+        rank_all(ratings, rater, **shares)
+    fresh = ratings.rated()[sum(earlier.values()):]
+    assert all(sorted(row["policies"]) == ["new", "new", "old", "old"] for row in fresh)
+    by_prompt: dict = {}
+    for row in fresh:
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    assert sorted(by_prompt) == sorted(prompts)
+    assert len(by_prompt) < len(fresh) < 2 * len(by_prompt)
+    for rows in by_prompt.values():
+        assert len({row["rater"] for row in rows}) == len(rows)
+        assert len({tuple(sorted(row["completions"])) for row in rows}) == 1
+    assert ratings.progress(ann, 0.3, ids)["total"] == ratings.progress(ann, 0.3, ids)["rated"]
+
+
 def test_a_share_of_the_tasks_is_repeated_later_and_once(tmp_path):
     ratings = database(tmp_path / "r.db", [f"p{n}" for n in range(150)], k=2)
     rank_all(ratings, "Ann", repeat_share=0.2)

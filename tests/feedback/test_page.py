@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from page_server import CHROMIUM, api, launch, open_page, page_server
+from served import served, words_of
 from tiny_models import save_opt
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM.exists(), reason="chromium is not installed")]
@@ -398,6 +399,45 @@ def test_a_chat_streams_and_ends_with_a_score(person, folder):
     assert page.locator(".reply b").first.inner_text() == f"{folder.name}/first"
 
 
+def test_a_chat_survives_a_reload_of_its_tab_alone(person):
+    page = person(view="chat")
+    for text in ("My dog ate my book. What now?", "And my cat?"):
+        page.get_by_label("Message").fill(text)
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Send").wait_for()
+    page.get_by_label("Message").fill("And")
+    before = page.locator(".log").inner_text()
+    assert "ate my book" in before and "my cat" in before
+    page.reload()
+    page.locator(".reply").nth(1).wait_for()
+    assert page.locator(".log").inner_text() == before
+    assert page.get_by_label("Message").input_value() == "And"
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.locator(".welcome").wait_for()
+    answered = [text for text in page.locator(".reply .prose").all_inner_texts() if text.strip()]
+    with page.expect_response("**/api/chat") as answer:
+        page.get_by_label("Message").press("Enter")
+    asked = answer.value.request.post_data_json["messages"]
+    assert asked[-1]["content"] == "And" and len(asked) == 2 * len(answered) + 1
+    page.get_by_role("button", name="Send").wait_for()
+    page.get_by_role("button", name="New chat").click()
+    page.reload()
+    page.locator(".welcome").wait_for()
+
+
+def test_a_conversation_goes_on_after_an_error(person):
+    page = person(view="chat")
+    full = {"status": 429, "json": {"error": "too many chats"}}
+    page.route("**/api/chat", lambda route: route.fulfill(**full), times=1)
+    for text in ("My dog ate my book.", "And my cat?"):
+        page.get_by_label("Message").fill(text)
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Send").wait_for()
+    assert page.locator(".reply").first.inner_text().endswith("too many chats")
+    assert page.locator(".reply .problem").count() == 1 and "429" in page.problems.pop()
+
+
 def test_an_answer_stops_and_two_models_stand_side_by_side(person, folder):
     page = person(view="chat")
     page.get_by_label("Model", exact=True).select_option(label=f"{folder.name}/endless")
@@ -539,6 +579,29 @@ def test_the_theme_switch_wins_over_the_system_and_stays(person):
 # ------------------------------------------------------------------------------------------------ training
 
 
+def test_who_is_reached_by_others_asks_for_the_token_once(folder, browser, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("twenty letters and more")
+    token.chmod(0o600)
+    words = words_of(folder, tmp_path, "--host", "0.0.0.0", "--token_file", str(token))
+    with served(words) as (_, port):
+        page = open_page(browser, f"http://127.0.0.1:{port}", rater=None)
+        field = page.get_by_label("Token")
+        field.fill("not the token, I fear")
+        page.keyboard.press("Enter")
+        page.get_by_text("this is not the token").wait_for()
+        field.fill(token.read_text())
+        page.keyboard.press("Enter")
+        page.get_by_label("Your name").fill("Ann")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".answer")
+        page.reload()
+        page.wait_for_selector(".answer")
+        assert page.evaluate("document.cookie") == ""  # no script reads the session
+        assert "status of 401" in page.problems.pop(0) and not page.problems
+        page.context.close()
+
+
 def test_what_was_rated_is_trained_on_and_the_new_model_answers(person, folder):
     page = person()
     for _ in range(6):
@@ -546,17 +609,22 @@ def test_what_was_rated_is_trained_on_and_the_new_model_answers(person, folder):
         after_saving(page, lambda: page.keyboard.press("Enter"))
         until(page, "document.querySelectorAll('.answer').length && !document.querySelector('.chip')")
     page.get_by_role("link", name="Train", exact=True).click()
-    page.get_by_role("button", name="Train on").click()
+    start = page.get_by_role("button", name="Train on")
+    start.click()
+    page.get_by_role("button", name="Cancel the training").click()
+    page.locator(".rounds .cancelled").wait_for(timeout=60_000)
+    start.click()
     page.get_by_role("button", name="Cancel the training").wait_for()
     page.locator(".logtext", has_text="train_reward.py").wait_for()
-    talk = page.get_by_role("link", name="Talk to round-1")
-    talk.or_(page.locator(".rounds .failed")).first.wait_for(timeout=120_000)
-    assert page.locator(".rounds .state").inner_text() == "finished", page.locator(".logtext").inner_text()
+    talk = page.get_by_role("link", name="Talk to round-2")
+    talk.or_(page.locator(".rounds .failed")).first.wait_for(timeout=300_000)
+    log = page.locator(".logtext").inner_text()
+    assert page.locator(".rounds .state").first.inner_text() == "finished", log
     page.get_by_role("heading", name="eval/accuracy").wait_for()
     page.get_by_role("heading", name="objective/score").wait_for()
     talk.click()
-    assert page.locator("#chat-model option:checked").inner_text() == "round-1"
+    assert page.locator("#chat-model option:checked").inner_text() == "round-2"
     page.get_by_label("Message").fill("My cat sleeps on my book.")
     page.keyboard.press("Enter")
-    page.locator(".reply:not(.busy)", has_text="round-1").wait_for()
+    page.locator(".reply:not(.busy)", has_text="round-2").wait_for()
     assert page.locator(".reply .problem").all_inner_texts() == []

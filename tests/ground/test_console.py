@@ -14,10 +14,12 @@ import warnings
 import pytest
 from rich.table import Table
 
+from feedback import FeedbackConfig
 from terminal import Screen, run_in_terminal, terminal
 from tiny_models import save_opt
-from utils.config import PROJECT
+from utils.config import PROJECT, parse_config
 from utils.console import AboveBars, progress_bar, show_table, warn_above_bars
+from utils.data.rows import load_examples
 
 WIDTHS = [40, 80, 120]
 BAR = re.compile(r"(outer|sft|reward|ppo): +\d+%\|[^|]*\| \d+/\d+ \[[^]]*\]")
@@ -211,7 +213,7 @@ def test_the_three_stages_on_a_terminal(columns, folder):
         table = [line for line in screen.rows_of_text if line[:1] in "┏┃┡│└" and line]
         assert len(table) >= 5 and len({len(line) for line in table}) == 1 and len(table[0]) <= columns
         assert not any(mark in line for line in screen.lines for mark in ("Removed shared", "Warning"))
-    # the demo's end: two posts before and after, and the command to try the model
+    # the demo's end: two posts before and after, and the commands to try the model and to rate it
     text = "\n".join(screen.lines)
     rows = [json.loads(line) for line in (out / "ppo" / "samples.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["posts"] == "test"]
@@ -219,9 +221,14 @@ def test_the_three_stages_on_a_terminal(columns, folder):
         assert f"{row['prompt'].strip()}\n--- before (sft): " in text
         assert f"--- after (ppo): {row['ppo'].strip() or '(nothing)'}" in text
     if columns == 80:  # once
-        typed = shlex.split((screen.lines[-1] or screen.lines[-2]).removeprefix("try the model: "))
-        assert typed[:2] == ["python", "scripts/chat.py"]
-        answer = subprocess.run([sys.executable, *typed[1:], "--prompt", "-"], input=rows[0]["prompt"],
+        tried, rated = (shlex.split(re.search(rf"^{words}: (.+)$", text, re.MULTILINE)[1]) for words in
+                        ("try the model", "rate its answers in a browser"))
+        page = parse_config(FeedbackConfig, None, rated[2:])
+        assert rated[:2] == ["python", "scripts/feedback.py"] and page.model == [str(out / "ppo" / "final")]
+        assert page.reward_model == str(out / "reward" / "final")
+        assert load_examples(page.prompts, "rlhf_training_data", need_completion=False)
+        assert tried[:2] == ["python", "scripts/chat.py"]
+        answer = subprocess.run([sys.executable, *tried[1:], "--prompt", "-"], input=rows[0]["prompt"],
                                 capture_output=True, text=True, check=True, cwd=PROJECT)
         assert answer.stdout.endswith("\n") and answer.stdout.count("\n") == 1
 

@@ -16,7 +16,7 @@ from utils.data.layouts import TLDR_TEMPLATE
 from utils.models.outputs import scores
 from utils.models.parents import Parent
 from utils.models.prompt_groups import pack
-from utils.models.talk import Scorer, Talker, as_post
+from utils.models.talk import Scorer, Talker, as_post, share_layout
 
 POST = "My balcony faces north. What grows there?"
 
@@ -79,6 +79,16 @@ def test_models_stand_side_by_side_with_their_scores(folder, monkeypatch, capsys
              f"--prompt {'Balcony'}")
     out = run(words, monkeypatch, capsys)
     assert out.count("(score ") + out.count("(did not end") == 4
+
+
+def test_a_base_model_gets_the_prompt_of_the_trained_one_beside_it(folder, tmp_path):
+    save_opt(tmp_path / "base")
+    talkers = [Talker(Parent("compare", str(path))) for path in (tmp_path / "base", folder / "first")]
+    asked = [{"role": "user", "content": POST}]
+    alone, trained = (talker.prompt(asked, 12) for talker in talkers)
+    share_layout(talkers)
+    assert talkers[0].prompt(asked, 12) == trained == talkers[1].prompt(asked, 12) != alone
+    assert talkers[0].max_new_tokens == 12
 
 
 def test_a_conversation_obeys_its_commands(folder, monkeypatch, capsys):

@@ -138,10 +138,13 @@ class Application:
         """The task of a rater, or why there is none."""
         task = self.ratings.task(rater, self.shares.k, self.models.rated, self.shares.repeat,
                                  self.shares.overlap)
-        progress = self.ratings.progress(rater, self.shares.overlap)
+        progress = self._progress(rater)
         self.ahead.wake()
         waiting = task is None and progress["total"] > progress["rated"] and not self.ahead.idle
         return {"task": task and _shown(task), "waiting": waiting, "progress": progress}
+
+    def _progress(self, rater: int) -> dict:
+        return self.ratings.progress(rater, self.shares.overlap, self.models.rated)
 
     def rate(self, request: Request) -> Response:
         rater = self._rater(request)
@@ -159,8 +162,7 @@ class Application:
         if undone is None:
             raise HTTPError(409, "nothing is left to take back")
         task, said = undone
-        return JSONResponse({"task": _shown(task), "said": said,
-                             "progress": self.ratings.progress(rater, self.shares.overlap)})
+        return JSONResponse({"task": _shown(task), "said": said, "progress": self._progress(rater)})
 
     # --------------------------------------------------------------------------------------------------- chat
 

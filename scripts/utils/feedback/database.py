@@ -5,6 +5,7 @@ a loss of power at any moment loses no rating that was confirmed. Ids and names 
 what a rater sees is a `Task`, which names no policy.
 """
 
+import itertools
 import json
 import random
 import sqlite3
@@ -127,15 +128,27 @@ class Ratings:
 
         Returns:
             (prompt's id, its text, policy -> answers that are missing), those that come first in the queue
-            first. Prompts that have all their answers are left out.
+            first; after all others, prompts that were rated before the newest policy came. Prompts that have
+            all their answers are left out.
         """
         with self._reading() as db:
+            values = {"now": time.time(), "limit": limit, "since": self._since(db, policies)}
             rows = db.execute(f"""SELECT id, text FROM prompts WHERE rated = 0 AND NOT EXISTS (
                                       SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND {_CLAIMED})
-                                  {_QUEUE} LIMIT :limit""",
-                              {"now": time.time(), "limit": limit}).fetchall()
+                                  {_QUEUE} LIMIT :limit""", values).fetchall()
+            if len(rows) < limit:
+                rows += db.execute(f"""SELECT id, text FROM prompts WHERE rated > 0 AND NOT EXISTS (
+                                           SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND {_FRESH})
+                                       {_QUEUE} LIMIT :limit""",
+                                   values | {"limit": limit - len(rows)}).fetchall()
             wanted = [(number, text, self._pick(number, policies, k)[1]) for number, text in rows]
         return [row for row in wanted if row[2]]
+
+    @staticmethod
+    def _since(db, policies: list[int]) -> float:
+        """When the newest of the policies came. Prompts that were rated before are asked again in the end."""
+        return db.execute("SELECT coalesce(max(created), 0) FROM policies WHERE id IN "
+                          "(SELECT value FROM json_each(?))", (json.dumps(policies),)).fetchone()[0]
 
     def _pick(self, prompt_id: int, policies: list[int], k: int) -> tuple[list[int], dict[int, int]]:
         """The answers to show for a prompt, and policy -> how many of its answers are missing.
@@ -199,6 +212,7 @@ class Ratings:
         """
         values = {"rater": rater, "now": time.time(), "overlap": _threshold(overlap_share)}
         with self._transaction() as db:
+            values["since"] = self._since(db, policies)
             number = self._open_task(db, values)
             if number is None and self._random.random() < repeat_share:
                 number = self._repeated(db, values)
@@ -212,7 +226,8 @@ class Ratings:
                              AND NOT EXISTS (SELECT 1 FROM ratings WHERE task_id = mine.id AND undone IS NULL)
                              AND (repeat_of IS NOT NULL OR {_FOR_ALL.format('prompt_id')} OR NOT EXISTS (
                                  SELECT 1 FROM tasks WHERE prompt_id = mine.prompt_id
-                                 AND rater_id <> :rater AND ({_LIVE} OR {_CLAIMED})))
+                                 AND rater_id <> :rater AND ({_LIVE} OR {_CLAIMED})
+                                 AND (tasks.created >= :since OR mine.created < :since)))
                              ORDER BY id LIMIT 1""", values).fetchone()
         if row is None:
             return None
@@ -237,18 +252,20 @@ class Ratings:
     def _new(self, db, values: dict, policies: list[int], k: int) -> int | None:
         """A new task with the first prompt in the queue that has its answers, and is for the rater."""
         for_all = _FOR_ALL.format("prompts.id")
-        rows = db.execute(f"""SELECT id FROM prompts WHERE (rated = 0 OR {for_all}) AND {_ANSWERED}
-                              AND NOT EXISTS (
-                                  SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND (
-                                      rater_id = :rater OR NOT {for_all} AND {_CLAIMED}))
-                              {_QUEUE}""", values)
-        for prompt, in rows:
+        new = db.execute(f"""SELECT id, 0 FROM prompts WHERE (rated = 0 OR {for_all}) AND {_ANSWERED}
+                             AND NOT EXISTS (
+                                 SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND (
+                                     rater_id = :rater OR NOT {for_all} AND {_CLAIMED}))
+                             {_QUEUE}""", values)
+        again = db.execute(f"SELECT id, :since FROM prompts WHERE {_AGAIN} {_QUEUE}", values)
+        for prompt, since in itertools.chain(new, again):
             # the others have had the same answers: only then their ranking can be compared
-            earlier = db.execute("SELECT shown FROM tasks WHERE prompt_id = ? ORDER BY id LIMIT 1",
-                                 (prompt,)).fetchone()
+            earlier = db.execute("SELECT shown FROM tasks WHERE prompt_id = ? AND created >= ? "
+                                 "ORDER BY id LIMIT 1", (prompt, since)).fetchone()
             picked, missing = (shown_of(earlier[0]), {}) if earlier else self._pick(prompt, policies, k)
             if self._is_ready(picked, missing):
-                rows.close()
+                new.close()
+                again.close()
                 return self._add_task(db, values, prompt, picked, None)
         return None
 
@@ -346,22 +363,27 @@ class Ratings:
             return self._task(db, task), {"kind": kind, "order": order, "confidence": confidence,
                                           "better": better}
 
-    def progress(self, rater: int, overlap_share: float = 0.0) -> dict:
+    def progress(self, rater: int, overlap_share: float = 0.0, policies: list[int] = ()) -> dict:
         """How far a rater has come.
+
+        Args:
+            policies: those of `task`; without them, no prompt comes again.
 
         Returns:
             `rated`: ratings of this rater. `total`: these and the prompts that are left for them.
             `seconds_left`: for those at the speed of the last ratings; None before the first one.
         """
-        values = {"rater": rater, "overlap": _threshold(overlap_share)}
+        values = {"rater": rater, "now": time.time(), "overlap": _threshold(overlap_share)}
         with self._reading() as db:
+            values["since"] = self._since(db, policies)
             rated = db.execute(f"SELECT count(*) FROM tasks WHERE rater_id = :rater AND {_LIVE}",
                                values).fetchone()[0]
             left = db.execute(f"""SELECT (SELECT count(*) FROM prompts WHERE rated = 0) + (
                                       SELECT count(*) FROM prompts
-                                      WHERE rated > 0 AND {_FOR_ALL.format('prompts.id')} AND NOT EXISTS (
-                                          SELECT 1 FROM tasks WHERE prompt_id = prompts.id
-                                          AND rater_id = :rater AND {_LIVE}))""", values).fetchone()[0]
+                                      WHERE rated > 0 AND ({_AGAIN} OR {_FOR_ALL.format('prompts.id')}
+                                      AND NOT EXISTS (SELECT 1 FROM tasks WHERE prompt_id = prompts.id
+                                                      AND rater_id = :rater AND {_LIVE})))""",
+                              values).fetchone()[0]
             seconds = db.execute("""SELECT seconds FROM ratings JOIN tasks ON tasks.id = task_id
                                     WHERE rater_id = ? AND undone IS NULL AND seconds IS NOT NULL
                                     ORDER BY ratings.id DESC LIMIT ?""", (rater, _RECENT)).fetchall()
@@ -412,6 +434,13 @@ _QUEUE = f"ORDER BY source <> '{CHAT}', id"
 _HASHES = 2**32
 # the prompt with this id is for all raters: Knuth's multiplicative hash, which spreads neighbours evenly
 _FOR_ALL = f"({{}} * 2654435761 % {_HASHES} < :overlap)"
+# a task with the policies of now, which is rated or being rated
+_FRESH = f"(tasks.created >= :since AND repeat_of IS NULL AND ({_LIVE} OR {_CLAIMED}))"
+# a prompt that was rated before the newest policy came, and is for the rater again
+_AGAIN = f"""(rated > 0 AND NOT EXISTS (
+                 SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND (
+                     NOT {_FOR_ALL.format('prompts.id')} AND {_FRESH}
+                     OR rater_id = :rater AND tasks.created >= :since AND {_LIVE})))"""
 # `prompts.rated`: the ratings of a prompt that count, repetitions left out, so that nobody has to count them
 _COUNT = """UPDATE prompts SET rated = rated + :by
             WHERE id = (SELECT prompt_id FROM tasks WHERE id = :task AND repeat_of IS NULL)"""

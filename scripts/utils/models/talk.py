@@ -119,6 +119,17 @@ class Talker:
         return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
+def share_layout(talkers: list[Talker]) -> None:
+    """Let models that no stage has trained (a base model) get the prompts of those beside them that one has.
+    """
+    trained = next((talker for talker in talkers if talker.parent.stage is not None), None)
+    if trained is None or trained.layout == "chat":
+        return
+    for talker in talkers:
+        if talker.parent.stage is None and talker.layout == "plain":
+            talker.layout, talker.max_new_tokens = trained.layout, trained.max_new_tokens
+
+
 class _Stop(StoppingCriteria):
     """Ends all rows of a batch when somebody asks for it."""
 

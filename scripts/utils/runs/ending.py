@@ -2,6 +2,7 @@
 posts before and after.
 """
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -152,5 +153,15 @@ def print_samples(run: Run, ending: Ending) -> None:
         print(f"\n--- held-out post {number}\n{prompt.strip()}")
         for when, name in zip(("before", "after"), ending.compared, strict=True):
             print(f"--- {when} ({name}): {row[name].strip() or '(nothing)'}")
-    command = ["python", "scripts/chat.py", "--model", str(run.folder / "final")]
-    print(f"\ntry the model: {shlex.join(command)}")
+    model = ["--model", str(run.folder / "final")]
+    print(f"\ntry the model: {shlex.join(['python', 'scripts/chat.py', *model])}")
+    if run.stage == "ppo":
+        page = ["python", "scripts/feedback.py", *model, *_asked(run)]
+        print(f"rate its answers in a browser: {shlex.join(page)}")
+
+
+def _asked(run: Run) -> list[str]:
+    """What the rating page needs besides the model: PPO's reward model, its prompts, the model before it."""
+    prompts = run.config.rlhf_training_data
+    return ["--reward_model", run.config.reward_model, "--compare", run.config.model,
+            "--prompts", prompts if isinstance(prompts, str) else json.dumps(prompts)]

@@ -1,6 +1,6 @@
 // The view in which a person talks to one model, or to two side by side.
 import { lines, loadState, post, postJson, state } from "./api.js";
-import { announce, el, icon, prose, store, toast } from "./dom.js";
+import { announce, el, icon, prose, store, tab, toast } from "./dom.js";
 import { number, t } from "./words.js";
 
 const NEAR_END = 80; // pixels: who has scrolled up to read is not pulled down again
@@ -13,12 +13,19 @@ I could use a second opinion. Meet Paul, 21, my son. There we were in the worksh
 const ICONS = { send: "M5 12h14M13 6l6 6-6 6", stop: "M7 7h10v10H7z", star: "M12 5v14M5 12h14" };
 
 // {text, answers: [{model, name, text, html, ended, score, error, stopped, busy, node}]}, oldest first
-const turns = [];
+const turns = tab.get("turns") ?? [];
 const chosen = { model: null, beside: null };
 const settings = { temperature: null, length: null };
 let stop = null; // the AbortController while answers stream
-let typed = ""; // what stands in the message field, for the way back from another view
+let typed = tab.get("typed") ?? ""; // what stands in the message field
 let root = null;
+
+/** The conversation survives a reload of its tab; an answer that was still coming counts as stopped. */
+addEventListener("pagehide", () => {
+  const kept = ({ node, busy, stopped, ...answer }) => ({ ...answer, stopped: stopped || busy });
+  tab.set("turns", turns.map((turn) => ({ ...turn, answers: turn.answers.map(kept) })));
+  tab.set("typed", typed);
+});
 
 export function show(main) {
   root = main;
@@ -61,13 +68,14 @@ function keepChoice() {
 
 const busy = () => Boolean(stop);
 
-/** The conversation as one model has seen it: its own answers, where it has given one. */
+/** The conversation as one model has seen it: its own answers, where it has given one. A turn that nobody has
+ * answered (an error, stopped at once) is left out, since the roles must take turns. */
 function history_of(model, upTo) {
   const messages = [];
   for (const turn of turns.slice(0, upTo)) {
     const answer = turn.answers.find((other) => other.model === model) ?? turn.answers[0];
-    messages.push({ role: "user", content: turn.text });
-    if (answer.text) messages.push({ role: "assistant", content: answer.text });
+    if (!answer.text.trim()) continue;
+    messages.push({ role: "user", content: turn.text }, { role: "assistant", content: answer.text });
   }
   return messages;
 }

@@ -91,24 +91,30 @@ export function toast(text, { action = null, error = false } = {}) {
   if (!error) fading = setTimeout(close, 6000);
 }
 
-/** What this browser remembers, as JSON; null where storage is switched off or holds something else. */
-export const store = {
+/** Values as JSON in a storage of the browser; null where it is switched off or holds something else. */
+const storeIn = (area) => ({
   get(name) {
     try {
-      return JSON.parse(localStorage.getItem(name));
+      return JSON.parse(area().getItem(name));
     } catch {
       return null;
     }
   },
   set(name, value) {
     try {
-      if (value === null) localStorage.removeItem(name);
-      else localStorage.setItem(name, JSON.stringify(value));
+      if (value === null) area().removeItem(name);
+      else area().setItem(name, JSON.stringify(value));
     } catch {
       /* storage is full or switched off: the page works, a reload forgets */
     }
   },
-};
+});
+
+/** What this browser remembers. */
+export const store = storeIn(() => localStorage);
+
+/** What this tab remembers until it is closed. */
+export const tab = storeIn(() => sessionStorage);
 
 /** A random UUID; `crypto.randomUUID` is missing where the page comes without https. */
 export function uuid() {

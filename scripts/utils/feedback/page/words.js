@@ -75,7 +75,7 @@ const english = {
   "rate.sure.3": "Sure",
   "rate.better": "A better answer",
   "rate.better_help":
-    "It becomes an example that the model learns to write. It starts as the best answer in your ranking.",
+    "It is kept as an example for supervised training. It starts as the best answer in your ranking.",
   "rate.better_same": "Unchanged so far: it is sent once you change it.",
   "rate.better_drop": "Remove",
   "rate.progress": "{rated} of {total} rated",
@@ -280,7 +280,7 @@ const chinese = {
   "rate.sure.2": "比较确定",
   "rate.sure.3": "确定",
   "rate.better": "更好的回答",
-  "rate.better_help": "它会成为模型学习写作的例子。初始内容是你排序中最好的回答。",
+  "rate.better_help": "它会作为监督训练的例子保存下来。初始内容是你排序中最好的回答。",
   "rate.better_same": "尚未修改：修改后才会提交。",
   "rate.better_drop": "移除",
   "rate.progress": "已评 {rated} / {total}",
