@@ -68,6 +68,9 @@ class RewardStageConfig(EpochStageConfig):
     centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of "
                                     "each post around 0.",
                                source="Eisenstein 2023, 2312.09244", low=0.0, high=1000.0)
+    reward_heads: int = key(1, "Heads on the one trunk, each with its own bootstrap of the posts; final/ has "
+                               "their mean, and reward_heads.safetensors each of them.", unit="heads",
+                            source="Coste 2023, 2310.02743: 5", low=1, high=100)
     test_rows: int = key(1000, "Posts in the final figures.", unit="posts", low=1, high=10**9)
     eval_batch_size: int = key(32, "Rows scored at once.", unit="rows", low=1, high=100_000)
 
@@ -103,6 +106,7 @@ from utils.loop import Loop
 from utils.models.centring import centre_scores
 from utils.models.fitness import refuse_unfit
 from utils.models.four_bit import storage_of
+from utils.models.heads import FILE, Heads, bootstrap_draws, give_heads, head_scores, take_heads
 from utils.models.loading import load_scalar_model, trainable
 from utils.models.outputs import GroupModel, scores
 from utils.models.parents import Parent, check_task
@@ -128,12 +132,13 @@ def train(loop: Loop, rankings, validation) -> None:
         parts = [collate([rows[i] for i in part], loop) for part in passes]
         # pairs or posts, of all ranks; a rank without rows must bring a number of the same type
         total = loop.total(sum((weights.sum() for *_, weights in parts), start=torch.tensor(0.0)))
-        for groups, order, margins, weights in loop.parts(parts, spare=lambda first=places[:1]: collate(
-                rows_at(rankings, first), loop)):
-            # all completions of a post are scored in one pass over the post
-            score = loop.model(groups)  # (N,)
-            better, worse = score[order].unbind(1)  # (P,)
-            losses = pairwise_loss(better, worse, margins, config.centring_coef)
+        for groups, order, margins, draws, weights in loop.parts(
+                parts, spare=lambda first=places[:1]: collate(rows_at(rankings, first), loop)):
+            # all completions of a post are scored in one pass over the post, by all heads
+            score = loop.model(groups)  # (N, H)
+            better, worse = score[order].unbind(1)  # (P, H)
+            losses = pairwise_loss(better, worse, margins[:, None], config.centring_coef)
+            losses = (losses * draws).mean(1)  # (P,): each head has a bootstrap of the posts of its own
             loop.backward((losses * weights).sum() / total, groups)
         loop.optimizer_step()
 
@@ -148,8 +153,9 @@ def train(loop: Loop, rankings, validation) -> None:
 
 def pairwise_loss(better: torch.Tensor, worse: torch.Tensor, margins: torch.Tensor,
                   centring_coef: float) -> torch.Tensor:
-    """-log sigmoid(better - worse - margin) + centring_coef (better + worse)^2 of each pair, all (P,),
-    float32.
+    """-log sigmoid(better - worse - margin) + centring_coef (better + worse)^2 of each pair, float32.
+
+    Scores and losses are (P,), or (P, H) of H heads; the margins then (P, 1).
 
     Sources: ST; IG eq. 1 (detail 17). The margin is that of Llama 2 (2307.09288, eq. 2); the second term is
     Eisenstein et al.'s (2312.09244).
@@ -157,9 +163,9 @@ def pairwise_loss(better: torch.Tensor, worse: torch.Tensor, margins: torch.Tens
     return -logsigmoid(better - worse - margins) + centring_coef * (better + worse).square()
 
 
-def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompt groups; (better, worse) indices into the batch's N completions, (P, 2); a pair's margin and its
-    weight, both (P,).
+def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, *tuple[torch.Tensor, ...]]:
+    """Prompt groups; (better, worse) indices into the batch's N completions, (P, 2); a pair's margin, (P,);
+    how often each head has drawn its post, (P, H); its weight, (P,).
 
     The pairs of a post stand in one batch (detail 18) and weigh 1 each, or 1 together.
     """
@@ -174,8 +180,10 @@ def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, torch.Tensor, t
     if loop.config.margin_scale:
         known = (margin for row in rows for margin in row["margins"])
         margins = [loop.config.margin + loop.config.margin_scale * margin for margin in known]
-    return (groups.to(loop.device), torch.tensor(order, device=loop.device),
-            torch.tensor(margins, device=loop.device), torch.tensor(weights, device=loop.device))
+    draws = [bootstrap_draws(row["prompt"], loop.config.reward_heads, loop.config.seed) for row in rows]
+    draws = [draw for draw, row in zip(draws, rows, strict=True) for _ in row["pairs"]]
+    return groups.to(loop.device), *(torch.tensor(values, device=loop.device) for values in (
+        order, margins, draws, weights))
 
 
 # -------------------------------------------------------------------------------------------- what it reaches
@@ -200,11 +208,11 @@ def accuracy_of(loop: Loop, rows, title: str) -> tuple[dict[str, float], list[li
             "ece": expected_calibration_error(confidence(gaps), right)}, found
 
 
-def scores_of(loop: Loop, prompts, completions, title: str) -> list[list[float]]:
-    """The model's score of each completion of each prompt."""
+def scores_of(loop: Loop, prompts, completions, title: str, outputs=scores) -> list[list]:
+    """The model's score of each completion of each prompt; with `head_scores` those of each head."""
     with loop.accelerator.autocast():
         return score_groups(loop.module.model, loop.tokenizer, prompts, completions,
-                            loop.config.eval_batch_size, title)
+                            loop.config.eval_batch_size, title, outputs)
 
 
 def evaluate(loop: Loop, validation, step: int) -> None:
@@ -232,6 +240,24 @@ def centre(loop: Loop, references) -> None:
     centre_scores(loop.module.model, mean, fold=not loop.config.save_adapters)
     loop.run.log(f"shifted the scores by {-mean:+.3f}: the {len(found)} reference summaries now "
                  f"score 0 on average")
+
+
+def finish_heads(loop: Loop, heads: Heads, references, test) -> dict:
+    """Shift each head so that reference summaries score 0 by it, as they do by the mean; its accuracy."""
+    model = loop.module.model
+    mean_head, model.score = model.score, heads
+    if references is not None:
+        found = scores_of(loop, references.prompts, [[completion] for completion in references.completions],
+                          "centring, heads", head_scores)  # (references, 1, H)
+        heads.bias.data -= torch.tensor(found, device=heads.bias.device).mean((0, 1))
+    found = scores_of(loop, test["prompt"], test["completions"], "test, heads", head_scores)
+    model.score = mean_head
+    reached = []
+    for head in range(len(heads.bias)):
+        right, pairs = pair_accuracy([[each[head] for each in group] for group in found], test["pairs"])
+        reached.append(float(right.sum() / pairs.sum()))
+    loop.run.log(f"test, accuracy of each head: {', '.join(f'{accuracy:.3f}' for accuracy in reached)}")
+    return {"file": FILE, "count": len(reached), "accuracy": reached}
 
 
 def log_rating_agreement(loop: Loop, ratings) -> None:
@@ -294,18 +320,20 @@ def main(config: RewardStageConfig) -> None:
     refuse_unfit(model, base, base.tokenizer, config.max_prompt_tokens + config.max_completion_tokens,
                  "max_prompt_tokens + max_completion_tokens")
     rehearse_saving(model, base.tokenizer, config)
+    give_heads(model, base, config)
     model = trainable(model, config)
 
     run = Run(config, "reward", report, [base])
     schedule = config.schedule(len(rankings))
     run.log(plan_of(config, len(rankings), schedule.steps, run.unit))
-    loop = Loop(run, GroupModel(model, scores), base.tokenizer, schedule, deepspeed)
+    loop = Loop(run, GroupModel(model, head_scores), base.tokenizer, schedule, deepspeed)
     loop.resume()
     if loop.step == 0:
         evaluate(loop, validation, 0)
     began = time.monotonic()
     train(loop, rankings, validation)
     seconds = time.monotonic() - began
+    heads = take_heads(model)  # from here on the model is what final/ will hold
     # only differences are trained, so the level of the scores is free: 0 is what people wrote
     if references is not None:
         centre(loop, references)
@@ -313,7 +341,11 @@ def main(config: RewardStageConfig) -> None:
         log_rating_agreement(loop, ratings)
     figures, found = accuracy_of(loop, test, "test")
     speed = loop.steps_done * config.rows_per_step * fmean(map(len, rankings["pairs"])) / seconds
-    end_stage(run, loop.step, model, base.tokenizer, [base], ending(loop, test, figures, found, speed))
+    end = ending(loop, test, figures, found, speed)
+    if heads is not None:
+        end.stage["reward_heads"] = finish_heads(loop, heads, references, test)
+        end = end._replace(tensors={FILE: {name: each.data.cpu() for name, each in heads.named_parameters()}})
+    end_stage(run, loop.step, model, base.tokenizer, [base], end)
 
 
 def ending(loop: Loop, test, figures: dict, found: list[list[float]], speed: float) -> Ending:

@@ -19,7 +19,8 @@ from families import EOS, PAD, VOCAB, policy, random_groups, scalar_model
 from utils.data.report import DataReport
 from utils.data.rows import Tokenised
 from utils.loop import Loop, Schedule
-from utils.models.outputs import GroupModel, scores, supervised_outputs
+from utils.models.heads import head_scores
+from utils.models.outputs import GroupModel, supervised_outputs
 from utils.runs.run import Run
 
 PROMPTS = random_groups([5, 1, 8, 3, 6, 4, 7], [[1]] * 7)[0]
@@ -68,7 +69,7 @@ def epoch_loop(config, model, rows: int, balances: bool = False) -> Loop:
     Args:
         balances: SFT computes the loss of the model's routers.
     """
-    outputs = scores if config.section == "reward" else partial(supervised_outputs, balances=balances)
+    outputs = head_scores if config.section == "reward" else partial(supervised_outputs, balances=balances)
     return bare_loop(config, GroupModel(model, outputs), config.schedule(rows))
 
 

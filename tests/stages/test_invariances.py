@@ -35,6 +35,7 @@ from utils.config import PROJECT, UserError, parse_config
 from utils.distributed import world
 from utils.episodes import Pass
 from utils.loop import Loop
+from utils.models.heads import head_scores
 from utils.models.loading import without_dropout
 from utils.models.outputs import (
     GroupModel,
@@ -134,8 +135,9 @@ def losses(models, groups, pairs, numbers) -> dict:
     completions = GroupModel(chosen, supervised_outputs)
     return {
         "sft": loss_of(train_sft, train_sft.SFTStageConfig(), completions, groups),
-        "reward": loss_of(train_reward, train_reward.RewardStageConfig(), GroupModel(scalar, scores),
-                          (groups, torch.tensor(pairs), torch.zeros(len(pairs)), torch.ones(len(pairs)))),
+        "reward": loss_of(train_reward, train_reward.RewardStageConfig(), GroupModel(scalar, head_scores),
+                          (groups, torch.tensor(pairs), torch.zeros(len(pairs)), torch.ones(len(pairs), 1),
+                           torch.ones(len(pairs)))),
         "ppo": ppo.loss,
     }
 

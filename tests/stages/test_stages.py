@@ -15,6 +15,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -498,6 +499,40 @@ def test_plain_transformers_scores_like_the_reward_stage(finished):
         mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in texts], batch_first=True)
         found = model(input_ids=batch, attention_mask=mask).logits[:, 0]
         assert found.tolist() == pytest.approx(row["scores"], abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def several(finished, folder):
+    """The reward stage with three heads."""
+    train_reward.main(config_of(train_reward, folder, "several", "--reward_heads 3"))
+    return folder / "several" / "reward"
+
+
+@torch.no_grad()
+def test_several_heads_end_in_a_stock_checkpoint_with_their_mean(several, folder):
+    """The references of the centring score 0 by each head, from stock states; resume makes the same heads."""
+    model = AutoModelForSequenceClassification.from_pretrained(several / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(several / "final")
+    heads = load_file(several / "final" / "reward_heads.safetensors")
+    assert model.config.num_labels == 1 and heads["weight"].shape[0] == 3
+    assert torch.allclose(model.score.weight, heads["weight"].mean(0, keepdim=True), atol=1e-6)
+    assert heads["bias"].mean().item() == pytest.approx(model.config.score_shift, abs=1e-4)
+    with gzip.open(PROJECT / DATA / "actor_validation.jsonl.gz", "rt") as lines:
+        rows = [json.loads(next(lines)) for _ in range(8)]  # test_rows
+    rows = [tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"] for row in rows]
+    states = [model.base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+    each = torch.stack(states) @ heads["weight"].T + heads["bias"]
+    assert each.mean(0).tolist() == pytest.approx([0, 0, 0], abs=2e-3)
+    assert each.std(1).mean() > 0.01, "the heads differ"
+    stage = json.loads((several / "final" / "stage.json").read_text())["reward_heads"]
+    assert stage["count"] == 3 and len(stage["accuracy"]) == 3
+
+
+def test_several_heads_stop_and_resume(several, folder, monkeypatch):
+    stopped_and_resumed(train_reward, folder, "several-stopped", monkeypatch, "--reward_heads 3")
+    ours = folder / "several-stopped" / "reward"
+    assert_same_runs(ours, several)
+    assert furthest(weights(ours / "final", "reward_heads"), weights(several / "final", "reward_heads")) == 0
 
 
 def test_a_reward_model_goes_on_from_its_own_head(finished, folder):

@@ -27,8 +27,9 @@ from studies.benchmarks.tasks import (
 from studies.benchmarks.turns import Turns
 from utils.data.report import DataReport
 from utils.loop import Loop, Schedule
+from utils.models.heads import head_scores
 from utils.models.loading import load_policy, load_scalar_model
-from utils.models.outputs import GroupModel, scores, supervised_outputs
+from utils.models.outputs import GroupModel, supervised_outputs
 from utils.models.parents import Parent
 from utils.models.policy_value import load_models
 from utils.rewards.rewards import open_rewards
@@ -80,7 +81,7 @@ def reward(task: Task, turns: Turns) -> None:
     pairs = all_pairs(task.k)
     rows = [{"prompt": p, "completions": c, "pairs": pairs, "length": len(p) + sum(map(len, c))}
             for p, c in zip(task.prompts, task.completions, strict=True)]
-    model = GroupModel(load_scalar_model(Parent("model", f"{task.folder}/reward")), scores)
+    model = GroupModel(load_scalar_model(Parent("model", f"{task.folder}/reward")), head_scores)
     run = TurnRun(config, "reward", turns)
     loop = Loop(run, model, small_tokenizer(), config.schedule(len(rows)))
     _count(model, run, lambda groups: {"pairs": len(groups.end_columns) // task.k * len(pairs)})

@@ -46,11 +46,12 @@ def summarise(policy, tokenizer, prompts, config, temperature, title="") -> Summ
     return Summaries(tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), ended, logprobs)
 
 
-def score_groups(reward_model, tokenizer, prompts, completions, batch_size, title="") -> list[list[float]]:
-    """The reward model's score of each completion of each prompt, all as token ids."""
+def score_groups(reward_model, tokenizer, prompts, completions, batch_size, title="",
+                 outputs=scores) -> list[list]:
+    """The reward model's score of each completion of each prompt, all as token ids; or other `outputs`."""
     reward_model.eval()
     device = reward_model.device
-    return measure_groups(partial(scores, reward_model), tokenizer, prompts, completions, batch_size, device,
+    return measure_groups(partial(outputs, reward_model), tokenizer, prompts, completions, batch_size, device,
                           title)
 
 

@@ -33,6 +33,7 @@ class Ending(NamedTuple):
     work: dict  # of summary.json as well: how much the stage did, and how fast
     stage: dict  # of stage.json in final/, besides what every stage writes there
     plot: Callable[[Run], None]  # draws into plots/
+    tensors: dict[str, dict] | None = None  # files of tensors in final/, besides the model's
     compared: tuple[str, str] | None = None  # keys of a sample: what was written before and after the stage
 
 
@@ -46,7 +47,7 @@ def end_stage(run: Run, step: int, model, tokenizer, parents: list[Parent], endi
     if run.is_main:
         _draw(run, ending)
     card = model_card(run.config, run.stage, parents, ending.summary, tokenizer)
-    run.save_final(model, tokenizer, parents, ending.stage, card)
+    run.save_final(model, tokenizer, parents, ending.stage, card, ending.tensors)
     if run.is_main and run.config.push_to_hub:
         push(run.folder / "final", run.config.push_to_hub, run.log)
     print_stages(stage_folders(run, parents))

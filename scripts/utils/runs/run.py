@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import LoggerType
+from safetensors.torch import save_file
 from transformers.integrations import get_available_reporting_integrations
 
 from utils import durable
@@ -199,7 +200,8 @@ class Run:
         if self.is_main:
             write_json(self.folder / "summary.json", summary)
 
-    def save_final(self, model, tokenizer, parents: list[Parent], extra: dict, card: str) -> None:
+    def save_final(self, model, tokenizer, parents: list[Parent], extra: dict, card: str,
+                   tensors: dict[str, dict] | None = None) -> None:
         """`final/`: the model, its tokenizer, stage.json and the card, written aside and then renamed.
 
         It comes last, since a run with final/ counts as finished.
@@ -207,6 +209,7 @@ class Run:
         Args:
             extra: what stage.json says besides.
             card: the text of README.md.
+            tensors: what other .safetensors files hold, by their names.
         """
         config = self.config
         if not config.load_in_4bit:
@@ -226,6 +229,8 @@ class Run:
         if not self.is_main:
             return
         tokenizer.save_pretrained(temporary)
+        for name, state in (tensors or {}).items():
+            save_file(state, temporary / name)
         stage = {"stage": self.stage, "parents": {parent.key: parent.identity for parent in parents},
                  **task_of(tokenizer), **extra, "load_in_4bit": config.load_in_4bit,
                  **({"base": parents[0].base.identity} if config.save_adapters else {}),
