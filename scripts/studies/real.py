@@ -92,6 +92,7 @@ import train_ppo
 import train_reward
 import train_sft
 from studies.benchmarks.posts import data_folder
+from studies.gpu_checks.device import free_memory
 from studies.real_run.fetch import fetched
 from studies.real_run.figures import (
     Scorer,
@@ -151,6 +152,7 @@ class Runs:
                      *self.words(stage, name, seed, options)]
             if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
                 words.append("--resume")
+            free_memory()  # the stage may need what sampling here has left in the cache
             began = time.time()
             if subprocess.run(words).returncode:
                 raise UserError(f"{name}: this stage did not end well; the same command goes on from here")
