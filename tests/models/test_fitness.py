@@ -107,10 +107,10 @@ def test_a_leak_of_a_twentieth_is_seen(made, distance):
 def test_a_leak_in_decoding_alone_is_seen(monkeypatch):
     decode = generation._Batch._decode
 
-    def all_see_all(batch, tokens, step):
+    def all_see_all(batch, tokens):
         monkeypatch.setattr(torch, "eye", lambda k, **more: torch.ones(k, k, **more))
         try:
-            return decode(batch, tokens, step)
+            return decode(batch, tokens)
         finally:
             monkeypatch.undo()
 

@@ -111,9 +111,9 @@ def test_a_draw_inverts_the_cumulative_distribution(block):
 def test_rows_that_have_ended_leave_the_batch(k, monkeypatch):
     sizes, forward = [], generation._Batch._forward
 
-    def watched(batch, input_ids, *rest):
+    def watched(batch, input_ids, *rest, **more):
         sizes.append(len(input_ids))
-        return forward(batch, input_ids, *rest)
+        return forward(batch, input_ids, *rest, **more)
 
     monkeypatch.setattr(generation._Batch, "_forward", watched)
     prompts = random_groups([6] * 12, [[1]] * 12)[0]

@@ -4,7 +4,10 @@ A decoding step is one more slice of the prompt-group row: the K newest tokens o
 together, and each sees the prompt and its own branch. So the prompt's keys and values are stored once instead
 of K times. Stock models do this with an attention mask alone.
 
-Shapes: B prompts of a batch, Q tokens in the longest, N = B * K responses, V words.
+The steps of a stretch are alike: their tensors have the same shapes and addresses, and what differs between
+two steps is read from tensors. So on a GPU one step is recorded and replayed (`cuda_graphs.py`).
+
+Shapes: B prompts of a batch, Q tokens in the longest, N = B * K responses, L columns of the cache, V words.
 """
 
 import math
@@ -16,11 +19,24 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from utils.console import progress_bar
 from utils.models.branches import branching
+from utils.models.cuda_graphs import Replayed
 from utils.models.outputs import trunk
 from utils.zero import gathered_weights
 
-# steps between checks of which responses have ended: on a GPU each check waits for the device
-_CHECKED_EVERY = 4
+
+class _Pace(NamedTuple):
+    """How often something is done that a device waits for."""
+
+    checked: int  # steps between checks of which responses have ended
+    stretch: int  # steps of a stretch, a multiple of `checked`; rows that have ended leave between two
+    multiple: int  # of which the columns that a step sees are a multiple
+    recorded: bool  # whether a step is recorded and replayed
+
+
+_PACE = _Pace(checked=4, stretch=4, multiple=1, recorded=False)
+# a check waits for the device; a new stretch is a new recording, which takes as long as two or three steps
+# without one; attention kernels want aligned masks
+_PACE_CUDA = _Pace(checked=8, stretch=64, multiple=16, recorded=True)
 _BLOCK = 256  # words whose probabilities are summed first when a token is drawn, see `_draw`
 
 
@@ -32,37 +48,42 @@ class Samples(NamedTuple):
     ended: list[bool]  # whether the response has an EOS
 
 
+class _Place:
+    """Where the newest tokens of a batch stand in its cache. All layers read it."""
+
+    columns: torch.Tensor  # (T,) of the newest tokens
+    shown: int  # columns that they are shown, from the first on
+
+
 class _PreallocatedLayer(DynamicLayer):
     """A cache layer with its final length allocated, so that a step writes in place and copies nothing."""
 
-    def __init__(self, length: int):
+    def __init__(self, length: int, place: _Place):
         super().__init__()
-        self.length, self.used = length, 0  # columns: allocated, filled
+        self.length, self.place, self.prompt = length, place, 0  # columns: allocated, of the prompt
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:  # shape, dtype and device are known from the first call on
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             # in some models (DeepSeek-V3) values are narrower than keys, or have fewer heads
-            self.keys, self.values = (
-                states.new_empty((*states.shape[:2], self.length, states.shape[3]))
+            self.keys, self.values = (  # zeros: columns ahead are seen with weight 0, and 0 x NaN is NaN
+                states.new_zeros((*states.shape[:2], self.length, states.shape[3]))
                 for states in (key_states, value_states)
             )
-        end = self.used + key_states.shape[2]
-        self.keys[:, :, self.used : end] = key_states
-        self.values[:, :, self.used : end] = value_states
-        self.used = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+            self.prompt = key_states.shape[2]
+        self.keys.index_copy_(2, self.place.columns, key_states)
+        self.values.index_copy_(2, self.place.columns, value_states)
+        return self.keys[:, :, : self.place.shown], self.values[:, :, : self.place.shown]
 
     def retire(self, running):
         """Drop the rows of the batch for which `running` (B,) is False."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty((int(running.sum()), *old.shape[1:]))
-            new[:, :, : self.used] = old[running, :, : self.used]
-            setattr(self, name, new)
+        self.keys, self.values = self.keys[running], self.values[running]
 
     def get_seq_length(self) -> int:
-        return self.used
+        return self.prompt
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.place.shown, 0
 
 
 @torch.no_grad()
@@ -159,19 +180,29 @@ class _Batch:
     """A batch of left-padded prompts, and the cache that they share with their branches."""
 
     def __init__(self, policy, prompts, k, max_new_tokens, pad_id):
-        self.policy, self.k = policy, k
+        self.policy, self.k, self.max_new_tokens = policy, k, max_new_tokens
         self.width = max(map(len, prompts))
         self.device = policy.get_input_embeddings().weight.device
+        self.pace = _PACE_CUDA if self.device.type == "cuda" else _PACE
         rows = [[pad_id] * (self.width - len(p)) + p for p in prompts]
         self.input_ids = torch.tensor(rows, device=self.device)  # (B, Q)
         self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)  # (B,)
         # (B, Q) True = a token of the prompt, False = padding
         self.real = torch.arange(self.width, device=self.device) >= (self.width - self.lengths)[:, None]
-        length = self.width + k * max_new_tokens
+        length = self.columns_until(max_new_tokens)  # L
         # a layer is made when the model first asks for it, because some layers share another's
-        self.cache = Cache(layer_class_to_replicate=partial(_PreallocatedLayer, length))
-        self.positions = torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device)  # of the cache
-        self.max_new_tokens = max_new_tokens
+        self.place = _Place()
+        self.cache = Cache(layer_class_to_replicate=partial(_PreallocatedLayer, length, self.place))
+        # (B, L) of the cache
+        self.positions = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
+        # (B, 1, K, L) what the newest tokens see; the cache has the K tokens of each step next to each other
+        self.seen = torch.zeros(len(prompts), 1, k, length, dtype=torch.bool, device=self.device)
+        self.fed = torch.zeros(1, dtype=torch.long, device=self.device)  # (1,) tokens of each branch so far
+
+    def columns_until(self, tokens: int) -> int:
+        """Columns of the cache that the prompts and so many tokens of each branch take."""
+        columns = self.width + self.k * tokens
+        return columns + -columns % self.pace.multiple
 
     def run(self, noise, temperature, top_k, top_p, eos_id, bar):
         """Decode until every branch has ended.
@@ -183,40 +214,54 @@ class _Batch:
         Returns:
             Tokens and log-probs of each branch, two lists of N lists.
         """
-        # n = branches of the rows that still run; they are N at first
-        logits = self._prefill().repeat_interleave(self.k, 0)  # (n, V)
-        noise = noise.to(self.device)
-        tokens = torch.full(noise.shape, eos_id, device=self.device)
-        logprobs = torch.zeros(noise.shape, device=self.device)
-        branches = torch.arange(len(noise), device=self.device)  # (n,) their rows in `tokens`
-        for step in range(self.max_new_tokens):
-            token, logprob = _draw(logits / temperature, noise[branches, step], top_k, top_p)  # (n,) each
-            tokens[branches, step], logprobs[branches, step] = token, logprob
-            bar.update(1)
-            if step + 1 == self.max_new_tokens:
-                break
-            if step % _CHECKED_EVERY == _CHECKED_EVERY - 1:
+        drawn = _Drawn(noise.to(self.device), temperature, top_k, top_p, eos_id)
+        drawn.draw(self._prefill().repeat_interleave(self.k, 0), self.fed)
+        bar.update(1)
+
+        def advance():  # n = branches of the rows that still run; they are N at first
+            drawn.draw(self._decode(drawn.newest.view(-1, self.k)), self.fed)
+
+        count = 1  # tokens of each branch
+        while count < self.max_new_tokens:
+            if count % self.pace.checked == 0:
                 # (B,) True = a branch of the prompt has no EOS yet
-                running = (tokens[branches, : step + 1] != eos_id).all(1).view(-1, self.k).any(1)
-                count = int(running.sum())
-                if count == 0:
+                running = drawn.running(count).view(-1, self.k).any(1)
+                rows = int(running.sum())
+                if rows == 0:
                     break
-                if count <= len(running) / 2:  # copying the cache is worth it
+                # copying the cache is worth it
+                if rows <= len(running) / 2 and count % self.pace.stretch == 0:
                     self._retire(running)
-                    branches, token = (kept.view(-1, self.k)[running].flatten() for kept in (branches, token))
-            logits = self._decode(token.view(-1, self.k), step)
-        return tokens[:, : step + 1].tolist(), logprobs[:, : step + 1].tolist()
+                    drawn.retire(running.repeat_interleave(self.k))
+            if count == 1 or count % self.pace.stretch == 0:
+                self._begin_stretch(count)
+                step = Replayed(advance, self.policy) if self.pace.recorded else advance
+            step()
+            count += 1
+            bar.update(1)
+        return drawn.tokens[:, :count].tolist(), drawn.logprobs[:, :count].tolist()
 
     def forced(self, answers):
         """Logits (B, K, R, V) that lead to given answers (B, K, R)."""
         logits = [self._prefill().repeat_interleave(self.k, 0)]
-        logits += [self._decode(answers[:, :, step], step) for step in range(answers.shape[2] - 1)]
+        for step in range(answers.shape[2] - 1):
+            self._begin_stretch(step)
+            logits.append(self._decode(answers[:, :, step]))
         return torch.stack(logits, 1).unflatten(0, (-1, self.k))
+
+    def _begin_stretch(self, count):
+        """The steps that follow, up to the next stretch, are shown the columns that they will fill.
+
+        Args:
+            count: tokens of each branch.
+        """
+        until = count - count % self.pace.stretch + self.pace.stretch
+        self.place.shown = self.columns_until(min(until, self.max_new_tokens))
 
     def _retire(self, running):
         """Drop the prompts for which `running` (B,) is False."""
-        self.real, self.lengths = self.real[running], self.lengths[running]
-        self.positions = self.positions[running]
+        self.lengths, self.positions = self.lengths[running], self.positions[running]
+        self.seen = self.seen[running]
         for layer in self.cache.layers:
             layer.retire(running)
 
@@ -227,32 +272,66 @@ class _Batch:
         # (B, Q, Q); a padding token sees itself, because a softmax over nothing would be NaN
         seen = (causal & self.real[:, None, :]) | torch.eye(self.width, dtype=torch.bool, device=self.device)
         positions = (column - (self.width - self.lengths)[:, None]).clamp(min=0)
-        return self._forward(self.input_ids, seen[:, None], positions)[:, -1]
+        self.seen[..., : self.width] = self.real[:, None, None, :]
+        self.place.shown = self.width
+        return self._forward(self.input_ids, seen[:, None], column, positions, last_only=True)[:, -1]
 
-    def _decode(self, tokens, step):
-        """Feed one token of each branch, (B, K). Returns the logits after them, (B * K, V)."""
-        k = self.k
-        # (K, K * (step + 1)) tokens of the own branch; the cache has the K tokens of each step next to each
-        # other
-        own = torch.eye(k, dtype=torch.bool, device=self.device).repeat(1, step + 1)
-        own = own.expand(len(tokens), k, -1)
-        seen = torch.cat([self.real[:, None, :].expand(-1, k, -1), own], -1)
-        positions = (self.lengths + step)[:, None].expand(-1, k)
-        return self._forward(tokens, seen[:, None], positions).flatten(0, 1)
+    def _decode(self, tokens):
+        """Feed one token of each branch, (B, K). Returns the logits after them, (B * K, V).
 
-    def _forward(self, input_ids, mask, positions):
-        """Float32 logits of the new tokens; when these are the prompts, of the last token only."""
-        prefill = self.positions.shape[1] == 0
-        self.positions = torch.cat([self.positions, positions], 1)
-        with branching(mask, positions, self.positions):
+        Nothing here may depend on the step but by way of tensors, and nothing may wait for the device.
+        """
+        branch = torch.arange(self.k, device=self.device)
+        columns = self.width + self.k * self.fed + branch  # (K,)
+        own = torch.eye(self.k, dtype=torch.bool, device=self.device)
+        self.seen.index_copy_(3, columns, own.expand(len(tokens), 1, -1, -1))
+        positions = (self.lengths + self.fed)[:, None].expand(-1, self.k)
+        logits = self._forward(tokens, self.seen[..., : self.place.shown], columns, positions)
+        self.fed += 1  # at the end: a step that broke off in the model can be made again
+        return logits.flatten(0, 1)
+
+    def _forward(self, input_ids, mask, columns, positions, last_only=False):
+        """Float32 logits of the new tokens, which stand in these columns at these positions."""
+        self.place.columns = columns
+        self.positions.index_copy_(1, columns, positions)
+        shown = self.positions[:, : self.place.shown]
+        with branching(mask, positions, shown):
             hidden = trunk(self.policy)(
-                input_ids=input_ids, attention_mask=torch.ones_like(self.positions), position_ids=positions,
+                input_ids=input_ids, attention_mask=torch.ones_like(shown), position_ids=positions,
                 past_key_values=self.cache, use_cache=True,
             ).last_hidden_state
-        if prefill:
+        if last_only:
             hidden = hidden[:, -1:]
         head = self.policy.get_output_embeddings()
         return head.logits(head(hidden))
+
+
+class _Drawn:
+    """What has been drawn for each branch."""
+
+    def __init__(self, noise, temperature, top_k, top_p, eos_id):
+        self.noise, self.temperature, self.top_k, self.top_p = noise, temperature, top_k, top_p
+        self.eos_id, device = eos_id, noise.device
+        self.tokens = torch.full(noise.shape, eos_id, device=device)  # (N, max_new_tokens)
+        self.logprobs = torch.zeros(noise.shape, device=device)
+        self.branches = torch.arange(len(noise), device=device)  # (n,) their rows in `tokens`
+        self.newest = torch.zeros_like(self.branches)  # (n,) tokens
+
+    def draw(self, logits, place):
+        """Draw a token for each row of logits (n, V); it stands at `place` (1,) of its branch."""
+        here = self.branches, place.expand(len(self.branches))
+        token, logprob = _draw(logits / self.temperature, self.noise[here], self.top_k, self.top_p)
+        self.tokens.index_put_(here, token)
+        self.logprobs.index_put_(here, logprob)
+        self.newest.copy_(token)
+
+    def running(self, count):
+        """(n,) True = there is no EOS among the first `count` tokens."""
+        return (self.tokens[self.branches, :count] != self.eos_id).all(1)
+
+    def retire(self, running):
+        """Drop the branches for which `running` (n,) is False."""
+        self.branches, self.newest = self.branches[running], self.newest[running]
 
 
 def _draw(logits, uniform, top_k, top_p):
