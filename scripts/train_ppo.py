@@ -272,18 +272,19 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout,
                                                            config.cliprange_value)
                     objective = losses + config.vf_coef * value_losses
                     figures |= {"loss/value": value_losses, "value/clipfrac": value_clips.float()}
-                loop.backward(objective[old.response_mask].sum() / tokens, groups)
+                loop.backward(torch.where(old.response_mask, objective, 0.0).sum() / tokens, groups)
                 if loop.part_counts:  # not a spare pass, which only keeps ranks in step
-                    sums.add({name: value.detach()[old.response_mask].sum()
+                    sums.add({name: torch.where(old.response_mask, value.detach(), 0.0).sum()
                               for name, value in figures.items()})
                     sums.add(*statistics_of(new_logprobs, old, entropy, clips))
-            if loop.optimizer_step() and models.average is not None:
+            loop.optimizer_step()
+            if models.average is not None and loop.made_step():
                 average_in(models.average, models.policy)  # detail 35
         all_sums.merge(sums)
         if config.target_kl is not None and sums.means()["policy/approx_kl"] > config.target_kl:
             loop.skip_optimizer_steps(config.steps_per_pass * (config.ppo_epochs - epoch))
             break
-    figures = all_sums.means() | ({"loss/ptx": fmean(ptx_losses)} if ptx_losses else {})
+    figures = all_sums.means() | ({"loss/ptx": torch.stack(ptx_losses).mean().item()} if ptx_losses else {})
     return figures | {"policy/grad_norm": loop.grad_norm, "policy/epochs": epoch,
                       "policy/learning_rate": loop.learning_rate}
 
@@ -313,7 +314,7 @@ def estimate_advantages(loop: Loop, rewards: Tensor, values: Tensor | None,
     return torch.where(mask, compare(rewards.sum(1), config.responses_per_prompt)[:, None], 0.0), None
 
 
-def add_supervised_gradients(loop: Loop, supervised: Tokenised, count: int) -> float:
+def add_supervised_gradients(loop: Loop, supervised: Tokenised, count: int) -> Tensor:
     """Add ptx_coef x the SFT loss on `count` examples to the gradients of this optimizer step; returns that
     loss.
     """
@@ -335,7 +336,7 @@ def add_supervised_gradients(loop: Loop, supervised: Tokenised, count: int) -> f
         nll = -loop.model(groups, 1.0, supervised=True).sum() / tokens
         loop.backward(config.ptx_coef * nll, groups)
         loss += nll.detach() * loop.part_counts
-    return loop.total(loss).item()
+    return loop.total(loss)
 
 
 def statistics_of(new_logprobs: Tensor, old: Rollout, entropy: Tensor, clips: Tensor) -> tuple[dict, dict]:

@@ -86,6 +86,7 @@ from transformers import set_seed
 from utils.data.batches import LengthGroupedBatches, rows_at
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, load_data, refuse_overlap, split_rows, tokenised
+from utils.distributed import on_device
 from utils.judge.evaluation import score_groups
 from utils.judge.gold import labeller_figures
 from utils.judge.metrics import (
@@ -182,8 +183,8 @@ def collate(rows: list[dict], loop: Loop) -> tuple[PromptGroups, *tuple[torch.Te
         margins = [loop.config.margin + loop.config.margin_scale * margin for margin in known]
     draws = [bootstrap_draws(row["prompt"], loop.config.reward_heads, loop.config.seed) for row in rows]
     draws = [draw for draw, row in zip(draws, rows, strict=True) for _ in row["pairs"]]
-    return groups.to(loop.device), *(torch.tensor(values, device=loop.device) for values in (
-        order, margins, draws, weights))
+    return (groups.to(loop.device), *(on_device(torch.tensor(values), loop.device)
+                                      for values in (order, margins, draws, weights)))
 
 
 # -------------------------------------------------------------------------------------------- what it reaches

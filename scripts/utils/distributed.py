@@ -67,6 +67,36 @@ def max_over_ranks(number: int | None) -> int | None:
     return int(reduce(torch.tensor(number or 0, device=state.device), "max")) or None
 
 
+def true_anywhere(flag: torch.Tensor) -> torch.Tensor:
+    """A boolean () on the device, True where it is True on any rank. The host does not wait for it."""
+    if world().num_processes == 1:
+        return flag
+    return reduce(flag.float(), "max") > 0
+
+
+def on_device(tensor: torch.Tensor, device) -> torch.Tensor:
+    """A tensor of the host on a device. A GPU copies it when its turn comes; the host goes on meanwhile."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Reading:
+    """A tensor () on its way to the host, which can read it later without stopping the device."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.copy, self.arrival = tensor.to("cpu", non_blocking=True), None
+        if tensor.is_cuda:
+            self.arrival = torch.cuda.Event()
+            self.arrival.record()
+
+    def __bool__(self) -> bool:
+        """Waits until the device has computed it, but not for what it was given since."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return bool(self.copy.numpy())
+
+
 def on_main(work: Callable[[], None]) -> None:
     """Run `work` on the main process alone; a UserError of it is raised on every rank."""
     message = None

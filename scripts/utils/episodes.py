@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.distributed import on_device
 from utils.loop import Loop
 from utils.models.generation import sample
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
@@ -83,7 +84,7 @@ def micro_batched(loop: Loop, episodes: Episodes, prompts) -> list[Pass]:
     for part in micro_batches(sizes, loop.config.per_device_batch_size):
         packed = pack(*zip(*(groups[i] for i in part), strict=True), loop.tokenizer.pad_token_id)
         members = torch.tensor([prompts[i] * k + j for i in part for j in range(k)])
-        passes.append(Pass(packed.to(loop.device), members.to(loop.device)))
+        passes.append(Pass(packed.to(loop.device), on_device(members, loop.device)))
     return passes
 
 

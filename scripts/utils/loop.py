@@ -64,7 +64,8 @@ class Loop:
         self.accelerator = build_accelerator(run.config, run.folder, deepspeed)
         run.use_trackers(self.accelerator)
         self.module = model
-        self.model, self.optimizer = self.accelerator.prepare(model.train(), _optimizer(model, run.config))
+        self.adam = _optimizer(model, run.config)  # as torch made it; DeepSpeed takes its own
+        self.model, self.optimizer = self.accelerator.prepare(model.train(), self.adam)
         use_engine(self.model)
         # of the optimizer in use, which DeepSpeed may have exchanged; stepped by hand and on every rank alike
         self.scheduler = get_scheduler(schedule.decay, self.optimizer, run.config.warmup_steps,
@@ -120,7 +121,9 @@ class Loop:
     def _end_of_step(self) -> None:
         self.run.stop_signal = max_over_ranks(self.run.stop_signal)
         due = self.step % self.config.save_steps == 0 or self.step == self.schedule.steps
-        if self.divergence.row:  # between left-out steps weights may be broken
+        if not (due or self.run.stop_signal):
+            return
+        if self.divergence.left_out_now():  # between left-out steps weights may be broken
             return
         if due or self.run.stop_signal:
             self.save()
@@ -141,7 +144,8 @@ class Loop:
 
         Not between steps that were left out: there the weights may be broken.
         """
-        return (step % self.config.eval_steps == 0 or step == self.schedule.steps) and not self.divergence.row
+        due = step % self.config.eval_steps == 0 or step == self.schedule.steps
+        return due and not self.divergence.left_out_now()
 
     # ------------------------------------------------------------------------------------- one optimizer step
 
@@ -189,21 +193,25 @@ class Loop:
         more = {"scale_wrt_gas": False} if self._engine else {}
         self.accelerator.backward(loss * self.accelerator.num_processes, **more)
 
-    def optimizer_step(self) -> bool:
-        """Clip, step, next learning rate; False when the step was left out, its loss or gradient not being
-        finite.
-        """
+    def optimizer_step(self) -> None:
+        """Clip, step, next learning rate. No step is made when its loss or gradient is not finite."""
         limit = self.config.max_grad_norm or math.inf  # 0 is no clipping
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        self.grad_norm = math.nan if norm is None else float(norm)
-        left_out = self.divergence.leaves_out(norm)
-        if left_out:
-            self.optimizer.zero_grad()  # to None: at a gradient of 0 AdamW would still move
+        self._norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        # AdamW's kernel reads it, as GradScaler (fp16) uses it; so the host need not know
+        self.adam.found_inf = self.divergence.leaves_out(self._norm).float()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self._steps_summed += 1
-        return not left_out
+
+    def made_step(self) -> bool:
+        """Whether the last optimizer step was made, not left out; waits for the device."""
+        return not self.divergence.left_out_now()
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the last optimizer step, before clipping; waits for the device. NaN where an engine has none."""
+        return math.nan if self._norm is None else float(self._norm)
 
     def skip_optimizer_steps(self, count: int) -> None:
         """Let the learning rate pass steps that are not made."""

@@ -151,8 +151,9 @@ def test_states_are_read_at_their_row_and_column(batch):
 
 
 def test_spread_puts_values_back_in_order():
-    mask = torch.tensor([[True, False, True], [False, True, False]])
-    assert spread(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 0, 2], [0, 3, 0]]
+    groups = pack([[5], [6]], [[[7, 8, 9]], [[4, 3]]], PAD, [[[7, -100, 9]], [[-100, 3]]])
+    assert spread(torch.tensor([1.0, 2.0, 3.0]), groups).tolist() == [[1, 0, 2], [0, 3, 0]]
+    assert groups.tokens.tolist() == groups.responses[groups.response_mask].tolist() == [7, 9, 3]
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ GROUPS = pack(PROMPTS, COMPLETIONS, PAD)
 
 def seen(ours, loss, norm=1.0):
     ours.watch(torch.tensor(loss), GROUPS)
-    return ours.leaves_out(torch.tensor(norm))
+    return bool(ours.leaves_out(torch.tensor(norm)))
 
 
 def test_a_whole_step_in_between_starts_the_count_again(tmp_path):
@@ -164,6 +164,22 @@ def test_a_whole_step_in_between_starts_the_count_again(tmp_path):
     assert [row["loss"] for row in rows] == ["nan"] * 2 + ["-inf"] * 2 + ["1.0"] * 2, "the last three"
     assert [(row["prompt"], row["completions"]) for row in rows[:2]] == [
         (str(prompt), list(map(str, group))) for prompt, group in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+def test_on_a_gpu_the_host_reads_one_step_later(tmp_path, monkeypatch):
+    """The steps are left out all the same: their kernels know. Looking or saving asks for the newest."""
+    ours = divergence(tmp_path)
+    read, losses = ours._read, [math.nan, math.nan, 1.0, math.nan, math.nan, math.nan]
+    monkeypatch.setattr(ours, "_read", lambda all_but=None: read(1 if all_but == 0 else 0))
+    rows = []
+    for number, loss in enumerate(losses, start=1):
+        ours.step = number
+        assert seen(ours, loss) == math.isnan(loss)
+        rows.append(ours.row)
+    assert rows == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(UserError, match="^step 6: .* as in 2 before it"):
+        ours.left_out_now()
+    assert {row["step"] for row in rows_of(tmp_path / "broken_batch.jsonl")} == {4, 5, 6}
 
 
 def test_two_bad_steps_at_the_end_are_no_result(tmp_path):
@@ -185,7 +201,8 @@ def test_a_gradient_that_overflows_is_how_fp16_finds_its_scale(tmp_path):
 def test_a_rank_whose_own_numbers_are_whole_decides_like_the_others(kind, tmp_path, monkeypatch):
     """Else it would wait for ever for those that leave the step out."""
     ours = divergence(tmp_path, kind=kind)
-    monkeypatch.setattr("utils.runs.divergence.max_over_ranks", lambda number: 1)  # another rank found a NaN
+    # another rank found a NaN
+    monkeypatch.setattr("utils.runs.divergence.true_anywhere", torch.ones_like)
     if kind == DistributedType.NO:
         assert seen(ours, 1.0)
     else:

@@ -118,7 +118,7 @@ def _stock_logprobs(policy, rows, groups):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         tokens = torch.tensor(completion, device=DEVICE)
         found.append((logits / TEMPERATURE).log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
-    return {"log-probs": _above_uniform(spread(torch.cat(found), groups.response_mask), groups)}
+    return {"log-probs": _above_uniform(spread(torch.cat(found), groups), groups)}
 
 
 def _stock_scalars(model, rows, groups):
@@ -130,7 +130,7 @@ def _stock_scalars(model, rows, groups):
         before.append(model.score(states)[:, 0])
     values = torch.cat(before)
     values = values if values.dtype == torch.float64 else values.float()
-    return {"scores": torch.stack(last).to(values), "values": spread(values, groups.response_mask)}
+    return {"scores": torch.stack(last).to(values), "values": spread(values, groups)}
 
 
 def _limit(slack: float, stock_error: float, precision: str) -> float:

@@ -267,5 +267,5 @@ class LongPrompt(Trained):
             with arithmetic(self.precision):
                 new_logprobs = response_logprobs(self.model, groups, TEMPERATURE)
             losses, _ = policy_loss(new_logprobs, new_logprobs.detach(), advantages, 0.2)
-            (losses[groups.response_mask].sum() / tokens).backward()
+            (torch.where(groups.response_mask, losses, 0.0).sum() / tokens).backward()
         self.optimizer_step()

@@ -53,9 +53,8 @@ def response_logprobs(policy, groups: PromptGroups, temperature: float) -> torch
     The temperature divides the logits, as it does in sampling (detail 25).
     """
     states = response_states(hidden_states(policy, groups), groups)
-    found = token_logprobs(policy.get_output_embeddings(), states, groups.responses[groups.response_mask],
-                           temperature)
-    return spread(found, groups.response_mask)
+    found = token_logprobs(policy.get_output_embeddings(), states, groups.tokens, temperature)
+    return spread(found, groups)
 
 
 def supervised_outputs(policy, groups: PromptGroups,
@@ -78,9 +77,8 @@ def supervised_outputs(policy, groups: PromptGroups,
                        use_cache=False, output_router_logits=True, output_hidden_states=True,
                        logits_to_keep=1)
     states = response_states(found.hidden_states[-1], groups)
-    tokens = groups.responses[groups.response_mask]
-    logprobs = token_logprobs(policy.get_output_embeddings(), states, tokens, temperature=1.0)
-    return spread(logprobs, groups.response_mask), found.aux_loss * read.sum()
+    logprobs = token_logprobs(policy.get_output_embeddings(), states, groups.tokens, temperature=1.0)
+    return spread(logprobs, groups), found.aux_loss * read.sum()
 
 
 def logprobs_and_entropy(policy, states, groups: PromptGroups,
@@ -88,9 +86,8 @@ def logprobs_and_entropy(policy, states, groups: PromptGroups,
     """`response_logprobs` from the policy's `response_states`, and each token's entropy without a gradient,
     both (N, R).
     """
-    tokens = groups.responses[groups.response_mask]
-    found = token_logprobs_and_entropy(policy.get_output_embeddings(), states, tokens, temperature)
-    return tuple(spread(values, groups.response_mask) for values in found)
+    found = token_logprobs_and_entropy(policy.get_output_embeddings(), states, groups.tokens, temperature)
+    return tuple(spread(values, groups) for values in found)
 
 
 def scores(reward_model, groups: PromptGroups) -> torch.Tensor:
@@ -103,4 +100,4 @@ def response_values(value_model, groups: PromptGroups) -> torch.Tensor:
     """Value of the state before each response token, float32 (N, R). Padding is 0."""
     states = response_states(hidden_states(value_model, groups), groups)
     values = value_model.score(states)[:, 0] - getattr(value_model.config, "score_shift", 0.0)
-    return spread(values, groups.response_mask)
+    return spread(values, groups)

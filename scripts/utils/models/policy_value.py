@@ -61,7 +61,7 @@ class PolicyAndValue(nn.Module):
         if self.value_model is None:
             return None
         if isinstance(self.value_model, nn.Linear):
-            return spread(self.value_model(states)[:, 0], groups.response_mask)
+            return spread(self.value_model(states)[:, 0], groups)
         return response_values(self.value_model, groups)
 
 

@@ -17,7 +17,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from utils.distributed import on_device
 
 
 class PromptGroups(NamedTuple):
@@ -34,10 +37,19 @@ class PromptGroups(NamedTuple):
     # (N, R) True = a real response token that takes part
     response_mask: torch.Tensor
     end_columns: torch.Tensor  # (N,) column of each completion's last token
+    # Of the M real response tokens: their places in the flattened `responses`, and those of the states that
+    # predict them in a flattened (B, T). On a GPU the host would have to wait for `x[response_mask]`.
+    token_places: torch.Tensor
+    state_places: torch.Tensor
 
     def to(self, device) -> "PromptGroups":
         """The same batch on another device."""
-        return PromptGroups(*(tensor.to(device) for tensor in self))
+        return PromptGroups(*(on_device(tensor, device) for tensor in self))
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The real response tokens, (M,)."""
+        return self.responses.flatten()[self.token_places]
 
 
 def pack(
@@ -62,37 +74,40 @@ def pack(
     places, height, width = share_rows(sizes)
     longest = max(len(completion) for group in completions for completion in group)
     count = sum(map(len, completions))
-    input_ids = torch.full((height, width), pad_id)
-    position_ids = torch.zeros((height, width), dtype=torch.long)
-    owners = torch.full((height, width), -1)
-    segments = torch.full((height, width), -1)
-    state_columns = torch.zeros((count, longest), dtype=torch.long)
-    responses = torch.full((count, longest), pad_id)
-    response_mask = torch.zeros((count, longest), dtype=torch.bool)
+    input_ids = np.full((height, width), pad_id)
+    position_ids = np.zeros((height, width), dtype=np.int64)
+    owners = np.full((height, width), -1)
+    segments = np.full((height, width), -1)
+    state_columns = np.zeros((count, longest), dtype=np.int64)
+    responses = np.full((count, longest), pad_id)
+    response_mask = np.zeros((count, longest), dtype=bool)
     row_index, end_columns = [], []
     for owner, (prompt, group, (row, first)) in enumerate(zip(prompts, completions, places, strict=True)):
         column = first + len(prompt)
-        input_ids[row, first:column] = torch.tensor(prompt)
-        position_ids[row, first:column] = torch.arange(len(prompt))
+        input_ids[row, first:column] = prompt
+        position_ids[row, first:column] = np.arange(len(prompt))
         segments[row, first:column] = 0
         owners[row, first : first + sizes[owner]] = owner
         for k, completion in enumerate(group, start=1):
             n, size = len(row_index), len(completion)
-            tokens = torch.tensor(completion)
+            tokens = np.asarray(completion)
             input_ids[row, column : column + size] = tokens
-            position_ids[row, column : column + size] = torch.arange(len(prompt), len(prompt) + size)
+            position_ids[row, column : column + size] = np.arange(len(prompt), len(prompt) + size)
             segments[row, column : column + size] = k
-            state_columns[n, :size] = torch.arange(column - 1, column - 1 + size)
+            state_columns[n, :size] = np.arange(column - 1, column - 1 + size)
             # the token before a completion in its row is another completion's, except for the first
             state_columns[n, 0] = first + len(prompt) - 1
-            targets = tokens if labels is None else torch.tensor(labels[owner][k - 1])
+            targets = tokens if labels is None else np.asarray(labels[owner][k - 1])
             response_mask[n, :size] = targets >= 0
-            responses[n, :size] = targets.where(targets >= 0, pad_id)
+            responses[n, :size] = np.where(targets >= 0, targets, pad_id)
             row_index.append(row)
             end_columns.append(column + size - 1)
             column += size
-    return PromptGroups(input_ids, position_ids, owners, segments, torch.tensor(row_index), state_columns,
-                        responses, response_mask, torch.tensor(end_columns))
+    row_index, token_places = np.array(row_index), np.flatnonzero(response_mask)
+    state_places = (row_index[:, None] * width + state_columns).ravel()[token_places]
+    return PromptGroups(*map(torch.from_numpy, (
+        input_ids, position_ids, owners, segments, row_index, state_columns, responses, response_mask,
+        np.array(end_columns), token_places, state_places)))
 
 
 def unpack(groups: PromptGroups) -> list[tuple[list[int], list[list[int]]]]:
@@ -173,8 +188,7 @@ def response_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
     Returns:
         (M, D), M = number of True in `response_mask`.
     """
-    rows = groups.row_index[:, None].expand_as(groups.state_columns)
-    return hidden[rows[groups.response_mask], groups.state_columns[groups.response_mask]]
+    return hidden.flatten(0, 1)[groups.state_places]
 
 
 def end_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
@@ -182,6 +196,7 @@ def end_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
     return hidden[groups.row_index, groups.end_columns]
 
 
-def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A tensor of the mask's shape with `values` (M,) where the mask is True, and 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def spread(values: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
+    """(N, R) with `values` (M,) at the real response tokens, and 0 elsewhere."""
+    shape = groups.responses.shape
+    return values.new_zeros(shape.numel()).index_copy(0, groups.token_places, values).view(shape)

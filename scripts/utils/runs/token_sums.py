@@ -23,9 +23,12 @@ class TokenSums:
 
     def means(self) -> dict[str, float]:
         """Sums over tokens, and maxima, of all ranks; all ranks must call it with the same names."""
-        sums = {name: self.accelerator.reduce(value, "sum").item()
-                for name, value in sorted(self.sums.items())}
+        sums = self._reduced(self.sums, "sum")
         tokens = sums.pop("tokens")
-        maxima = {name: self.accelerator.reduce(value, "max").item()
-                  for name, value in sorted(self.maxima.items())}
-        return {name: value / tokens for name, value in sums.items()} | maxima
+        return {name: value / tokens for name, value in sums.items()} | self._reduced(self.maxima, "max")
+
+    def _reduced(self, values: dict[str, Tensor], how: str) -> dict[str, float]:
+        """Over all ranks; the host waits for the device once."""
+        names = sorted(values)
+        together = torch.stack([values[name].double() for name in names])
+        return dict(zip(names, self.accelerator.reduce(together, how).tolist(), strict=True))
