@@ -93,7 +93,11 @@ class Chat:
         found = []
         for talker in self.talkers:
             longest = self.config.max_new_tokens or talker.max_new_tokens
-            prompt = talker.prompt(messages, longest)
+            text = talker.text(messages)
+            prompt = talker.tokens(text, longest)
+            if talker.shortens(text, longest):
+                print(f"note: '{talker.parent.name}' cannot read all of this prompt; it got a part",
+                      file=sys.stderr)
             streamer = TextStreamer(talker.tokenizer, skip_prompt=True, skip_special_tokens=True)
             answers = talker.answers(prompt, self.k, longest, self.temperature, streamer if streams else None)
             found.append(self.scorer.scored(prompt, answers) if self.scorer else answers)

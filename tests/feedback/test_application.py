@@ -151,7 +151,7 @@ def test_what_was_rated_is_shown(page):
     rows = browser.get("/api/rated")[1]["rows"]
     assert [row["id"] for row in rows] == sorted((row["id"] for row in rows), reverse=True)
     assert [row["rater"] for row in rows[:3]] == ["Gus"] * 3
-    assert browser.get(f"/api/rated?before={rows[0]['id']}")[1]["rows"][0] == rows[1]
+    assert browser.get(f"/api/rated?before={rows[0]['id']}")[1]["rows"][0]["id"] == rows[1]["id"]
     # the reward model scores in the background
     wait_until(lambda: (browser.get("/api/look")[1]["reward_model"] or {"pairs": 0})["pairs"] >= 18)
 

@@ -10,6 +10,7 @@ from utils.feedback.statistics import (
     policy_win_rates,
     rater_agreement,
     reward_model_agreement,
+    reward_model_curve,
     self_agreement,
 )
 
@@ -99,6 +100,15 @@ def test_the_reward_model_is_asked_about_strict_pairs_alone():
     share = reward_model_agreement(rows, scores | {("q", "b"): 0.0})  # the rater prefers b
     assert (share["pairs"], share["rate"]) == (3, 0.5)
     assert reward_model_agreement(rows, {}) is None
+
+
+def test_the_curve_of_the_reward_model_is_over_the_last_twenty_rankings():
+    rows = [row([1, 2], f"p{n}", time=float(n)) for n in range(22)]
+    scores = {(f"p{n}", name): value for n in range(22) for name, value in
+              (("a", 1.0 if n < 20 else -1.0), ("b", 0.0))}  # right 20 times, then wrong twice
+    ties = [row([1, 1], "tie", time=0.5), row(None, "skipped", kind="skip", time=0.6)]
+    found = reward_model_curve(sorted(rows + ties, key=lambda one: one["time"]), scores)
+    assert found == [[19.0, 1.0], [20.0, 0.95], [21.0, 0.9]] and reward_model_curve(rows[:19], scores) == []
 
 
 # -------------------------------------------------------------------------------------------------- win rates

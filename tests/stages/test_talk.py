@@ -81,6 +81,14 @@ def test_models_stand_side_by_side_with_their_scores(folder, monkeypatch, capsys
     assert out.count("(score ") + out.count("(did not end") == 4
 
 
+def test_who_types_more_than_the_model_can_read_is_told(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a cat. " * 30_000))
+    chat.main(parse_config(chat.ChatConfig, None, f"--model {folder}/first --prompt -".split()))
+    said = capsys.readouterr()
+    assert said.err.count("note: ") == 1 == said.out.count("\n")
+    assert not Talker(Parent("model", str(folder / "first"))).shortens(POST, 12)
+
+
 def test_a_base_model_gets_the_prompt_of_the_trained_one_beside_it(folder, tmp_path):
     save_opt(tmp_path / "base")
     talkers = [Talker(Parent("compare", str(path))) for path in (tmp_path / "base", folder / "first")]

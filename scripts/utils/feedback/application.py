@@ -206,7 +206,7 @@ class Application:
         if before is not None and not (before.isascii() and before.isdecimal() and len(before) < 19):
             raise HTTPError(400, "before must be the id of a rating")
         rows = self.ratings.rated(before=before and int(before), most=_ROWS)
-        return JSONResponse({"rows": [_rated(row) for row in reversed(rows)]})
+        return JSONResponse({"rows": [_rated(row, self.ahead.scores) for row in reversed(rows)]})
 
     def export(self, request: Request) -> Response:
         layout = request.path_params["layout"]
@@ -364,11 +364,14 @@ def _shown(task: Task) -> dict:
             "answers": [{"text": text, "html": safe_html(text)} for text in task.answers]}
 
 
-def _rated(row: dict) -> dict:
-    """A rating as the page lists it."""
+def _rated(row: dict, scores: dict[tuple[str, str], float]) -> dict:
+    """A rating as the page lists it, with the reward model's scores of (prompt, answer) that are known."""
     ranks = row["ranks"] or [None] * len(row["completions"])
-    answers = [{"text": text, "rank": rank, "policy": policy} for text, rank, policy in
-               zip(row["completions"], ranks, row["policies"], strict=True)]
+    answers = []
+    for text, rank, policy in zip(row["completions"], ranks, row["policies"], strict=True):
+        score = scores.get((row["prompt"], text), math.nan)
+        answers.append({"text": text, "rank": rank, "policy": policy,
+                        "score": score if math.isfinite(score) else None})
     return {**{name: row[name] for name in ("id", "rater", "time", "kind", "better")},
             "prompt": readable(row["prompt"]), "answers": answers}
 

@@ -256,13 +256,15 @@ def _chat(models: Models, number: int, messages, temperature, max_new_tokens, st
         if talker is None:
             raise UserError("this model is not offered any more; reload the page")
         longest = max_new_tokens or models.longest(talker)
-        prompt = talker.prompt(messages, longest)
+        text = talker.text(messages)
+        prompt = talker.tokens(text, longest)
         pieces = _Pieces(talker.tokenizer, lambda text: say({"model": number, "text": text}))
         [answer] = talker.answers(prompt, 1, longest, temperature, pieces, stop.is_set)
         if models.scorer and not stop.is_set():
             [answer] = models.scorer.scored(prompt, [answer])
         say({"model": number, "done": True, "ended": ended(talker, answer), "text": answer.text,
-             "html": safe_html(answer.text), "score": answer.score})
+             "html": safe_html(answer.text), "score": answer.score,
+             "shortened": talker.shortens(text, longest)})
     except UserError as error:
         say({"model": number, "error": str(error)})
     except Exception as error:  # no memory on the GPU, say: the page shows it

@@ -18,6 +18,7 @@ from utils.judge.metrics import bootstrap_interval, each_tail
 
 _RESAMPLES = 1000
 _MOST_POINTS = 500  # of a curve
+_WINDOW = 20  # rankings of a moving mean
 _RIDGE = 1e-6  # keeps strengths finite where a policy always wins
 
 
@@ -31,7 +32,8 @@ def look(rows: list[dict], scores: Mapping[tuple[str, str], float] | None = None
     Returns:
         `raters`: `name`, `rated`, `self` (agreement with oneself) of each; `agreement` between raters;
         `policies`: see `policy_win_rates`; `reward_model`: how often it orders a pair as the rater did;
-        `curve`: [Unix time, ratings so far]; `kinds`: how many of each, and of edits. A share is {rate, low,
+        `reward_curve`: see `reward_model_curve`; `curve`: [Unix time, ratings so far];
+        `kinds`: how many of each, and of edits. A share is {rate, low,
         high, pairs}, or None where nothing can be compared.
     """
     raters = Counter(row["rater"] for row in rows)
@@ -43,6 +45,7 @@ def look(rows: list[dict], scores: Mapping[tuple[str, str], float] | None = None
         "agreement": rater_agreement(rows),
         "policies": policy_win_rates(rows),
         "reward_model": reward_model_agreement(rows, scores or {}),
+        "reward_curve": reward_model_curve(rows, scores or {}),
         "curve": curve(rows),
         "kinds": {kind: kinds[kind] for kind in ("ranking", "all_bad", "skip")}
                  | {"edits": sum(row["better"] is not None for row in rows)},
@@ -85,15 +88,29 @@ def reward_model_agreement(rows: list[dict], scores: Mapping[tuple[str, str], fl
     Args:
         scores: of (prompt, completion). Pairs without both are left out.
     """
-    def outcomes():
-        for row in rows:
-            known = {text: scores[row["prompt"], text] for text in row["completions"]
-                     if (row["prompt"], text) in scores}
-            for (first, second), order in _orders(row).items():
-                if order and first in known and second in known:
-                    yield row["prompt"], _agreed(order, _sign(known[first] - known[second]))
+    return _share((row["prompt"], agreed) for row in rows for agreed in _with_reward_model(row, scores))
 
-    return _share(outcomes())
+
+def reward_model_curve(rows: list[dict], scores: Mapping[tuple[str, str], float]) -> list[list[float]]:
+    """How the agreement with the reward model moves: [Unix time, share of the pairs on which it agrees] over
+    the last `_WINDOW` rankings, from the first full window on.
+    """
+    compared = [(row["time"], list(_with_reward_model(row, scores))) for row in rows]
+    compared = [(time, agreed) for time, agreed in compared if agreed]
+    points = []
+    for last in range(_WINDOW, len(compared) + 1):
+        window = [value for _, agreed in compared[last - _WINDOW:last] for value in agreed]
+        points.append([compared[last - 1][0], sum(window) / len(window)])
+    return points[:: -(-len(points) // _MOST_POINTS) or 1]
+
+
+def _with_reward_model(row: dict, scores: Mapping[tuple[str, str], float]) -> Iterator[float]:
+    """How far the reward model agrees with each pair of a ranking that it has scored, without ties."""
+    known = {text: scores[row["prompt"], text] for text in row["completions"]
+             if (row["prompt"], text) in scores}
+    for (first, second), order in _orders(row).items():
+        if order and first in known and second in known:
+            yield _agreed(order, _sign(known[first] - known[second]))
 
 
 def _orders(row: dict) -> dict[tuple[str, str], int]:

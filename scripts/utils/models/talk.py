@@ -11,7 +11,7 @@ from utils.config import UserError
 from utils.data.chat import Chat
 from utils.data.conversations import messages_of, stored_conversation
 from utils.data.layouts import TLDR_TEMPLATE, spaced, tldr_layout, tldr_parts
-from utils.data.tokens import completion_tokens, prompt_tokens
+from utils.data.tokens import WHOLE, completion_tokens, cut_prompts, prompt_tokens
 from utils.distributed import world
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.outputs import scores
@@ -81,6 +81,11 @@ class Talker:
                             f"{self.positions} positions of '{self.parent.name}'")
         [ids] = prompt_tokens(self.tokenizer, [text], room)
         return ids
+
+    def shortens(self, text: str, max_new_tokens: int) -> bool:
+        """Whether `tokens` leaves out some of a stored prompt, which is longer than the model can read."""
+        [(_, cut)] = cut_prompts(self.tokenizer, [text], self.positions - max_new_tokens)
+        return cut != WHOLE
 
     def completions(self, text: str, answers: list[str]) -> list[list[int]]:
         """Token ids of finished answers to a stored prompt, as the reward stage sees them."""

@@ -343,6 +343,7 @@ function drawAnswer(answer) {
     notes.push(t("chat.score", { score: number(answer.score) }));
   if (answer.stopped) notes.push(t("chat.stopped"));
   else if (!answer.busy && answer.ended === false) notes.push(t("chat.cut"));
+  if (answer.shortened) notes.push(t("chat.shortened"));
   const body = answer.html
     ? prose(answer.html)
     : el("div", { class: "prose plain", dir: "auto" }, answer.text);

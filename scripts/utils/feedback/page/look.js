@@ -43,7 +43,13 @@ function draw(root, look, rows) {
   root.replaceChildren(
     head,
     tiles(look),
-    el("div", { class: "charts" }, policies(look.policies), curve(look.curve)),
+    el(
+      "div",
+      { class: "charts" },
+      policies(look.policies),
+      curve(look.curve),
+      rewardCurve(look.reward_curve),
+    ),
     raters(look.raters),
     newest(rows),
     exports(),
@@ -112,6 +118,17 @@ function curve(points) {
   });
 }
 
+function rewardCurve(points) {
+  if (points.length < 2) return null;
+  return lineChart({
+    title: t("look.reward_curve"),
+    text: t("look.reward_curve_text"),
+    points: points.map(([time, share]) => [time, Math.round(100 * share)]),
+    axis: t("look.time"),
+    time: true,
+  });
+}
+
 function raters(list) {
   const rows = list.map(({ name, rated, self }) => [
     name,
@@ -157,6 +174,7 @@ const gist = (text) => text.replace(/^SUBREDDIT: \S+\s+TITLE: /, "").slice(0, 16
 
 function rating({ rater, time, kind, prompt, answers, better }) {
   const text = promptText(prompt);
+  const reward = ({ score }) => (score === null ? [] : [t("chat.score", { score: number(score) })]);
   const sorted = [...answers].sort((a, b) => (a.rank ?? 0) - (b.rank ?? 0));
   const words = (answer) =>
     el(
@@ -164,7 +182,7 @@ function rating({ rater, time, kind, prompt, answers, better }) {
       {},
       el("span", { class: "rank" }, answer.rank ?? "–"),
       el("span", { class: "plain", dir: "auto" }, answer.text.trim()),
-      el("span", { class: "muted", dir: "auto" }, answer.policy),
+      el("span", { class: "muted", dir: "auto" }, [answer.policy, ...reward(answer)].join(" · ")),
     );
   return el(
     "li",
