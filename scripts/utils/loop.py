@@ -197,8 +197,9 @@ class Loop:
         """Clip, step, next learning rate. No step is made when its loss or gradient is not finite."""
         limit = self.config.max_grad_norm or math.inf  # 0 is no clipping
         self._norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        # AdamW's kernel reads it, as GradScaler (fp16) uses it; so the host need not know
-        self.adam.found_inf = self.divergence.leaves_out(self._norm).float()
+        left_out = self.divergence.leaves_out(self._norm)
+        if not self._engine:  # AdamW's kernel reads it, as it does for GradScaler; so the host need not know
+            self.adam.found_inf = left_out.float()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()

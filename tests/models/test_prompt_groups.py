@@ -128,8 +128,20 @@ def test_micro_batches_stay_within_their_limits_and_lose_nothing(seed, max_group
     assert all(len(batch) == 1 or len(batch) * longest[n] <= most for n, batch in enumerate(batches))
     # of like size together: no group of a later batch is larger than one of an earlier
     assert [sizes[i] for batch in batches for i in batch] == sorted(sizes, reverse=True)
-    for n, batch in enumerate(batches[:-1]):  # none was closed while the next one still fitted in
-        assert len(batch) == max_groups or (len(batch) + 1) * longest[n] > most
+    ordered, fewest = sorted(sizes, reverse=True), [0]  # the fewest batches of the first groups
+    for end in range(1, 24):
+        fewest.append(1 + min(fewest[first] for first in range(max(0, end - max_groups), end)
+                              if end - first == 1 or (end - first) * ordered[first] <= most))
+    assert len(batches) == fewest[-1]
+
+
+@pytest.mark.parametrize(("sizes", "max_groups", "counts"), [
+    ([350] * 48, 99, [24, 24]),  # 16,384 tokens are 46 rows: not 46 and 2
+    ([350] * 48, 20, [16, 16, 16]),
+    ([16384, *[100] * 99], 99, [1, 99]),  # 50 and 50 do not fit into two passes
+])
+def test_micro_batches_are_as_few_as_they_can_be_and_of_like_numbers(sizes, max_groups, counts):
+    assert list(map(len, micro_batches(sizes, max_groups, 16384))) == counts
 
 
 def test_no_groups_make_no_micro_batches():

@@ -143,7 +143,8 @@ def share_rows(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
 
 
 def micro_batches(sizes: Sequence[int], max_groups: int, max_tokens: int | None = None) -> list[list[int]]:
-    """Split groups into forward passes. Groups of similar size go together: less padding is computed.
+    """Split groups into forward passes: as few as possible, of like numbers of groups, since the largest pass
+    decides the memory. Groups of similar size go together: less padding is computed.
 
     Args:
         sizes: tokens of each group.
@@ -154,6 +155,13 @@ def micro_batches(sizes: Sequence[int], max_groups: int, max_tokens: int | None 
     Returns:
         Indices of the groups of each pass.
     """
+    filled = _filled(sizes, max_groups, max_tokens)
+    even = _filled(sizes, math.ceil(len(sizes) / max(1, len(filled))), max_tokens)
+    return even if len(even) == len(filled) else filled
+
+
+def _filled(sizes, max_groups, max_tokens):
+    """Passes that are filled one after the other, up to the limits."""
     batches = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         count = len(batches[-1]) + 1 if batches else math.inf
