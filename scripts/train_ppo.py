@@ -108,8 +108,8 @@ class PPOStageConfig(StageConfig):
     ema_decay: float = key(0.0, "Judge and keep an exponential average of the policy (IG: .992 a step); 0: "
                                 "the policy itself.",
                            source="detail 35", low=0.0, high=0.999999)
-    missing_eos_score: float = key(-1.0, "Score of a response without EOS.", unit="score", source="detail 26",
-                                   low=-1e6, high=1e6)
+    missing_eos_score: float | None = key(-1.0, "Score of a response without EOS; none: what the rewards "
+                                                "say.", unit="score", source="detail 26", low=-1e6, high=1e6)
     save_steps: int = key(20, "A checkpoint is saved every so many updates.", unit="updates",
                           low=1, high=10**9)
     eval_steps: int = key(10, "Summarise the validation prompts every so many updates.", unit="updates",
@@ -209,12 +209,13 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
     batches = PromptBatches(len(posts.prompts), config.prompts_per_update, config.seed)
     for update, places in loop.steps(batches):
         began = time.monotonic()
-        queries = [posts.prompts[place] for place in places][own_prompts(loop)]
+        mine = list(places)[own_prompts(loop)]
+        queries = [posts.prompts[place] for place in mine]
         # These call the models inside the accelerator's wrapper, so they need its autocast (detail 27). The
         # block is short: autocast keeps the weights it has cast until its end, and a step makes them old.
         with torch.no_grad(), loop.accelerator.autocast():
             episodes = sample_episodes(loop, models.policy, queries, update)
-            score, reward_figures = models.rewards.score(episodes)  # (N,)
+            score, reward_figures = models.rewards.score(episodes, posts.rows(mine), update)  # (N,)
             reference = partial(response_logprobs, models.ref_policy, temperature=config.temperature)
             ref_logprobs = episodes.measure(reference)  # (N, R)
             values = episodes.measure(models.trained.values)  # (N, R), of the state before each token
@@ -397,18 +398,18 @@ def evaluate(loop: Loop, models: Models, validation: Tokenised, judge: Judge, go
     with loop.accelerator.autocast():
         greedy = judge.summaries(models.outcome, validation, config.eval_temperature, "validation")
         sampled = judge.summaries(models.outcome, validation, config.temperature, "validation, sampled")
-        score, score_sampled = judge.scores(validation, [greedy, sampled], "validation, scores")
+        scored, scored_sampled = judge.scores(validation, [greedy, sampled], "validation, scores")
         kl = judge.kls(validation, sampled, "validation, KL")
-    columns = {"tokens": list(map(len, greedy.tokens)), "ended": greedy.ended, "score": score,
-               "score_sampled": score_sampled, "kl": kl}
+    columns = {"tokens": list(map(len, greedy.tokens)), "ended": greedy.ended, "score": scored.total,
+               "score_sampled": scored_sampled.total, "kl": kl}
     if gold is not None:
         columns |= {"gold": gold.scores(validation.examples, greedy),
                     "gold_sampled": gold.scores(validation.examples, sampled)}
-    means = {name: fmean(values) for name, values in columns.items()}
+    means = {name: fmean(values) for name, values in columns.items()} | scored.means("rewards/{}")
     if (rouge := judge.rouge(validation, greedy)) is not None:
         means["rouge_avg"] = rouge
     loop.run.metrics(update, {f"eval/{name}": value for name, value in means.items()})
-    texts = zip(validation.examples[:SHOWN], greedy.texts, score, strict=False)
+    texts = zip(validation.examples[:SHOWN], greedy.texts, scored.total, strict=False)
     loop.run.samples(update, "validation", [
         {"prompt": example.prompt, "reference": example.completion, "summary": text, "score": value}
         for example, text, value in texts])
@@ -432,7 +433,7 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
         for kind, temperature in (("sampled", config.temperature), ("greedy", config.eval_temperature))
     }
     before, after = written["before", "sampled"], written["after", "sampled"]
-    score_before, score_after = map(fmean, judge.scores(test, [before, after], "test, scores"))
+    scored_before, scored_after = judge.scores(test, [before, after], "test, scores")
     kl = fmean(judge.kls(test, after, "test, KL"))
     lengths = [fmean(map(len, summaries.tokens)) for summaries in (before, after)]
     loop.run.log(f"test: share with EOS {fmean(after.ended):.3f}, length {lengths[0]:.1f} -> "
@@ -443,12 +444,13 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
     return Ending(
         samples=[{"prompt": example.prompt, "reference": example.completion, "sft": sft, "ppo": ppo}
                  for example, sft, ppo in texts],
-        summary={"score_before": score_before, "score_after": score_after, **figures, "kl": kl,
+        summary={"score_before": fmean(scored_before.total), "score_after": fmean(scored_after.total),
+                 **scored_before.means("{}_before"), **scored_after.means("{}_after"), **figures, "kl": kl,
                  "rouge_avg": judge.rouge(test, written["after", "greedy"])},
         work={"best_step": best_step, "episodes": config.updates * config.episodes_per_update},
         stage={"prompt_layout": layout_of(test.examples[0].prompt),
                "max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
-               "score": score_after, "kl": kl},
+               "score": fmean(scored_after.total), "kl": kl},
         plot=partial(plot_ppo, kept=best_step, kl_budget=config.kl_budget),
         compared=("sft", "ppo"),
     )
@@ -464,6 +466,11 @@ class Posts(NamedTuple):
     validation: Tokenised
     test: Tokenised
     supervised: Tokenised | None  # the examples of `ptx_coef`
+    examples: Rows | None = None  # the texts of the prompts
+
+    def rows(self, places: list[int]) -> Rows | None:
+        """Some rows of the training data."""
+        return self.examples and self.examples.select(places)
 
 
 def load_posts(config: PPOStageConfig, tokenizer, report: DataReport) -> Posts:
@@ -484,7 +491,7 @@ def load_posts(config: PPOStageConfig, tokenizer, report: DataReport) -> Posts:
     if supervised is not None:
         supervised = supervised_examples(config, supervised, [validation, test], report)
     training, validation, test = (tokenised(rows, prompts_only=True) for rows in (training, validation, test))
-    return Posts(training.prompts, validation, test, supervised)
+    return Posts(training.prompts, validation, test, supervised, training.examples)
 
 
 def supervised_examples(config, examples: Rows, held_out: list[Rows], report) -> Tokenised:
@@ -541,12 +548,12 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
 
 def main(config: PPOStageConfig) -> None:
     refuse_contradictions(config)
-    rewards = open_rewards(config)
     sft = Parent("model", config.model, config.chat_template)
+    rewards = open_rewards(config, sft)
     open_stage(config, sft)
     refuse_impossible(config)
     set_seed(config.seed)
-    check_task(sft, *rewards.parents)
+    check_task(sft, *(reward.parent for reward in rewards.of_models if not reward.reads_text))
     refuse_broken_summaries(sft, *rewards.parents)
     report = DataReport()
     posts = load_posts(config, sft.tokenizer, report)
@@ -568,9 +575,10 @@ def main(config: PPOStageConfig) -> None:
     if config.ema_decay:
         models = models._replace(average=averaged(models.policy, config.ema_decay))
         loop.weights["average"] = outcome_weights(models)
-    loop.carried = {"kl_coef": config.kl_coef}
+    loop.carried = {"kl_coef": config.kl_coef, "reward_scales": rewards.scales}
     judge = Judge(models.ref_policy, rewards, sft.tokenizer, config)
     loop.resume()
+    rewards.scales = loop.carried["reward_scales"]
     if loop.step == 0:
         evaluate(loop, models, posts.validation, judge, gold, 0)
     began = time.monotonic()

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DeepSpeedPlugin, broadcast_object_list, reduce
+from accelerate.utils import DeepSpeedPlugin, broadcast_object_list, gather_object, reduce
 
 from utils.config import UserError
 
@@ -108,6 +108,21 @@ def on_main(work: Callable[[], None]) -> None:
     [message] = broadcast_object_list([message])
     if message is not None:
         raise UserError(message)
+
+
+def on_all(work: Callable):
+    """What `work()` returns on this rank. A UserError of one rank is raised on every rank."""
+    if world().num_processes == 1:
+        return work()
+    result, message = None, None
+    try:
+        result = work()
+    except UserError as error:
+        message = str(error)
+    messages = [one for one in gather_object([message]) if one is not None]
+    if messages:
+        raise UserError(messages[0])
+    return result
 
 
 @contextmanager

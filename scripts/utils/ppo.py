@@ -279,10 +279,10 @@ def explained_variance(residual_moments: Tensor, return_moments: Tensor) -> Tens
     return 1 - mean_var(residual_moments)[1] / mean_var(return_moments)[1]
 
 
-def missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
-    """Scores (N,) in which responses without EOS get the fixed score `penalty` (detail 26).
+def missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float | None) -> Tensor:
+    """Scores (N,) in which responses without EOS get the fixed score `penalty` (detail 26); None: their own.
 
     Args:
         ended: (N,) bool, True = the response has an EOS.
     """
-    return torch.where(ended, scores, penalty)
+    return scores if penalty is None else torch.where(ended, scores, penalty)

@@ -17,7 +17,7 @@ from utils.judge.judging import Judge
 from utils.models.policy_value import Models, PolicyAndValue
 from utils.rewards.entries import ModelEntry
 from utils.rewards.model import ModelReward
-from utils.rewards.rewards import Rewards
+from utils.rewards.rewards import Rewards, Scores
 
 PROMPTS = random_groups([5, 1, 8, 3, 6], [[1]] * 5)[0]
 POSTS = Tokenised([SimpleNamespace(prompt="p", completion=" w3 w4.", facts=None) for _ in PROMPTS], PROMPTS,
@@ -61,7 +61,7 @@ def test_each_policys_summaries_are_scored_and_one_without_eos_gets_the_fixed_sc
     found = [ours.summaries(policy("opt", seed), POSTS, 2.0, "") for seed in (2, 3)]
     assert found[0].tokens != found[1].tokens
     for summaries, scores in zip(found, ours.scores(POSTS, found, ""), strict=True):
-        for prompt, response, ended, score in zip(PROMPTS, summaries.tokens, summaries.ended, scores,
+        for prompt, response, ended, score in zip(PROMPTS, summaries.tokens, summaries.ended, scores.total,
                                                   strict=True):
             stock = ours.rewards.models[0](input_ids=torch.tensor([prompt + response])).logits.item()
             assert score == pytest.approx(stock if ended else -1.0, abs=1e-4)
@@ -110,7 +110,7 @@ class Recorded:
         return [self.kl * found.temperature]
 
     def scores(self, posts, found, title):
-        return [[summaries.temperature] for summaries in found]
+        return [Scores([summaries.temperature], {}) for summaries in found]
 
     def rouge(self, posts, found):
         return found.temperature

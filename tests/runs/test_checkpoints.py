@@ -20,6 +20,7 @@ from utils.config import UserError
 from utils.loop import Schedule
 from utils.models.lora import add_adapter
 from utils.models.policy_value import Models, PolicyAndValue, averaged
+from utils.rewards.rewards import Scores
 from utils.runs.checkpoints import CheckpointFolder, damage, load_weights, save_weights, trainable_weights
 from utils.runs.resume import find_point
 
@@ -47,7 +48,8 @@ def offer(loop, update, score, kl=0.0):
     """Offer the weights of an update, which are its number, by the stage's own evaluation."""
     become(loop, update)
     written, posts = SimpleNamespace(tokens=[[5]], ended=[True], texts=[""]), SimpleNamespace(examples=[])
-    judge = SimpleNamespace(summaries=lambda *_: written, scores=lambda *_: ([score], [0.0]),
+    scored = Scores([score], {}), Scores([0.0], {})
+    judge = SimpleNamespace(summaries=lambda *_: written, scores=lambda *_: scored,
                             kls=lambda *_: [kl], rouge=lambda *_: None)
     models = Models(SimpleNamespace(policy=loop.module), None, None)
     train_ppo.evaluate(loop, models, posts, judge, None, update)

@@ -19,6 +19,7 @@ from utils.judge.evaluation import Summaries
 from utils.models.outputs import response_logprobs, response_values, scores
 from utils.models.prompt_groups import pack, unpack
 from utils.ppo import Rollout
+from utils.rewards.rewards import Scores
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +317,8 @@ def test_a_run_stops_at_such_an_update_before_it_trains_on_it(config, monkeypatc
 def test_evaluations_judge_the_average_where_there_is_one(config):
     judged, written = [], Summaries([[EOS]], [""], [True], [[0.0]])
     judge = SimpleNamespace(summaries=lambda policy, *_: (judged.append(policy), written)[1],
-                            scores=lambda *_: [[0.0], [0.0]], kls=lambda *_: [0.0], rouge=lambda *_: None)
+                            scores=lambda *_: [Scores([0.0], {})] * 2, kls=lambda *_: [0.0],
+                            rouge=lambda *_: None)
     loop, models = ppo_loop(replace(config, ema_decay=0.5, eval_steps=1))
     train_ppo.train(loop, models, posts_of(PROMPTS), judge, None)
     assert len(judged) == 2 * loop.config.updates, "greedy and sampled, after each update"

@@ -84,7 +84,7 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/studies/personalise.py": ("studies.personalise", "PersonaliseConfig", None),
            "scripts/feedback.py": ("feedback", "FeedbackConfig", None)}
 # takes no configuration: the words that the documents may give it
-PLAIN = {"tests/helpers/real_posts.py": [],
+PLAIN = {"tests/helpers/real_posts.py": [], "data/sorting/generate.py": [],
          "data/tldr_mini/generate.py": ["--output_dir", "outputs/uneven", "--answers", "2", "9"]}
 COMMANDS = sorted({command for path in DOCS for command in commands(path)})
 

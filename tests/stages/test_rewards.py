@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import signal
 
 import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import train_ppo
+from reward_service import service
 from run_folders import furthest, last_trained, metrics, weights
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, parse_config
@@ -58,10 +61,11 @@ def test_a_list_of_one_model_is_the_run_of_reward_model_bit_for_bit(folder, plai
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--reward_model none", "^reward_model: nothing scores the answers; name a reward model, or rewards$"),
+    ("--model assets/opt-mini --reward_model none",
+     "^reward_model: nothing scores the answers; name a reward model, or rewards$"),
     ("--reward_model x --rewards [{model: x}]", "^command line: 'reward_model' has no effect .rewards says "),
-    ("--rewards 3", "^command line: 'rewards' must be a list of mappings .* found a whole number$"),
-    ("--rewards []", "^command line: 'rewards' must be a list of mappings .* found an empty list$"),
+    ("--rewards 3", "^command line: 'rewards' must be a list of mappings.* found a whole number$"),
+    ("--rewards []", "^command line: 'rewards' must be a list of mappings.* found an empty list$"),
     ("--rewards [a", "^command line: 'rewards' is not YAML: "),
     ("--rewards [a]", "^command line: 'rewards' entry 1 is text; a mapping is needed"),
     ("--rewards [{weight: 2}]", "^command line: 'rewards' entry 1 has none of model"),
@@ -70,14 +74,94 @@ def test_a_list_of_one_model_is_the_run_of_reward_model_bit_for_bit(folder, plai
     ("--rewards [{model: x, weight: much}]",
      r"^command line: 'rewards' entry 1 \('model'\): 'weight' must be a number, found 'much'$"),
     ("--rewards [{model: x, weight: .inf}]", "'weight' must be a finite number"),
-    ("--rewards [{model: }]", "^command line: 'rewards' entry 1: 'model' says nothing$"),
+    ("--rewards [{model: }]", "^command line: 'rewards' entry 1 .'model'.: 'model' says nothing$"),
     ("--rewards [{model: x}, {model: y}]", "has 2 entries of the name 'model'; give each a 'name'"),
-    ("--rewards [{model: x, name: a b}]", "entry 1 has the name 'a b'; letters, digits"),
+    ("--rewards [{model: x, name: a b}]", "entry 1 .* has the name 'a b'; letters, digits"),
 ])
 def test_a_mistake_in_the_list_is_one_line_with_place_and_key(words, message, tmp_path):
-    given = words.replace(" --", "\n--").replace("--rewards ", "--rewards\n").replace("_model ", "_model\n")
+    given = words.replace(" --", "\n--").replace("--rewards ", "--rewards\n").replace("model ", "model\n", 2)
     with pytest.raises(UserError, match=message):
         train_ppo.main(config_of(tmp_path, "no", *given.split("\n")))
+
+
+OWN = """
+def is_short(completions, number):
+    return [float(len(text.split()) < n) if n else None for text, n in zip(completions, number)]
+
+def fails(completions):
+    raise ValueError("no luck")
+"""
+
+
+@pytest.fixture(scope="module")
+def every_kind(folder):
+    """`rewards` with an entry of each kind but judge, and the services behind it."""
+    (folder / "own.py").write_text(OWN)
+    for part in ("train", "validation", "test"):
+        rows = [json.loads(row) for row in (folder / f"{part}.jsonl").read_text().splitlines()]
+        (folder / f"{part}.jsonl").write_text("".join(
+            json.dumps(row | {"number": place}) + "\n" for place, row in enumerate(rows)))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reward")
+    tokenizer.add_tokens(["zzzz"])  # the same tokens for all of these texts, but another vocabulary
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    model.resize_token_embeddings(len(tokenizer))
+    for saved in (tokenizer, model):
+        saved.save_pretrained(folder / "other")
+    def lengths(asked, handler):
+        return {"scores": [len(text) / 10 for text in asked["completions"]]}
+
+    with service(lengths) as (address, _):
+        yield [{"model": f"{folder}/reward", "scale": "std"}, {"model": f"{folder}/other", "name": "other"},
+               {"python": f"{folder}/own.py:is_short", "warmup_updates": 3}, {"url": address, "weight": 0.5},
+               {"length_target": 4}, {"length_limit": 3}, {"length_price": 0.01}, {"repetition": 1},
+               {"format": "[a-z ]+"}, {"rouge": "mean"}, {"missing_eos": -1.0, "clip": 0.5}]
+
+
+def test_every_kind_is_logged_by_its_name_and_goes_on_after_a_stop(folder, every_kind, monkeypatch):
+    """A model with a vocabulary of its own reads the text once more, and here says what it says of tokens."""
+    words = ["--rewards", json.dumps(every_kind), "--missing_eos_score", "none"]
+    whole = run(folder, "whole", *words)
+    rows = [row for row in metrics(whole) if "objective/kl" in row]
+    names = ["model", "other", "is_short", "url", "length_target", "length_limit", "length_price",
+             "repetition", "format", "rouge", "missing_eos"]
+    for row in rows:
+        assert {name.split("/")[1] for name in row if name.startswith("rewards/")} == set(names)
+        assert row["rewards/length_price"] == pytest.approx(-0.01 * row["objective/length"])
+        assert row["rewards/missing_eos"] == pytest.approx(row["objective/ended"] - 1)
+        assert row["rewards/length_price/r_tokens"] in (None, pytest.approx(-1))
+    for row in metrics(whole):  # of nearly greedy answers, which are no random pieces of words
+        if "eval/kl" in row:
+            assert row["eval/rewards/other"] == pytest.approx(row["eval/rewards/model"], abs=1e-4)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert all(f"{name}_{when}" in summary for name in names for when in ("before", "after"))
+
+    class Interrupted(train_ppo.Run):
+        def metrics(self, step, values):
+            super().metrics(step, values)
+            if step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(train_ppo, "Run", Interrupted)
+        run(folder, "stopped", *words)
+    run(folder, "stopped", *words, "--resume")
+    assert metrics(folder / "stopped") == metrics(whole)
+    assert furthest(last_trained(folder / "stopped"), last_trained(whole)) == 0
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_ppo_needs_no_reward_model(folder, every_kind, advantage):
+    words = ["--total_episodes=8", "--rewards", json.dumps(every_kind[2:3]), f"--advantage={advantage}"]
+    made = run(folder, f"none-{advantage}", *words)
+    stage = json.loads((made / "final" / "stage.json").read_text())
+    assert set(stage["parents"]) == {"model"}
+    assert any(name.startswith("value_model") for name in last_trained(made)) == (advantage == "gae")
+
+
+def test_a_function_that_raises_stops_the_run_with_its_row(folder, every_kind):
+    with pytest.raises(UserError, match=r"^rewards.fails: '.*own.py:fails' raised ValueError: no luck, for "
+                                        r"the answer '.*' to .*validation.jsonl:1$"):
+        run(folder, "fails", "--rewards", f"[{{python: '{folder}/own.py:fails'}}]")
 
 
 def test_a_mistake_in_a_file_names_its_line(tmp_path):

@@ -177,9 +177,12 @@ def test_the_glossary_explains_what_is_logged_and_nothing_else(finished, carried
               for line in (run / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
     table = re.findall(r"^\|([^|]*)\|", (PROJECT / "docs" / "metrics.md").read_text(), re.MULTILINE)
     kinds = "eval|loss|objective|policy|reward|sft|time|value"
+    names = r"`(rewards/NAME[a-z_/]*)`"
+    rewards = {name.replace("NAME", "model") for cell in table for name in re.findall(names, cell)}
     explained = {name for cell in table for name in re.findall(rf"`((?:{kinds})/[a-zA-Z0-9_]+)`", cell)}
     experts = {"sft/router_loss"}  # of models that have some: test_routers.py finds it in their log
-    assert {name for name in logged if not name.startswith("test/")} - {"step"} | experts == explained
+    logged = {name for name in logged if not name.startswith("test/")} - {"step"}
+    assert logged | experts == explained | rewards
 
 
 @pytest.mark.parametrize(("stage", "keys"), [("sft", SFT_KEYS), ("reward", REWARD_KEYS), ("ppo", PPO_KEYS)])
@@ -455,7 +458,8 @@ def test_adapters_as_final_are_those_of_one_base_in_all_stages(folder, monkeypat
     exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), final).eval()
     torch.testing.assert_close(load_policy(parent).eval()(input_ids=ids).logits, exact(input_ids=ids).logits,
                                rtol=1e-4, atol=1e-4)
-    models = load_models(Parent("model", config.model), open_rewards(config), config)
+    parent = Parent("model", config.model)
+    models = load_models(parent, open_rewards(config, parent), config)
     held = [{layer.weight.data_ptr() for _, layer in layers_of(model)} for model in (
         models.policy, models.ref_policy, *models.rewards.models, models.trained.value_model)]
     assert held[0] == held[1] == held[2] == held[3] and len(held[0]) == 12

@@ -116,7 +116,8 @@ def ppo(task: Task, turns: Turns) -> None:
         max_new_tokens=RESPONSE_TOKENS, temperature=TEMPERATURE, kl_coef=KL_COEF, eval_steps=NEVER,
     )
     set_seed(config.seed)
-    models = load_models(Parent("model", config.model), open_rewards(config), config)
+    policy = Parent("model", config.model)
+    models = load_models(policy, open_rewards(config, policy), config)
     run = TurnRun(config, "ppo", turns)
     loop = Loop(run, models.trained, TOKENIZER, Schedule(config.updates, config.updates * config.ppo_epochs,
                                                          "linear"))

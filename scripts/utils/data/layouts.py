@@ -18,6 +18,7 @@ class Example(NamedTuple):
     prompt: str
     completion: str | None  # None: unknown
     facts: dict[str, str] | None  # facts that a synthetic post was made from, for its gold score
+    columns: dict | None = None  # of a row of prompts: its other columns, for rewards
 
 
 class Ranking(NamedTuple):

@@ -98,6 +98,11 @@ class Rows(Sequence):
         stored, row = self._find(index)
         return stored.place(row)
 
+    def messages(self, index: int) -> list[dict] | None:
+        """The conversation that a row's prompt is; None: it is plain text."""
+        stored, row = self._find(index)
+        return stored.messages(row)
+
     def prompts(self) -> np.ndarray:
         """(N,) 16 bytes that stand for each row's prompt."""
         marks = [mark for stored in self.sets for mark in stored.table.column("digest").to_pylist()]

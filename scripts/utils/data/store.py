@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from utils.data.columns import NOTES
-from utils.data.conversations import readable
+from utils.data.conversations import messages_of, readable
 from utils.data.layouts import Example, Ranking
 
 _TEXTS = pa.schema([("text", pa.string())])
@@ -34,6 +34,7 @@ _ROWS = pa.schema([
     ("completions", pa.list_(pa.int64())),  # numbers of their texts
     *ROW_COLUMNS.items(),
     ("facts", pa.string()),  # as JSON
+    ("columns", pa.string()),  # of a row of prompts: its other columns, as JSON
     ("number", pa.int64()),  # of the first source row that it was made from
     ("digest", pa.binary(16)),  # of the prompt's text
 ])
@@ -84,11 +85,11 @@ class SetWriter:
         return number
 
     def row(self, number: int, prompt: int, completions: list[int], pairs=(), label_scores=None, notes=None,
-            margins=None, facts=None) -> None:
-        """Write a row. `prompt` and `completions` are numbers of texts."""
-        self._rows.append((prompt, completions, pairs, label_scores, notes, margins, facts, number,
+            margins=None, facts=None, columns=None) -> None:
+        """Write a row. `prompt` and `completions` are numbers of texts; `facts` and `columns` are JSON."""
+        self._rows.append((prompt, completions, pairs, label_scores, notes, margins, facts, columns, number,
                            self._digests[prompt]))
-        self._row_characters += len(facts or "")
+        self._row_characters += len(facts or "") + len(columns or "")
         self.row_count += 1
         if len(self._rows) == _BATCH_ROWS or self._row_characters > _BATCH_CHARACTERS:
             self._flush_rows()
@@ -165,12 +166,16 @@ class StoredSet:
         prompt = readable(self.text(row["prompt"]))
         completions = [self.text(number) for number in row["completions"]]
         if self.meta["kind"] not in ("rankings", "ratings"):
-            facts = row["facts"] and json.loads(row["facts"])
-            return Example(prompt, completions[0] if completions else None, facts)
+            facts, columns = (row[name] and json.loads(row[name]) for name in ("facts", "columns"))
+            return Example(prompt, completions[0] if completions else None, facts, columns)
         pairs, notes = [tuple(pair) for pair in row["pairs"]], row["notes"]
         if notes:  # Arrow fills in None for every note that is missing
             notes = [{name: value for name, value in note.items() if value is not None} for note in notes]
         return Ranking(prompt, completions, pairs, row["label_scores"], notes, row["margins"])
+
+    def messages(self, index: int) -> list[dict] | None:
+        """The conversation that a row's prompt is; None: it is plain text."""
+        return messages_of(self.text(self.table.column("prompt")[index].as_py()))
 
     def rejected(self) -> Iterator[dict]:
         """The rejected rows: `place` (`file:line`), `reason`, `row`."""

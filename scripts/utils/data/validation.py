@@ -146,17 +146,18 @@ class _Examples:
     def take(self, row: dict, reading: Reading, number: int) -> None:
         self._write(example_of(row, reading, str(number)), number)
 
-    def _write(self, example: Example, number: int) -> None:
+    def _write(self, example: Example, number: int, columns: dict | None = None) -> None:
         completions = [] if example.completion is None else [self.writer.text(example.completion)]
-        facts = None if example.facts is None else json.dumps(example.facts, ensure_ascii=False, default=str)
-        self.writer.row(number, self.writer.text(example.prompt), completions, facts=facts)
+        facts, columns = (None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+                          for value in (example.facts, columns or None))
+        self.writer.row(number, self.writer.text(example.prompt), completions, facts=facts, columns=columns)
 
     def finish(self):
         pass
 
 
 class _Prompts(_Examples):
-    """Stores prompts, with a completion where there is one.
+    """Stores prompts, with a completion and other columns where there are some.
 
     Prompts of compared, rated or marked answers occur in several rows. Each is stored once, without
     completion.
@@ -171,7 +172,7 @@ class _Prompts(_Examples):
         if example is None:
             self.dropped.setdefault("share no prompt", []).append(number)
         elif reading.layout.kind in ("examples", "prompts"):
-            self._write(example, number)
+            self._write(example, number, {name: row[name] for name in reading.unread})
         elif (text := self.writer.text(example.prompt)) not in self._seen:
             self._seen.add(text)
             self.writer.row(number, text, [])

@@ -7,7 +7,7 @@ from utils.data.rows import Tokenised
 from utils.judge.evaluation import Summaries, measure_groups, summarise
 from utils.judge.metrics import SummaryRouge
 from utils.models.outputs import response_logprobs
-from utils.rewards.rewards import Rewards
+from utils.rewards.rewards import Rewards, Scores
 
 
 class Judge:
@@ -20,16 +20,18 @@ class Judge:
         """One summary of each post; the same seeds for every policy."""
         return summarise(policy, self.tokenizer, posts.prompts, self.config, temperature, title)
 
-    def scores(self, posts: Tokenised, written: list[Summaries], title: str) -> list[list[float]]:
-        """The scores of all rewards together, a list for each policy's summaries: those of one post are one
-        prompt group.
+    def scores(self, posts: Tokenised, written: list[Summaries], title: str) -> list[Scores]:
+        """The scores of each policy's summaries: those of one post are one prompt group.
 
         A summary without EOS scores `missing_eos_score`, as in training (detail 26).
         """
         missing = self.config.missing_eos_score
         scored = self.rewards.judge(posts, written, self.tokenizer, self.config.eval_batch_size, title)
-        return [[score if ended else missing for score, ended in zip(column, summaries.ended, strict=True)]
-                for column, summaries in zip(scored, written, strict=True)]
+        if missing is None:
+            return scored
+        return [one._replace(total=[score if ended else missing
+                                    for score, ended in zip(one.total, summaries.ended, strict=True)])
+                for one, summaries in zip(scored, written, strict=True)]
 
     def kls(self, posts: Tokenised, sampled: Summaries, title: str) -> list[float]:
         """log p - log p_ref in nats, of summaries sampled at the training temperature: their own log-probs

@@ -73,12 +73,19 @@ class SummaryRouge(evaluate.Metric):
     def _compute(self, predictions, references):
         if len(predictions) == 0:
             raise ValueError("ROUGE of no examples")
-        names = ["rouge1", "rouge2", "rougeL"]
-        scorer = rouge_scorer.RougeScorer(names, tokenizer=AnyScript())
-        examples = [scorer.score(target=r, prediction=p) for p, r in zip(predictions, references,
-                                                                         strict=True)]
-        result = {name: float(np.mean([example[name].fmeasure for example in examples])) for name in names}
-        return {**result, "rouge_avg": float(np.mean(list(result.values())))}
+        examples = rouge_of_each(predictions, references)
+        return {name: float(np.mean([example[name] for example in examples])) for name in examples[0]}
+
+
+def rouge_of_each(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+    """For each prediction "rouge1", "rouge2", "rougeL", F1 with stemming, and their mean "rouge_avg"."""
+    names, each = ["rouge1", "rouge2", "rougeL"], []
+    scorer = rouge_scorer.RougeScorer(names, tokenizer=AnyScript())
+    for prediction, reference in zip(predictions, references, strict=True):
+        score = scorer.score(target=reference, prediction=prediction)
+        found = {name: score[name].fmeasure for name in names}
+        each.append(found | {"rouge_avg": float(np.mean(list(found.values())))})
+    return each
 
 
 def _wins(ours, theirs):

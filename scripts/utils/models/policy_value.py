@@ -22,7 +22,7 @@ from utils.models.lora import join_weights, share_weights
 from utils.models.outputs import hidden_states, logprobs_and_entropy, response_logprobs, response_values
 from utils.models.parents import Parent
 from utils.models.prompt_groups import PromptGroups, response_states, spread
-from utils.zero import MasterWeights
+from utils.zero import MasterWeights, gathered_weights
 
 
 class PolicyAndValue(nn.Module):
@@ -97,32 +97,48 @@ def load_models(policy_parent: Parent, rewards, config) -> Models:
         rewards: a `Rewards`, whose models are put into it.
     """
     tokenizer = policy_parent.tokenizer
-    storage = storage_of(config)
-    policy = without_dropout(load_policy(policy_parent, storage))
+    policy = without_dropout(load_policy(policy_parent, storage_of(config)))
     answers = ("max_new_tokens", "max_completion_tokens") if config.ptx_coef else ("max_new_tokens",)
     longest = max(answers, key=lambda name: getattr(config, name))
     refuse_unfit(policy, policy_parent, tokenizer, config.max_prompt_tokens + getattr(config, longest),
                  f"max_prompt_tokens + {longest}")
-    for reward in rewards.rewards:
-        reward.model = load_scalar_model(reward.parent, storage=storage,
-                                         vocab_size=policy.config.get_text_config().vocab_size)
-        refuse_unfit(reward.model, reward.parent, tokenizer, config.max_prompt_tokens + config.max_new_tokens,
-                     "max_prompt_tokens + max_new_tokens")
-        if config.load_in_4bit:
-            join_weights(reward.model, policy)
+    for reward in rewards.of_models:
+        load_reward_model(reward, policy, tokenizer, config)
     ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))
     value_model = None
     if config.advantage == "gae" and config.value_model == "shared":
         value_model = new_value_head(policy)
     elif config.advantage == "gae":
-        first = rewards.first_model
-        value_model = share_weights(first.model) if config.lora_rank else load_scalar_model(first.parent)
+        value_model = new_value_model(policy_parent, rewards.first_model, config)
     for model in (policy, value_model):
         if isinstance(model, PreTrainedModel):
             trainable(model, config)
     for frozen in (ref_policy, *rewards.models):
         frozen.requires_grad_(False).eval()
     return Models(PolicyAndValue(policy, value_model), ref_policy, rewards)
+
+
+def load_reward_model(reward, policy, tokenizer, config) -> None:
+    """Load the model of a `ModelReward`, and refuse what cannot be computed in prompt groups."""
+    own = reward.reads_text  # by its own tokenizer
+    reward.model = load_scalar_model(reward.parent, storage=storage_of(config), vocab_size=None if own
+                                     else policy.config.get_text_config().vocab_size)
+    refuse_unfit(reward.model, reward.parent, reward.parent.tokenizer if own else tokenizer,
+                 config.max_prompt_tokens + config.max_new_tokens, "max_prompt_tokens + max_new_tokens")
+    if config.load_in_4bit:
+        join_weights(reward.model, policy)
+
+
+def new_value_model(policy_parent: Parent, first, config) -> nn.Module:
+    """A separate value model: it starts from the first reward model that reads the policy's tokens (detail
+    22); without one from the SFT model's trunk, with a head that says 0.
+    """
+    if first is not None:
+        return share_weights(first.model) if config.lora_rank else load_scalar_model(first.parent)
+    value_model = load_scalar_model(policy_parent, new_head_seed=config.seed, storage=storage_of(config))
+    with gathered_weights(value_model.score, change=True):
+        nn.init.zeros_(value_model.score.weight)
+    return value_model
 
 
 def new_value_head(policy) -> nn.Linear:

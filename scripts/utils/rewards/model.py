@@ -2,8 +2,13 @@
 
 import torch
 
+from utils.config import UserError
+from utils.data.chat import Chat
+from utils.data.tokens import completion_tokens, prompt_tokens
 from utils.models.outputs import scores
 from utils.models.parents import Parent
+from utils.models.prompt_groups import micro_batches, pack
+from utils.rewards.answers import Answers
 from utils.rewards.entries import ModelEntry
 
 
@@ -14,6 +19,8 @@ class ModelReward:
         model: the loaded model; `load_models` puts it here.
     """
 
+    reads_text = False
+
     def __init__(self, entry: ModelEntry, parent: Parent, model=None):
         self.entry, self.parent, self.model = entry, parent, model
 
@@ -21,6 +28,58 @@ class ModelReward:
         """The score of each completion of a batch of prompt groups, float32 (n,)."""
         return scores(self.model, groups)
 
-    def of_episodes(self, episodes) -> torch.Tensor:
-        """The score of each episode, float32 (N,)."""
-        return episodes.measure(self.measure)
+
+class RenderedReward(ModelReward):
+    """A frozen reward model with a tokenizer or a chat template of its own, which reads the text once more.
+
+    Args:
+        max_prompt_tokens: longer prompts are cut, as everywhere.
+        batch_size: prompt groups in a forward pass.
+    """
+
+    reads_text = True
+
+    def __init__(self, entry: ModelEntry, parent: Parent, max_prompt_tokens: int, batch_size: int):
+        super().__init__(entry, parent)
+        self.tokenizer, self.most, self.batch_size = parent.tokenizer, max_prompt_tokens, batch_size
+        self.chat = Chat(self.tokenizer) if self.tokenizer.chat_template else None
+
+    @torch.no_grad()
+    def of_answers(self, answers: Answers) -> list[float | None]:
+        """The model's score of each answer."""
+        groups = [self._group(answers, first, last) for first, last in _groups(answers)]
+        sizes = [len(prompt) + sum(map(len, texts)) for prompt, texts in groups]
+        measured: list[list[float]] = [[] for _ in groups]
+        for part in micro_batches(sizes, self.batch_size):
+            packed = pack([groups[i][0] for i in part], [groups[i][1] for i in part],
+                          self.tokenizer.pad_token_id)
+            values = iter(self.measure(packed.to(self.model.device)).tolist())
+            for i in part:
+                measured[i] = [next(values) for _ in groups[i][1]]
+        return sum(measured, [])
+
+    def _group(self, answers: Answers, first: int, last: int) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt and of its answers. An answer that did not end has no end here either."""
+        prompt, texts = answers.prompts[first], answers.completions[first:last]
+        if self.chat is not None:
+            asked = answers.messages[first] or [{"role": "user", "content": prompt}]
+            kept = self.chat.cut(asked, self.most)
+            if kept is None:
+                raise UserError(f"{self.parent.key}: the prompt of {answers.places[first]} does not "
+                                f"fit into {self.most} tokens of '{self.parent.name}'; raise its "
+                                "max_prompt_tokens")
+            ids, completions = self.chat.prompt(kept), self.chat.completions(kept, texts)
+        else:
+            [ids] = prompt_tokens(self.tokenizer, [prompt], self.most)
+            completions = completion_tokens(self.tokenizer, [text and f" {text}" for text in texts])
+        return list(ids), [list(one) if ended else list(one[:-1]) or list(one) for one, ended in zip(
+            completions, answers.ended[first:last], strict=True)]
+
+
+def _groups(answers: Answers) -> list[tuple[int, int]]:
+    """(first, last) of the answers that share a prompt."""
+    count = len(answers.prompts)
+    starts = [i for i in range(count) if not i or answers.places[i] != answers.places[i - 1]]
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+

@@ -164,5 +164,6 @@ def print_samples(run: Run, ending: Ending) -> None:
 def _asked(run: Run) -> list[str]:
     """What the rating page needs besides the model: PPO's reward model, its prompts, the model before it."""
     prompts = run.config.rlhf_training_data
-    return ["--reward_model", run.config.reward_model, "--compare", run.config.model,
-            "--prompts", prompts if isinstance(prompts, str) else json.dumps(prompts)]
+    scorer = run.config.reward_model
+    return [*(["--reward_model", scorer] if scorer else []), "--compare", run.config.model, "--prompts",
+            prompts if isinstance(prompts, str) else json.dumps(prompts)]
