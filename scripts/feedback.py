@@ -7,7 +7,7 @@
 
 Open the address that it prints. While one prompt is rated, the answers to the next ones are sampled. Ratings
 are kept in a database (`ratings`), which the stages take as data: `reward_training_data: ratings.db`. The
-page's button runs the reward stage and PPO on it, and offers the new model.
+page's button runs the three stages on it, and offers the new model.
 
 It serves this machine only. To serve others, name a host and a file with a token: docs/feedback.md.
 """
@@ -52,6 +52,7 @@ class FeedbackConfig:
     ratings: str = key("outputs/feedback/ratings.db", "Database of the ratings; it is made if it is not "
                        "there.")
     output_dir: str = key("outputs/feedback", "Folder of the training rounds.")
+    sft_config: str = key("configs/personal/sft.yaml", "Configuration of a round's SFT stage.")
     reward_config: str = key("configs/personal/reward.yaml", "Configuration of a round's reward stage.")
     ppo_config: str = key("configs/personal/ppo.yaml", "Configuration of a round's PPO.")
     least_ratings: int = key(10, "Rated prompts that a round needs.", unit="prompts", low=4, high=10**6)
@@ -179,16 +180,23 @@ def add_prompts(config: FeedbackConfig, ratings: Ratings) -> None:
 
 
 def stages_of(config: FeedbackConfig, folder: Path) -> dict[str, list[str]]:
-    """The commands of a round of training. Each round begins with the first model and all ratings."""
+    """The commands of a round of training. Each round begins with the first model and all ratings.
+
+    The model first learns from the best answers, so that PPO begins near to what the person likes.
+    """
     prompts = config.prompts or str(folder / "ratings.db")
     prompts = prompts if isinstance(prompts, str) else json.dumps(prompts)
     seed = ["--seed", str(config.seed)]
     return {
+        "sft": [script("train_sft.py"), "--config", config.sft_config, "--model", config.model[0],
+                "--actor_training_data", str(folder / "ratings.db"),
+                "--output_dir", str(folder / "sft"), *seed],
         "reward": [script("train_reward.py"), "--config", config.reward_config,
                    "--model", config.reward_model or config.base or config.model[0],
                    "--reward_training_data", str(folder / "ratings.db"),
                    "--output_dir", str(folder / "reward"), *seed],
-        "ppo": [script("train_ppo.py"), "--config", config.ppo_config, "--model", config.model[0],
+        "ppo": [script("train_ppo.py"), "--config", config.ppo_config,
+                "--model", str(folder / "sft" / "final"),
                 "--reward_model", str(folder / "reward" / "final"), "--rlhf_training_data", prompts,
                 "--output_dir", str(folder / "ppo"), *seed],
     }
@@ -196,7 +204,8 @@ def stages_of(config: FeedbackConfig, folder: Path) -> dict[str, list[str]]:
 
 def why_no_training(config: FeedbackConfig) -> str | None:
     """Why no round can be started from the page; None: one can."""
-    missing = [path for path in (config.reward_config, config.ppo_config) if find_local(path) is None]
+    stages = (config.sft_config, config.reward_config, config.ppo_config)
+    missing = [path for path in stages if find_local(path) is None]
     return f"there is no file '{missing[0]}'" if missing else None
 
 

@@ -8,9 +8,10 @@ Three people (scripts/studies/tastes.py) rank the answers to some posts through 
 interface, with the noise of the mini data's labellers. All of them see the same answers. Then, for each
 person and number of rated posts, the model is trained in one of three ways:
 
-- `rankings`: the reward stage on all pairs of each ranking, then PPO (configs/personal);
-- `pairs`: the same on the best and the worst answer alone;
-- `best`: the SFT stage on the best answer alone.
+- `rankings`: SFT on the best answers, the reward stage on all pairs of each ranking, then PPO
+  (configs/personal);
+- `pairs`: the same, with a reward model of the best and the worst answer alone;
+- `best`: SFT alone.
 
 Size 0 is the old model against itself.
 
@@ -59,10 +60,8 @@ WAYS = ("rankings/100", "best/100", "pairs/100", "rankings/30", "rankings/10", "
         "rankings/100/unsure", "rankings/30/unsure", "best/30", "pairs/30", "best/300", "pairs/300",
         "best/10", "pairs/10")
 SCRIPTS = Path(__file__).resolve().parents[1]
-# of the baseline; chosen once and not tuned, as the other two ways were
-SUPERVISED = ["--config", "configs/tldr_mini/sft.yaml", "--max_steps", "-1", "--num_train_epochs", "3",
-              "--learning_rate", "3e-4", "--per_device_batch_size", "8", "--warmup_steps", "5",
-              "--eval_steps", "1000", "--eval_rows", "16", "--test_rows", "16", "--report_to", "none"]
+# added to SFT where it is the only stage; chosen as the other two ways were, with other seeds and posts
+ALONE = ["--num_train_epochs", "6"]
 # what the rating page and the stages need; loaded once, in a server that each of them is forked from
 LIBRARIES = ["torch", "transformers.trainer", "trl", "peft", "evaluate", "datasets", "uvicorn", "starlette"]
 WAIT = 600  # seconds for the server to start, and for the answers to a post
@@ -87,6 +86,7 @@ class PersonaliseConfig:
     seeds: list[int] = key([2, 3, 4], "Seeds: of the posts, the noise and the training.")
     k: int = key(4, "Answers to a post.", unit="answers", low=2, high=9)
     test_rows: int = key(200, "Held-out posts of each cell.", unit="posts", low=1, high=10**6)
+    sft_config: str = key("configs/personal/sft.yaml", "Configuration of SFT.")
     reward_config: str = key("configs/personal/reward.yaml", "Configuration of the reward stage.")
     ppo_config: str = key("configs/personal/ppo.yaml", "Configuration of PPO.")
     extra: list[str] = key([], "Words that are added to the command of every stage.")
@@ -372,23 +372,30 @@ def train(config: PersonaliseConfig, cell: Cell, rankings: list[dict]) -> tuple[
     folder = Path(config.folder) / cell.name.replace(" ", "-")
     folder = next(path for number in range(10**6) if not (path := folder / f"try-{number}").exists())
     folder.mkdir(parents=True)  # a run that was stopped stays: nothing is deleted here
-    data = folder / "ratings.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in training_rows(cell.arm, rankings)))
     common = ["--seed", str(cell.seed), *config.extra]
+
+    def stage(name: str, script: str, own_config: str, *words: str) -> str:
+        """Run a stage; the folder of its model."""
+        took[name] = run_stage(script, ["--config", own_config, *words, "--output_dir", str(folder / name),
+                                        *common], folder / f"{name}.log")
+        return str(folder / name / "final")
+
+    def data(arm: str) -> str:
+        path = folder / f"{arm}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in training_rows(arm, rankings)))
+        return str(path)
+
+    took = {}
+    policy = stage("sft", "train_sft.py", config.sft_config, "--model", config.model,
+                   "--actor_training_data", data("best"), *(ALONE if cell.arm == "best" else []))
     if cell.arm == "best":
-        took = {"sft": run_stage("train_sft.py", [
-            *SUPERVISED, "--model", config.model, "--actor_training_data", str(data),
-            "--output_dir", str(folder / "sft"), *common], folder / "sft.log")}
-        return str(folder / "sft" / "final"), took
-    took = {"reward": run_stage("train_reward.py", [
-        "--config", config.reward_config, "--model", config.reward_model, "--reward_training_data", str(data),
-        "--output_dir", str(folder / "reward"), *common], folder / "reward.log")}
-    took["ppo"] = run_stage("train_ppo.py", [
-        "--config", config.ppo_config, "--model", config.model,
-        "--reward_model", str(folder / "reward" / "final"), "--rlhf_training_data", config.posts,
-        "--output_dir", str(folder / "ppo"), *common], folder / "ppo.log")
+        return policy, took
+    reward_model = stage("reward", "train_reward.py", config.reward_config, "--model", config.reward_model,
+                         "--reward_training_data", data(cell.arm))
+    policy = stage("ppo", "train_ppo.py", config.ppo_config, "--model", policy,
+                   "--reward_model", reward_model, "--rlhf_training_data", config.posts)
     took["kl"] = json.loads((folder / "ppo" / "summary.json").read_text())["kl"]
-    return str(folder / "ppo" / "final"), took
+    return policy, took
 
 
 @lru_cache(maxsize=8)  # those of the old model are wanted again

@@ -99,6 +99,20 @@ def test_edited_answers_are_examples_and_prompts_are_prompts(tmp_path):
     assert [tuple(prompt)[:2] for prompt in prompts] == [("a", None), ("b", None), ("c", None)]
 
 
+def test_the_best_answers_are_examples_unless_a_better_one_was_written(tmp_path):
+    ratings = database(tmp_path / "r.db", ["a", "b", "c", "d"], k=3)
+    rate(ratings, "Ann", next_task(ratings, "Ann"), [[" old 2"], [" old 0", " old 1"]])
+    rate(ratings, "Ann", next_task(ratings, "Ann"), [[" old 2"], [" old 0", " old 1"]], better="Better.")
+    rate(ratings, "Ann", next_task(ratings, "Ann"), [[" old 0", " old 1"], [" old 2"]])  # the first shown
+    rate(ratings, "Ann", next_task(ratings, "Ann"), [[" old 0", " old 1", " old 2"]])
+    shown = next(row for row in ratings.rated() if row["prompt"] == "c")
+    first = next(text for text in shown["completions"] if text != " old 2")
+    examples = load_examples(str(tmp_path / "r.db"), "actor_training_data")
+    assert [tuple(example)[:2] for example in examples] == [("a", " old 2"), ("b", " Better."), ("c", first)]
+    assert [tuple(example)[:2] for example in load_examples(str(tmp_path / "r.db"), "centring_data")] == [
+        ("b", " Better.")]
+
+
 def test_rows_are_those_of_now_and_equal_content_is_read_once(tmp_path):
     """The rating stands in the log beside the file, whose own bytes are the same; the cache must see it."""
     path = tmp_path / "r.db"
@@ -143,7 +157,8 @@ def test_a_database_that_holds_nothing_for_the_key_says_what_it_holds(tmp_path):
     assert "holds no ranking with a better and a worse answer; rate more with" in message(path)
     rate(ratings, "Ann", next_task(ratings, "Ann"), kind="skip")
     assert "holds no ranking with a better and a worse answer (its ratings: 1 skip); rate" in message(path)
-    assert "holds no edited answer (its ratings: 1 skip)" in message(path, "actor_training_data")
+    assert "holds no best or edited answer (its ratings: 1 skip)" in message(path, "actor_training_data")
+    assert "holds no edited answer (its ratings: 1 skip)" in message(path, "centring_data")
 
 
 def test_columns_and_the_like_are_refused(tmp_path):

@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     stage = "per_device_batch_size: 4\nmax_new_tokens: 8\neval_rows: 2\ntest_rows: 2\n"
     (folder / "reward.yaml").write_text("max_steps: 2\nlogging_steps: 1\neval_steps: 1\neval_rows: 2\n"
                                         "test_rows: 2\nper_device_batch_size: 4\n")
+    (folder / "sft.yaml").write_text(f"{stage}max_steps: 2\nlogging_steps: 1\neval_steps: 1\n")
     (folder / "ppo.yaml").write_text(f"{stage}total_episodes: 8\nprompts_per_update: 2\n"
                                      "responses_per_prompt: 2\nppo_epochs: 1\neval_steps: 1\n")
     return folder
@@ -47,7 +48,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder):
     words = ("--model {0}/first --compare {0}/endless --reward_model {0}/reward "
-             "--prompts {0}/posts.jsonl --reward_config {0}/reward.yaml --ppo_config {0}/ppo.yaml "
+             "--prompts {0}/posts.jsonl --sft_config {0}/sft.yaml "
+             "--reward_config {0}/reward.yaml --ppo_config {0}/ppo.yaml "
              "--least_ratings 4 --repeat_share 0 --overlap_share 0 --ahead 30")
     with page_server(folder, words.format(folder).split()) as address:
         yield address
@@ -615,7 +617,7 @@ def test_what_was_rated_is_trained_on_and_the_new_model_answers(person, folder):
     page.locator(".rounds .cancelled").wait_for(timeout=60_000)
     start.click()
     page.get_by_role("button", name="Cancel the training").wait_for()
-    page.locator(".logtext", has_text="train_reward.py").wait_for()
+    page.locator(".logtext", has_text="train_sft.py").wait_for()
     talk = page.get_by_role("link", name="Talk to round-2")
     talk.or_(page.locator(".rounds .failed")).first.wait_for(timeout=300_000)
     log = page.locator(".logtext").inner_text()

@@ -57,7 +57,7 @@ def ratings(tmp_path):
 def rounds_of(ratings, script, finished=lambda name, folder: None, reward="ends", ppo="ends", least=1):
     def stages(folder):
         return {stage: [str(script), kind, str(folder / stage)]
-                for stage, kind in (("reward", reward), ("ppo", ppo))}
+                for stage, kind in (("sft", "ends"), ("reward", reward), ("ppo", ppo))}
     return Rounds(ratings, script.parent / "out", stages, finished, None, least)
 
 
@@ -75,7 +75,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_a_round_runs_both_stages_on_a_copy_of_the_ratings(ratings, script):
+def test_a_round_runs_the_stages_on_a_copy_of_the_ratings(ratings, script):
     offered = []
     rounds = rounds_of(ratings, script, lambda *given: offered.append(given))
     assert rounds.start() == "round-1"
@@ -90,7 +90,7 @@ def test_a_round_runs_both_stages_on_a_copy_of_the_ratings(ratings, script):
     copy.close()
     current = rounds.state()["current"]
     assert current["stage"] is None and current["error"] is None
-    assert [line for line in current["log"] if not line.startswith("$")] == ["loading 100%", "done"] * 2
+    assert [line for line in current["log"] if not line.startswith("$")] == ["loading 100%", "done"] * 3
     for curves in current["curves"].values():
         assert list(curves) == ["loss"] and 100 <= len(curves["loss"]) <= 400
         assert all(value == 1 / step for step, value in curves["loss"])

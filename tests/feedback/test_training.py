@@ -1,5 +1,7 @@
 """The stages' real `main()` on a database of ratings."""
 
+import re
+
 import datasets
 import pytest
 
@@ -8,6 +10,7 @@ import train_sft
 from rated import database, next_task, rank_all, rate
 from tiny_models import save_opt
 from utils.config import parse_config
+from utils.data.ratings import all_rated
 
 POST = "SUBREDDIT: r/tea\n\nTITLE: Cups {0}\n\nPOST: Which of the {0} is it?\n\nTL;DR:"
 WORDS = ("--max_steps 2 --per_device_batch_size 4 --logging_steps 1 --eval_steps 2 --save_steps 1000 "
@@ -47,10 +50,13 @@ def test_the_reward_stage_reports_by_rater_policies_and_day(folder):
 
 
 @pytest.mark.slow
-def test_edited_answers_are_supervised_examples(folder):
+def test_best_and_edited_answers_are_supervised_examples(folder):
     model = save_opt(folder / "model")
     train_sft.main(parse_config(train_sft.SFTStageConfig, None, [
         "--model", str(model), "--actor_training_data", str(folder / "r.db"), "--output_dir",
         str(folder / "run"), "--max_completion_tokens", "32", *WORDS]))
     log = (folder / "run" / "train.log").read_text(encoding="utf-8")
-    assert "actor_training_data: 3 rows; actor_validation_data: 1 row held out" in log
+    counts = re.findall(r"actor_(?:training|validation|test)_data: (\d+) rows?", log)
+    rated = all_rated(folder / "r.db")
+    assert {row["kind"] for row in rated} == {"ranking", "all_bad", "skip"}
+    assert len(counts) == 3 and sum(map(int, counts)) == len(rated)  # those that rank nothing have an edit

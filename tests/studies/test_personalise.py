@@ -128,13 +128,12 @@ def test_the_minutes_end_a_cell(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_whole_study_shrunken_and_continued(tmp_path, monkeypatch):
+def test_the_whole_study_shrunken_and_continued(tmp_path):
     """A second call measures only what is missing, on the ratings that there are."""
     save_opt(tmp_path / "policy", eos_logit=2.0)
     save_opt(tmp_path / "reward", "reward", head_scale=20.0)
     (tmp_path / "ppo.yaml").write_text((PROJECT / "configs" / "personal" / "ppo.yaml").read_text()
                                        .replace("total_episodes: ", "total_episodes: 8 #"))
-    monkeypatch.setattr(personalise, "SUPERVISED", [*personalise.SUPERVISED[:2], "--max_steps", "1"])
     results = tmp_path / "found.jsonl"
     personalise.main(shrunken(tmp_path, "--ways", "rankings/6", "--ppo_config", str(tmp_path / "ppo.yaml")))
     first = results.read_text()

@@ -1,4 +1,4 @@
-"""The database of the rating page (`scripts/feedback.py`) as a data set: rankings, edited answers or prompts.
+"""The database of the rating page (`scripts/feedback.py`) as a data set: rankings, best answers or prompts.
 
 It is SQLite with a write-ahead log, so the newest ratings may stand in the file beside it (`-wal`): only
 SQLite can tell what the database holds. A digest is therefore one of the rows, not of the file.
@@ -145,8 +145,9 @@ def read_database(path: Path, field: str, most: int) -> tuple[str, Iterator[tupl
     """The rows of a database that a data key takes, as they are now.
 
     Args:
-        field: the data key. The reward stage's take pairs, the SFT stage's and `centring_data` the edited
-            answers, PPO's the prompts, rated or not. `data` (prepare_data.py) takes pairs.
+        field: the data key. The reward stage's take pairs, the SFT stage's the edited or best answers,
+            `centring_data` the edited ones, PPO's the prompts, rated or not. `data` (prepare_data.py) takes
+            pairs.
         most: bytes of a row (`max_row_bytes`).
 
     Returns:
@@ -166,9 +167,11 @@ def read_database(path: Path, field: str, most: int) -> tuple[str, Iterator[tupl
                     connection.execute("SELECT id, text FROM prompts ORDER BY id")]
             what = "prompt"
         else:
-            edits = field.startswith("actor_") or field == "centring_data"
-            of_rating, what = ((edit_rows, "edited answer") if edits
-                               else (pair_rows, "ranking with a better and a worse answer"))
+            of_rating, what = pair_rows, "ranking with a better and a worse answer"
+            if field == "centring_data":
+                of_rating, what = edit_rows, "edited answer"
+            elif field.startswith("actor_"):
+                of_rating, what = example_rows, "best or edited answer"
             rated = list(rated_rows(connection))
             rows = [(rating["id"], row) for rating in rated for row in of_rating(rating)]
     if not rows:
@@ -220,14 +223,27 @@ def pair_rows(rating: dict) -> Iterator[dict]:
 
 def edit_rows(rating: dict) -> Iterator[dict]:
     """The answer that a rater wrote, as an example."""
-    if rating["better"] is None:
-        return
-    asked = _question(rating["prompt"], "messages")
+    if rating["better"] is not None:
+        yield _example(rating["prompt"], rating["better"])
+
+
+def example_rows(rating: dict) -> Iterator[dict]:
+    """The answer that a rater wrote, else the one that the ranking says is the best, as an example.
+
+    Where several answers share the first place it is the first of them; where all do, none is better.
+    """
+    ranks = rating["ranks"]
+    if rating["better"] is None and ranks is not None and min(ranks) < max(ranks):
+        yield _example(rating["prompt"], rating["completions"][ranks.index(min(ranks))])
+    yield from edit_rows(rating)
+
+
+def _example(prompt: str, answer: str) -> dict:
+    """A stored prompt with an answer as a row."""
+    asked = _question(prompt, "messages")
     if "messages" in asked:
-        answer = {"role": "assistant", "content": rating["better"]}
-        yield asked | {"messages": [*asked["messages"], answer]}
-    else:
-        yield asked | {"completion": rating["better"]}
+        return asked | {"messages": [*asked["messages"], {"role": "assistant", "content": answer}]}
+    return asked | {"completion": answer}
 
 
 def prompt_row(text: str) -> dict:

@@ -1,6 +1,6 @@
-"""Rounds of training: the reward stage and PPO on what has been rated, as processes of their own.
+"""Rounds of training: the three stages on what has been rated, as processes of their own.
 
-A round's folder has a copy of the ratings, the folders of both runs, and the log of what they print. The
+A round's folder has a copy of the ratings, the folders of the runs, and the log of what they print. The
 processes end with the server, also when it is killed; a round that was running then has failed.
 """
 
@@ -184,7 +184,7 @@ class Rounds:
             error = next((line for line in reversed(log) if line.startswith("error:")), None)
             current = {"stage": self._stage if running else None, "log": log,
                        "curves": {stage: _curves(folder / stage / "metrics.jsonl")
-                                  for stage in ("reward", "ppo")},
+                                  for stage in ("sft", "reward", "ppo")},
                        "error": error or "the log says no more" if newest["state"] == "failed" else None}
         return {"rounds": [{name: row[name] for name in shown} for row in rounds], "current": current}
 

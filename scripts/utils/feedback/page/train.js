@@ -4,9 +4,10 @@ import { announce, el, toast } from "./dom.js";
 import { lineChart, table } from "./charts.js";
 import { moment, number, t } from "./words.js";
 
-const STAGES = ["copy", "reward", "ppo", "done"];
+const STAGES = ["copy", "sft", "reward", "ppo", "done"];
 const MAIN_CURVES = {
   // names of docs/metrics.md
+  sft: ["sft/loss"],
   reward: ["eval/accuracy", "reward/loss"],
   ppo: ["objective/score", "eval/score", "objective/kl", "objective/length"],
 };
@@ -186,7 +187,7 @@ function drawLog(place, lines) {
   if (follow) log.scrollTop = log.scrollHeight;
 }
 
-/** The curves of both stages: the few that tell how it goes, the others behind a summary. */
+/** The curves of the stages: the few that tell how it goes, the others behind a summary. */
 function drawCurves(curves) {
   const now = JSON.stringify(curves);
   if (now === curvesShown) return;

@@ -181,7 +181,7 @@ const english = {
   "look.better": "Better answer",
 
   "train.title": "Make it yours",
-  "train.lead": "The reward model learns from your rankings, then the model learns from the reward model.",
+  "train.lead": "The model learns from your best answers, the reward model from your rankings, then the model from the reward model.",
   "train.start": { one: "Train on {n} rating", other: "Train on {n} ratings" },
   "train.least": "Training needs at least {n} ratings; there are {have}.",
   "train.cancel": "Cancel the training",
@@ -192,6 +192,7 @@ const english = {
   "train.state.failed": "failed",
   "train.state.cancelled": "cancelled",
   "train.stage.copy": "Ratings copied",
+  "train.stage.sft": "Best answers",
   "train.stage.reward": "Reward model",
   "train.stage.ppo": "PPO",
   "train.stage.done": "Ready",
@@ -387,7 +388,7 @@ const chinese = {
   "look.better": "更好的回答",
 
   "train.title": "让它成为你的",
-  "train.lead": "奖励模型从你的排序中学习，然后模型从奖励模型中学习。",
+  "train.lead": "模型从你的最佳回答中学习，奖励模型从你的排序中学习，然后模型从奖励模型中学习。",
   "train.start": { other: "用 {n} 个评分训练" },
   "train.least": "训练至少需要 {n} 个评分；现有 {have} 个。",
   "train.cancel": "取消训练",
@@ -398,6 +399,7 @@ const chinese = {
   "train.state.failed": "失败",
   "train.state.cancelled": "已取消",
   "train.stage.copy": "复制评分",
+  "train.stage.sft": "最佳回答",
   "train.stage.reward": "奖励模型",
   "train.stage.ppo": "PPO",
   "train.stage.done": "就绪",
