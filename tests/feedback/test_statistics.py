@@ -205,6 +205,7 @@ def test_many_ratings_find_the_strengths():
 
 def test_nothing_is_said_of_no_ratings():
     assert look([]) == {"raters": [], "agreement": None, "policies": [], "reward_model": None, "curve": [],
+                        "reward_curve": [],
                         "kinds": {"ranking": 0, "all_bad": 0, "skip": 0, "edits": 0}}
     only = look([row(None, kind="skip"), row(None, kind="all_bad", better="x")])
     assert only["kinds"] == {"ranking": 0, "all_bad": 1, "skip": 1, "edits": 1}

@@ -85,7 +85,7 @@ def test_each_heads_gradient_is_that_of_the_head_alone_on_its_own_bootstrap(tmp_
     loop, gradients = epoch_loop(config, model, len(rows)), {}
     monkeypatch.setattr(loop, "optimizer_step", lambda: gradients.update(
         {name: weight.grad.clone() for name, weight in model.named_parameters()}) or True)
-    loop.grad_norm = 0.0
+    monkeypatch.setattr(type(loop), "grad_norm", 0.0)
     train_reward.train(loop, Dataset.from_list(rows), None)
     losses = []
     for head in range(HEADS):

@@ -167,6 +167,10 @@ def wider(groups, columns: int, tokens: int) -> PromptGroups:
     def pad(tensor, size, value):
         return torch.cat([tensor, torch.full((len(tensor), size), value)], 1)
 
+    def moved(places, table, size):
+        """Places in a flattened table after its rows have become longer."""
+        return places + places // table.shape[1] * size
+
     return groups._replace(
         input_ids=pad(groups.input_ids, columns, VOCAB - 1),
         position_ids=pad(groups.position_ids, columns, 3),
@@ -174,6 +178,8 @@ def wider(groups, columns: int, tokens: int) -> PromptGroups:
         state_columns=pad(groups.state_columns, tokens, 1),
         responses=pad(groups.responses, tokens, VOCAB - 1),
         response_mask=pad(groups.response_mask, tokens, False),
+        token_places=moved(groups.token_places, groups.responses, tokens),
+        state_places=moved(groups.state_places, groups.input_ids, columns),
     )
 
 

@@ -32,7 +32,7 @@ WANTED = 7  # the bandit's token
 @pytest.fixture
 def ppo(tmp_path, monkeypatch):
     """A configuration of the bandit: 128 episodes an update, 30 updates; the reward model plays no part."""
-    monkeypatch.setattr(train_ppo, "scores", share_of_wanted)
+    monkeypatch.setattr("utils.rewards.model.scores", share_of_wanted)
     monkeypatch.setattr(train_ppo, "evaluate", lambda *_: None)
     return train_ppo.PPOStageConfig(
         **save_parents(tmp_path), output_dir=str(tmp_path), max_prompt_tokens=16, max_new_tokens=6,
