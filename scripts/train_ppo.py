@@ -70,6 +70,10 @@ class PPOStageConfig(StageConfig):
                               low=1, high=1_000_000)
     temperature: float = key(0.7, "Divides the logits in every log-probability.", source="detail 25",
                              low=1e-3, high=100.0)
+    rollout_engine: str = key("own", "What samples the responses: our sampler, or transformers' continuous "
+                                     "batching.", choices=["own", "transformers"])
+    importance_limit: float = key(2.0, "Largest weight of a token that another engine sampled, in the "
+                                       "policy loss.", source="Yao et al. 2025", low=1e-3, high=1e6)
     kl_coef: float = key(0.05, "Weight of the KL penalty; with kl_target its first value.",
                          unit="score a nat",
                          source="detail 23", low=0.0, high=1000.0)
@@ -147,6 +151,8 @@ class PPOStageConfig(StageConfig):
             idle |= dict.fromkeys(names, f"advantage '{self.advantage}' has no value model")
         if self.kl_target is None:
             idle["kl_horizon"] = "it is for kl_target, which is not given"
+        if self.rollout_engine == "own":
+            idle["importance_limit"] = "our sampler needs no weights; it is for another rollout_engine"
         if not self.ptx_coef:
             idle["max_completion_tokens"] = "it is for ptx_coef, which is 0"
         return idle
@@ -179,6 +185,7 @@ from utils.ppo import (
     explained_variance,
     gae,
     grpo_advantages,
+    importance_weights,
     kl_estimate,
     masked_moments,
     mean_var,
@@ -228,9 +235,10 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
         if config.whiten_rewards:
             rewards = whitened(loop, rewards, mask, shift_mean=False)  # detail 30
         advantages, returns = estimate_advantages(loop, rewards, values, mask)  # (N, R), details 29 and 30
-        rollout = Rollout(mask, logprobs, ref_logprobs, values, score, rewards, advantages, returns)
+        weights, drift = correct_engine(loop, episodes)
+        rollout = Rollout(mask, logprobs, ref_logprobs, values, score, rewards, advantages, returns, weights)
 
-        figures = rollout_metrics(loop, rollout, episodes.ended) | reward_figures
+        figures = rollout_metrics(loop, rollout, episodes.ended) | reward_figures | drift
         refuse_collapse(loop, figures, update)  # before the update makes it worse
         sampled = time.monotonic()
         figures |= optimise(loop, models, episodes, rollout, posts.supervised)
@@ -267,6 +275,8 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout,
                 old = rollout_of(rollout, members, width=groups.response_mask.shape[1])
                 new_logprobs, entropy, new_values = loop.model(groups, config.temperature)  # (n, R)
                 losses, clips = policy_loss(new_logprobs, old.logprobs, old.advantages, config.cliprange)
+                if old.weights is not None:
+                    losses = losses * old.weights
                 objective, figures = losses, {"loss/policy": losses}
                 if new_values is not None:
                     value_losses, value_clips = value_loss(new_values, old.values, old.returns,
@@ -313,6 +323,18 @@ def estimate_advantages(loop: Loop, rewards: Tensor, values: Tensor | None,
         return whitened(loop, advantages, mask), returns
     compare = rloo_advantages if config.advantage == "rloo" else grpo_advantages
     return torch.where(mask, compare(rewards.sum(1), config.responses_per_prompt)[:, None], 0.0), None
+
+
+def correct_engine(loop: Loop, episodes: Episodes) -> tuple[Tensor | None, dict]:
+    """Weights (N, R) of tokens that another engine sampled, None for our own; and how far it drifts: the mean
+    |log-prob of the engine - log-prob of our forward pass| over all tokens.
+    """
+    if episodes.engine_logprobs is None:
+        return None, {}
+    weights = importance_weights(episodes.logprobs, episodes.engine_logprobs, loop.config.importance_limit)
+    apart = (episodes.logprobs - episodes.engine_logprobs).abs()[episodes.response_mask]
+    drift = loop.total(apart.sum()) / loop.total(episodes.response_mask.sum())
+    return weights, {"policy/sampling_drift": drift.item()}
 
 
 def add_supervised_gradients(loop: Loop, supervised: Tokenised, count: int) -> Tensor:
@@ -527,6 +549,9 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
     if bool(config.ptx_coef) != bool(config.actor_training_data):
         raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that "
                         "train_sft.py learnt from)")
+    if config.rollout_engine != "own" and config.deepspeed:
+        raise UserError("rollout_engine: 'transformers' does not work on weights that DeepSpeed holds; take "
+                        "'own', or leave deepspeed out")
     if config.ema_decay and config.load_in_4bit:
         raise UserError("ema_decay: it averages whole models, which weights in 4 bits do not allow; leave "
                         "ema_decay or load_in_4bit out")

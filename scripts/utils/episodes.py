@@ -5,6 +5,7 @@ response.
 """
 
 import random
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from utils.distributed import on_device
 from utils.loop import Loop
 from utils.models.generation import sample
+from utils.models.outputs import response_logprobs
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.ppo import Rollout
+from utils.rollouts.continuous import sample_continuously
 
 
 class Pass(NamedTuple):
@@ -33,6 +36,8 @@ class Episodes(NamedTuple):
     logprobs: Tensor  # (N, R) at the sampling temperature (detail 25)
     ended: Tensor  # (N,) whether the response has an EOS
     passes: list[Pass]  # all of them, in micro-batches
+    # (N, R) as another engine computed them, then `logprobs` are those of a forward pass here; None: ours
+    engine_logprobs: Tensor | None = None
 
     def measure(self, model) -> Tensor | None:
         """What `model(groups)` says of each episode, (N,) or (N, R); None when it says nothing."""
@@ -60,18 +65,25 @@ def sample_episodes(loop: Loop, policy, queries: list[list[int]], update: int) -
     """
     config, tokenizer, k = loop.config, loop.tokenizer, loop.config.responses_per_prompt
     first = ((update - 1) * config.prompts_per_update + own_prompts(loop).start) * k
-    samples = sample(
-        policy, queries, k=k, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        seeds=[config.seed * 1_000_003 + first + i for i in range(len(queries) * k)],
-        eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, batch_size=config.eval_batch_size,
-    )
+    settings = {"k": k, "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
+                "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    seed = config.seed * 1_000_003 + first
+    if config.rollout_engine == "transformers":
+        samples = sample_continuously(policy, queries, seed=seed, **settings)
+    else:
+        samples = sample(policy, queries, seeds=[seed + i for i in range(len(queries) * k)],
+                         batch_size=config.eval_batch_size, **settings)
     logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in samples.logprobs],
                                                batch_first=True)
     lengths = torch.tensor([len(response) for response in samples.responses])
     mask = torch.arange(logprobs.shape[1]) < lengths[:, None]
     episodes = Episodes(queries, samples.responses, mask.to(loop.device), logprobs.to(loop.device),
                         torch.tensor(samples.ended, device=loop.device), [])
-    return episodes._replace(passes=micro_batched(loop, episodes, range(len(queries))))
+    episodes = episodes._replace(passes=micro_batched(loop, episodes, range(len(queries))))
+    if config.rollout_engine == "own":  # what it says of its tokens is what a forward pass says (detail 27)
+        return episodes
+    own = partial(response_logprobs, policy, temperature=config.temperature)
+    return episodes._replace(logprobs=episodes.measure(own), engine_logprobs=episodes.logprobs)
 
 
 def micro_batched(loop: Loop, episodes: Episodes, prompts) -> list[Pass]:

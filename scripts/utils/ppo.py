@@ -31,6 +31,7 @@ class Rollout(NamedTuple):
     rewards: Tensor | None = None  # (N, R)
     advantages: Tensor | None = None  # (N, R)
     returns: Tensor | None = None  # (N, R) targets of the values; None: no value model
+    weights: Tensor | None = None  # (N, R) of the policy loss, `importance_weights`; None: 1
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
@@ -219,6 +220,17 @@ def policy_loss(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, limit: float) -> Tensor:
+    """Truncated importance weights of tokens that another engine sampled (TIS; Yao et al. 2025), (N, R).
+
+    Args:
+        logprobs: (N, R) of the policy's own forward pass, before the update.
+        sampled_logprobs: (N, R) as the engine computed them.
+        limit: the largest weight.
+    """
+    return torch.exp(logprobs - sampled_logprobs).clamp(max=limit)
 
 
 def value_loss(

@@ -16,9 +16,11 @@ from torch import nn
 import train_ppo
 from families import FAMILIES, PAD, policy, random_groups, scalar_model
 from loops import PROMPTS, gradients_of_steps, posts_of, ppo_loop, rolled_out, save_parents, updated
+from utils import episodes as episodes_module
 from utils.config import UserError
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, Tokenised, load_data
+from utils.models.generation import sample
 from utils.models.outputs import response_logprobs, response_values, scores
 from utils.models.parents import Parent
 from utils.models.prompt_groups import pack, unpack
@@ -348,6 +350,7 @@ CONTRADICTIONS = {
         "prompts_per_update": 10**6, "responses_per_prompt": 2},
     "value_model: advantage 'rloo' has none": {"advantage": "rloo", "value_model": "shared"},
     "target_kl: it leaves out later passes": {"target_kl": 0.1, "ppo_epochs": 1},
+    "rollout_engine: 'transformers' does not work": {"rollout_engine": "transformers", "deepspeed": "zero2"},
     "kl_coef: 0 never adapts": {"kl_target": 1.0, "kl_coef": 0.0},
     "kl_horizon: with 21 episodes an update it must be above 4.2": {"kl_target": 1.0, "kl_horizon": 4},
 }
@@ -358,3 +361,44 @@ def test_keys_that_make_no_sense_together_are_refused(message, config):
     train_ppo.refuse_contradictions(config)
     with pytest.raises(UserError, match="^" + message):
         train_ppo.refuse_contradictions(replace(config, **CONTRADICTIONS[message]))
+
+
+def test_responses_of_transformers_are_trained_on_as_ours(config):
+    """In float32 its log-probs are those of the forward pass: no drift, weights and first ratios of 1."""
+    loop, models = ppo_loop(replace(config, rollout_engine="transformers"))
+    episodes, rollout = rolled_out(loop, models)
+    assert len(episodes.responses) == 21 and 1 < rollout.response_mask.sum(1).float().mean() <= 6
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.weights[mask], torch.ones(int(mask.sum())), rtol=0, atol=1e-4)
+    assert train_ppo.correct_engine(loop, episodes)[1]["policy/sampling_drift"] < 1e-5
+    figures = train_ppo.optimise(loop, models, episodes, rollout, None)
+    assert figures["policy/ratio"] == pytest.approx(1, abs=1e-5) and figures["policy/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("drift", "limit", "weight"), [(-0.5, 2.0, math.exp(0.5)), (-1.0, 2.0, 2.0),
+                                                        (0.5, 2.0, math.exp(-0.5)), (-1.0, 1.5, 1.5)])
+def test_tokens_of_an_engine_that_drifts_are_weighted_in_the_policy_loss(drift, limit, weight, config,
+                                                                         monkeypatch):
+    """Here the engine is ours with log-probs that are off by `drift`. rloo has no other loss."""
+    config = replace(config, advantage="rloo")
+
+    def off(policy, queries, seed, **settings):
+        seeds = [seed + i for i in range(len(queries) * settings["k"])]
+        found = sample(policy, queries, seeds=seeds, **settings)
+        return found._replace(logprobs=[[value + drift for value in row] for row in found.logprobs])
+
+    monkeypatch.setattr(episodes_module, "sample_continuously", off)
+    *_, (ours,), _ = updated(config)
+    drifting = replace(config, rollout_engine="transformers", importance_limit=limit)
+    loop, models = ppo_loop(drifting)
+    figures = train_ppo.correct_engine(loop, rolled_out(loop, models)[0])[1]
+    assert figures["policy/sampling_drift"] == pytest.approx(abs(drift), abs=1e-4)
+    *_, (theirs,), _ = updated(drifting)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(theirs[name], weight * gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_our_sampler_has_no_weights(config):
+    loop, models = ppo_loop(config)
+    episodes, rollout = rolled_out(loop, models)
+    assert rollout.weights is None and train_ppo.correct_engine(loop, episodes) == (None, {})

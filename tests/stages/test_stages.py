@@ -146,6 +146,13 @@ def carried(finished, folder):
     return folder / "carried"
 
 
+@pytest.fixture(scope="module")
+def by_transformers(finished, folder):
+    """A PPO run whose responses transformers' continuous batching samples."""
+    train_ppo.main(config_of(train_ppo, folder, "by_transformers", "--rollout_engine transformers"))
+    return folder / "by_transformers"
+
+
 @pytest.mark.parametrize(("stage", "keys", "plots"), [
     ("sft", SFT_KEYS, {"sft.png"}),
     ("reward", REWARD_KEYS, {"reward.png", "score_histogram.png", "calibration.png"}),
@@ -172,8 +179,18 @@ def test_metrics_hold_a_line_for_every_update(finished):
     assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the policy still is the reference
 
 
-def test_the_glossary_explains_what_is_logged_and_nothing_else(finished, carried):
-    logged = {name for run in (finished / "sft", finished / "reward", finished / "ppo", carried / "ppo")
+def test_another_engine_samples_in_the_real_run(finished, by_transformers):
+    rows = [row for row in metrics(by_transformers / "ppo") if "objective/kl" in row]
+    assert len(rows) == 4 and all(row["policy/sampling_drift"] < 1e-4 for row in rows)
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert (by_transformers / "ppo/final/model.safetensors").is_file()
+    assert not any("policy/sampling_drift" in row for row in metrics(finished / "ppo"))
+
+
+def test_the_glossary_explains_what_is_logged_and_nothing_else(finished, carried, by_transformers):
+    runs = [*(finished / stage for stage in ("sft", "reward", "ppo")), carried / "ppo",
+            by_transformers / "ppo"]
+    logged = {name for run in runs
               for line in (run / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
     table = re.findall(r"^\|([^|]*)\|", (PROJECT / "docs" / "metrics.md").read_text(), re.MULTILINE)
     kinds = "eval|loss|objective|policy|reward|sft|time|value"

@@ -1,0 +1,1 @@
+"""Other engines that write the responses of PPO."""
