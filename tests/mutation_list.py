@@ -37,11 +37,11 @@ MUTATIONS = [
         ("no temperature in the reference log-probs", 25, "train",
          "temperature=config.temperature", "temperature=1.0", "ppo_update:a_rollout_starts"),
         ("tokens of an engine that drifts are not weighted", None, "optimise",
-         "losses * old.weights", "losses", "ppo_options:engine_that_drifts"),
+         "losses * old.weights", "losses", "ppo_options:tokens_of_an_engine"),
         ("importance weights are turned round", None, "correct_engine",
          "episodes.logprobs, episodes.engine_logprobs, loop",
          "episodes.engine_logprobs, episodes.logprobs, loop",
-         "ppo_options:engine_that_drifts"),
+         "ppo_options:tokens_of_an_engine"),
         ("a missing EOS is not punished", 26, "train",
          "missing_eos_penalty(score, episodes.ended, config.missing_eos_score)", "score",
          "ppo_update:a_rollout_starts"),
@@ -613,7 +613,7 @@ MUTATIONS = [
         ("log-probs are those of the truncated distribution", 27, "_draw",
          "probabilities.gather(", "(kept / kept.sum(-1, keepdim=True)).gather("),
     ]),
-    *_of("utils/rollouts/continuous.py", "continuous:logprobs_are", [
+    *_of("utils/rollouts/continuous.py", "continuous:its_logprobs_are", [
         ("another engine samples at temperature 1", 25, "sample_continuously",
          "temperature=temperature", "temperature=1.0"),
         ("another engine goes on behind EOS", 26, "sample_continuously", "eos_token_id=eos_id",
