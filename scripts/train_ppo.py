@@ -126,6 +126,11 @@ class PPOStageConfig(StageConfig):
                                   low=1e-3, high=100.0)
     kl_budget: float = key(20.0, "A policy further than this from the reference is never chosen.",
                            unit="nats a summary", low=0.0, high=1e9)
+    guard: float | None = key(None, "A later policy takes the kept one's place only when score, heads and "
+                                    "guard_model all see it better by more than so many standard errors; "
+                                    "none: when its score is higher.", low=0.0, high=100.0)
+    guard_model: str | None = model_key(None, "A second reward model, of other rankings, for the guard: no "
+                                              "policy learns from it.")
     kl_limit: float = key(100.0, "The run stops when the KL of an update is above this.",
                           unit="nats a summary", low=0.0, high=1e9)
 
@@ -149,6 +154,8 @@ class PPOStageConfig(StageConfig):
         if self.advantage != "gae":
             names = ("gamma", "lam", "vf_coef", "cliprange_value", "value_model")
             idle |= dict.fromkeys(names, f"advantage '{self.advantage}' has no value model")
+        if self.guard is None:
+            idle["guard_model"] = "it is for guard, which is not given"
         if self.kl_target is None:
             idle["kl_horizon"] = "it is for kl_target, which is not given"
         if self.rollout_engine == "own":
@@ -172,6 +179,7 @@ from utils.data.rows import NamedSet, Rows, Tokenised, load_data, split_rows, to
 from utils.distributed import world
 from utils.episodes import Episodes, minibatches, own_prompts, passes_of, rollout_of, sample_episodes
 from utils.judge.gold import GoldJudge
+from utils.judge.guard import gain
 from utils.judge.judging import Judge
 from utils.judge.plots import plot_ppo
 from utils.loop import Loop
@@ -399,8 +407,7 @@ def refuse_collapse(loop: Loop, figures: dict, update: int) -> None:
         reason = "the KL or the score is not finite (NaN or infinite): lower learning_rate"
     elif kl > loop.config.kl_limit:
         reason = (f"the KL to the reference is {kl:.1f} nats a summary, above kl_limit "
-                  f"{loop.config.kl_limit}: lower "
-                  "learning_rate or raise kl_coef")
+                  f"{loop.config.kl_limit}: lower learning_rate or raise kl_coef")
     if reason:
         loop.run.metrics(update, figures)
         raise UserError(f"{reason}; the last checkpoint is intact")
@@ -422,12 +429,16 @@ def evaluate(loop: Loop, models: Models, validation: Tokenised, judge: Judge, go
         sampled = judge.summaries(models.outcome, validation, config.temperature, "validation, sampled")
         scored, scored_sampled = judge.scores(validation, [greedy, sampled], "validation, scores")
         kl = judge.kls(validation, sampled, "validation, KL")
+        opinions, signs = judge.opinions(validation, greedy, sampled)
     columns = {"tokens": list(map(len, greedy.tokens)), "ended": greedy.ended, "score": scored.total,
                "score_sampled": scored_sampled.total, "kl": kl}
     if gold is not None:
         columns |= {"gold": gold.scores(validation.examples, greedy),
                     "gold_sampled": gold.scores(validation.examples, sampled)}
-    means = {name: fmean(values) for name, values in columns.items()} | scored.means("rewards/{}")
+    means = {name: fmean(values) for name, values in columns.items()} | scored.means("rewards/{}") | signs
+    opinions, kept = [scored.total, *opinions], loop.carried.get("kept")
+    if config.guard is not None and kept:
+        means["guard_gain"] = gain(opinions, kept)
     if (rouge := judge.rouge(validation, greedy)) is not None:
         means["rouge_avg"] = rouge
     loop.run.metrics(update, {f"eval/{name}": value for name, value in means.items()})
@@ -436,7 +447,9 @@ def evaluate(loop: Loop, models: Models, validation: Tokenised, judge: Judge, go
         {"prompt": example.prompt, "reference": example.completion, "summary": text, "score": value}
         for example, text, value in texts])
     loop.run.log(f"update {update}: " + " ".join(f"{name} {value:.3f}" for name, value in means.items()))
-    if means["kl"] <= config.kl_budget:
+    if means["kl"] <= config.kl_budget and means.get("guard_gain", math.inf) > (config.guard or 0.0):
+        if config.guard is not None:
+            loop.carried["kept"] = opinions
         loop.best.offer(update, means["score"], outcome_weights(models), kl=means["kl"])
 
 
@@ -522,12 +535,10 @@ def supervised_examples(config, examples: Rows, held_out: list[Rows], report) ->
     kept = examples.select([mark not in judged for mark in examples.prompts()])
     if len(kept) < len(examples):
         report.log(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} "
-                   f"examples, whose prompts "
-                   "are held out for validation or test")
+                   "examples, whose prompts are held out for validation or test")
     if not len(kept):
         raise UserError(f"actor_training_data: every prompt in '{config.actor_training_data}' is held out "
-                        f"for validation or "
-                        "test; name the data that train_sft.py learnt from")
+                        "for validation or test; name the data that train_sft.py learnt from")
     return tokenised(kept.weighed(config.seed))
 
 
@@ -536,16 +547,14 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
     processes = world().num_processes
     if config.prompts_per_update % processes:
         raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out "
-                        f"over {processes} "
-                        "processes; take a multiple")
+                        f"over {processes} processes; take a multiple")
     if config.episodes_per_update > MOST_EPISODES:
         raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts with "
                         f"{config.responses_per_prompt} responses each are {config.episodes_per_update} in "
                         f"one update; at most {MOST_EPISODES} are taken, published are 512")
     if config.advantage != "gae" and config.responses_per_prompt < 2:
         raise UserError(f"responses_per_prompt: advantage '{config.advantage}' compares the responses to a "
-                        f"prompt with each "
-                        "other, so there must be 2 or more; or take advantage 'gae'")
+                        "prompt with each other, so there must be 2 or more; or take advantage 'gae'")
     if bool(config.ptx_coef) != bool(config.actor_training_data):
         raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that "
                         "train_sft.py learnt from)")
@@ -556,8 +565,7 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
         raise UserError("ema_decay: it averages whole models, which weights in 4 bits do not allow; leave "
                         "ema_decay or load_in_4bit out")
     if config.advantage != "gae" and config.value_model != "separate":
-        raise UserError(f"value_model: advantage '{config.advantage}' has none; leave it out, or "
-                        f"take advantage 'gae'")
+        raise UserError(f"value_model: advantage '{config.advantage}' has none; leave it out, or take 'gae'")
     if config.target_kl is not None and config.ppo_epochs == 1:
         raise UserError("target_kl: it leaves out later passes, but ppo_epochs is 1; raise that, or "
                         "leave target_kl out")
@@ -567,8 +575,7 @@ def refuse_contradictions(config: PPOStageConfig) -> None:
             raise UserError("kl_coef: 0 never adapts to kl_target; give a first value above 0")
         if episodes >= 5 * config.kl_horizon:  # the factor 1 - .2 episodes / horizon
             raise UserError(f"kl_horizon: with {episodes} episodes an update it must be above "
-                            f"{episodes / 5:g}, or one update "
-                            "would turn kl_coef to 0 and below")
+                            f"{episodes / 5:g}, or one update would turn kl_coef to 0 and below")
 
 
 def main(config: PPOStageConfig) -> None:
@@ -578,7 +585,7 @@ def main(config: PPOStageConfig) -> None:
     open_stage(config, sft)
     refuse_impossible(config)
     set_seed(config.seed)
-    check_task(sft, *(reward.parent for reward in rewards.of_models if not reward.reads_text))
+    check_task(sft, *(reward.parent for reward in rewards.all_models if not reward.reads_text))
     refuse_broken_summaries(sft, *rewards.parents)
     report = DataReport()
     posts = load_posts(config, sft.tokenizer, report)

@@ -130,6 +130,10 @@ MUTATIONS = [
          "kls(validation, sampled", "kls(validation, greedy", "judging:an_evaluations_kl"),
         ("the best policy may be beyond the KL budget", 33, "evaluate",
          'means["kl"] <= config.kl_budget', "True", "judging"),
+        ("the guard is not asked", None, "evaluate",
+         'means.get("guard_gain", math.inf) > (config.guard or 0.0)', "True", "guard:which_policies_of_hand"),
+        ("the guard looks at the score alone", None, "evaluate",
+         "[scored.total, *opinions]", "[scored.total]", "guard:which_policies_of_hand"),
         ("the policy is chosen by the score of sampled summaries", 33, "evaluate",
          'means["score"]', 'means["score_sampled"]', "judging:an_evaluation_samples"),
         ("ptx is taught the held-out posts", 34, "supervised_examples",
@@ -1028,5 +1032,16 @@ MUTATIONS = [
         ("NaN of a function is taken", None, "PythonReward.of_answers", "math.isfinite(score)", "True"),
         ("the row of an exception is the first", None, "PythonReward._culprit",
          "answers.take([number])", "answers.take([2])"),
+    ]),
+    *_of("utils/judge/guard.py", "guard:the_gain_is", [
+        ("the guard asks the judge that is most in favour", None, "gain", "opinions.min()", "opinions.max()"),
+        ("the guard takes the spread over posts for the noise of the mean", None, "gain",
+         "/ np.sqrt(difference.shape[1])", "/ 1.0"),
+    ]),
+    *_of("utils/models/heads.py", "heads:one_score_of_many", [
+        ("the worst head is the best", None, "ensemble_score", "each.amin(-1)", "each.amax(-1)"),
+        ("uncertainty is rewarded", None, "ensemble_score", "mean - coef *", "mean + coef *"),
+        ("all heads draw the same posts", None, "bootstrap_draws",
+         "poisson(1.0, heads)", "poisson(1.0, 1).repeat(heads)", "heads:the_bootstrap_draws"),
     ]),
 ]

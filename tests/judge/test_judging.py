@@ -23,7 +23,7 @@ PROMPTS = random_groups([5, 1, 8, 3, 6], [[1]] * 5)[0]
 POSTS = Tokenised([SimpleNamespace(prompt="p", completion=" w3 w4.", facts=None) for _ in PROMPTS], PROMPTS,
                   None)
 CONFIG = SimpleNamespace(max_new_tokens=6, eval_batch_size=2, temperature=0.7, eval_temperature=0.01, seed=0,
-                         missing_eos_score=-1.0, kl_budget=20.0)
+                         missing_eos_score=-1.0, kl_budget=20.0, guard=None)
 
 
 class Tokenizer:
@@ -75,7 +75,7 @@ def evaluated(trained, judge, gold=None):
                           samples=lambda *_: None)
     best = SimpleNamespace(offer=lambda step, score, weights, kl: offered.append((step, score, kl)))
     accelerator = SimpleNamespace(autocast=nullcontext)
-    loop = SimpleNamespace(config=CONFIG, run=run, best=best, accelerator=accelerator)
+    loop = SimpleNamespace(config=CONFIG, run=run, best=best, accelerator=accelerator, carried={})
     models = Models(PolicyAndValue(trained, None), None, None)
     train_ppo.evaluate(loop, models, POSTS, judge, gold, 3)
     return figures, offered
@@ -111,6 +111,9 @@ class Recorded:
 
     def scores(self, posts, found, title):
         return [Scores([summaries.temperature], {}) for summaries in found]
+
+    def opinions(self, posts, greedy, sampled):
+        return [], {}
 
     def rouge(self, posts, found):
         return found.temperature

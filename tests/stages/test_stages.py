@@ -136,13 +136,21 @@ def finished(folder):
 
 
 CARRIED = ("--kl_target 0.01 --kl_horizon 20 --ema_decay 0.6 --value_model shared --ptx_coef 0.1 "
-           "--actor_training_data data/tldr_mini/actor_train.jsonl.gz")
+           "--actor_training_data data/tldr_mini/actor_train.jsonl.gz --guard 0.1 "
+           "--reward_model {0}/several/reward/final --guard_model {0}/run/reward/final")
 
 
 @pytest.fixture(scope="module")
-def carried(finished, folder):
+def several(finished, folder):
+    """The reward stage with three heads."""
+    train_reward.main(config_of(train_reward, folder, "several", "--reward_heads 3"))
+    return folder / "several" / "reward"
+
+
+@pytest.fixture(scope="module")
+def carried(several, folder):
     """A PPO run with every option that hands something on from update to update."""
-    train_ppo.main(config_of(train_ppo, folder, "carried", CARRIED))
+    train_ppo.main(config_of(train_ppo, folder, "carried", CARRIED.format(folder)))
     return folder / "carried"
 
 
@@ -497,7 +505,7 @@ def refuse_what_does_not_fit(folder, run, extra, tmp):
 
 def test_all_that_an_update_hands_on_outlives_a_stop(carried, folder, monkeypatch):
     """The adapted KL coefficient, the averaged policy, the supervised examples."""
-    stopped_and_resumed(train_ppo, folder, "carried-stopped", monkeypatch, CARRIED)
+    stopped_and_resumed(train_ppo, folder, "carried-stopped", monkeypatch, CARRIED.format(folder))
     assert_same_runs(folder / "carried-stopped" / "ppo", carried / "ppo")
     runs = [out / "ppo" for out in (carried, folder / "carried-stopped")]
     assert furthest(*(weights(checkpoints(run)[-1], "average") for run in runs)) == 0
@@ -520,13 +528,6 @@ def test_plain_transformers_scores_like_the_reward_stage(finished):
         mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in texts], batch_first=True)
         found = model(input_ids=batch, attention_mask=mask).logits[:, 0]
         assert found.tolist() == pytest.approx(row["scores"], abs=2e-3)
-
-
-@pytest.fixture(scope="module")
-def several(finished, folder):
-    """The reward stage with three heads."""
-    train_reward.main(config_of(train_reward, folder, "several", "--reward_heads 3"))
-    return folder / "several" / "reward"
 
 
 @torch.no_grad()

@@ -3,9 +3,12 @@
 Each measure stands alone, because each costs a pass of a model or more: a caller takes those that it reports.
 """
 
+import numpy as np
+
 from utils.data.rows import Tokenised
-from utils.judge.evaluation import Summaries, measure_groups, summarise
+from utils.judge.evaluation import Summaries, measure_groups, score_groups, summarise
 from utils.judge.metrics import SummaryRouge
+from utils.models.heads import Heads, head_scores
 from utils.models.outputs import response_logprobs
 from utils.rewards.rewards import Rewards, Scores
 
@@ -32,6 +35,33 @@ class Judge:
         return [one._replace(total=[score if ended else missing
                                     for score, ended in zip(one.total, summaries.ended, strict=True)])
                 for one, summaries in zip(scored, written, strict=True)]
+
+    def opinions(self, posts: Tokenised, greedy: Summaries, sampled: Summaries) -> tuple[list, dict]:
+        """What other judges than the score say, without any gold score: each head of the reward models that
+        have several, and the guard.
+
+        Returns:
+            The scores of the nearly greedy summaries by each judge, (judges, posts). And means by names of
+            metrics: `spread`, the standard deviation of a summary's score over the heads of the first such
+            model; `guard_score`; and with `_sampled` those of the sampled summaries.
+        """
+        completions = [[a, b] for a, b in zip(greedy.tokens, sampled.tokens, strict=True)]
+        judges, means = [], {}
+        for reward in self.rewards.all_models:
+            several = isinstance(reward.model.score, Heads) and not reward.reads_text
+            if reward is not self.rewards.guard and not several:
+                continue
+            found = np.array(score_groups(reward.model, self.tokenizer, posts.prompts, completions,
+                                          self.config.eval_batch_size, "validation, judges", head_scores))
+            name, figures = "spread", found.std(-1)  # found: (posts, 2, heads)
+            if self.config.missing_eos_score is not None:
+                found[~np.array([greedy.ended, sampled.ended]).T] = self.config.missing_eos_score
+            if reward is self.rewards.guard:
+                found = found.mean(-1, keepdims=True)
+                name, figures = "guard_score", found[..., 0]
+            judges += found[:, 0].T.tolist()
+            means = dict(zip((name, f"{name}_sampled"), map(float, figures.mean(0)), strict=True)) | means
+        return judges, means
 
     def kls(self, posts: Tokenised, sampled: Summaries, title: str) -> list[float]:
         """log p - log p_ref in nats, of summaries sampled at the training temperature: their own log-probs

@@ -56,7 +56,7 @@ def _instead_of(folder: Path, field: str) -> str:
                 "merge_and_unload() and save_pretrained(), and name the merged model's folder")
     if holds("progress.json", "manifest.json"):
         return "it is a checkpoint, from which --resume goes on; a finished run has its model in final/"
-    stage = "reward" if field == "reward_model" else "sft"
+    stage = "reward" if field in ("reward_model", "guard_model") else "sft"
     inside = [folder / "final", folder / stage / "final", *sorted(folder.glob("snapshots/*"))]
     for model in inside:
         if (model / "config.json").is_file():

@@ -31,7 +31,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # which stages may have made the model under a key
-_STAGES_OF = {"model": ("sft", "ppo"), "reward_model": ("reward",)}
+_STAGES_OF = {"model": ("sft", "ppo"), "reward_model": ("reward",), "guard_model": ("reward",)}
 
 
 class Parent:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from utils.models.fitness import refuse_unfit
 from utils.models.four_bit import storage_of
+from utils.models.heads import use_heads
 from utils.models.loading import (
     ScalarHead,
     load_policy,
@@ -102,7 +103,7 @@ def load_models(policy_parent: Parent, rewards, config) -> Models:
     longest = max(answers, key=lambda name: getattr(config, name))
     refuse_unfit(policy, policy_parent, tokenizer, config.max_prompt_tokens + getattr(config, longest),
                  f"max_prompt_tokens + {longest}")
-    for reward in rewards.of_models:
+    for reward in rewards.all_models:
         load_reward_model(reward, policy, tokenizer, config)
     ref_policy = share_weights(policy) if config.lora_rank else without_dropout(load_policy(policy_parent))
     value_model = None
@@ -113,6 +114,8 @@ def load_models(policy_parent: Parent, rewards, config) -> Models:
     for model in (policy, value_model):
         if isinstance(model, PreTrainedModel):
             trainable(model, config)
+    for reward in rewards.all_models:  # now: the value model starts from the mean of the heads
+        use_heads(reward.model, reward.parent, reward.entry)
     for frozen in (ref_policy, *rewards.models):
         frozen.requires_grad_(False).eval()
     return Models(PolicyAndValue(policy, value_model), ref_policy, rewards)

@@ -105,6 +105,11 @@ class ModelEntry(Entry):
     max_prompt_tokens: int | None = key(None, "With a tokenizer of its own: longer prompts are cut, counted "
                                               "in its tokens; none: as the stage's `max_prompt_tokens`.",
                                         unit="tokens", low=8, high=10_000_000)
+    ensemble: str = key("mean", "The score of a model with several heads: their mean; the lowest; or the "
+                                "mean less ensemble_coef times their variance.",
+                        source="Coste 2023, 2310.02743", choices=["mean", "worst", "uncertainty"])
+    ensemble_coef: float = key(1.0, "Weight of the variance with `ensemble: uncertainty`.", unit="1 / score",
+                               source="Coste 2023, 2310.02743", low=0.0, high=1e6)
 
 
 @dataclasses.dataclass

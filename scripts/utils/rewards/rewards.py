@@ -61,8 +61,9 @@ class Rewards:
         scales: of the rewards with `scale: std`, by name; the first `judge` fills it.
     """
 
-    def __init__(self, rewards: Sequence, tokenizer=None):
+    def __init__(self, rewards: Sequence, tokenizer=None, guard: ModelReward | None = None):
         self.rewards, self.tokenizer, self.scales = list(rewards), tokenizer, {}
+        self.guard = guard  # it scores held-out answers only
 
     @property
     def names(self) -> list[str]:
@@ -74,6 +75,11 @@ class Rewards:
         return [reward for reward in self.rewards if isinstance(reward, ModelReward)]
 
     @property
+    def all_models(self) -> list[ModelReward]:
+        """Those and, before them, the guard."""
+        return [*([self.guard] if self.guard else []), *self.of_models]
+
+    @property
     def first_model(self) -> ModelReward | None:
         """The reward model that a separate value model starts from; None: none reads the policy's tokens."""
         return next((reward for reward in self.of_models if not reward.reads_text), None)
@@ -81,12 +87,12 @@ class Rewards:
     @property
     def models(self) -> list[torch.nn.Module]:
         """The loaded reward models, which nothing trains."""
-        return [reward.model for reward in self.of_models]
+        return [reward.model for reward in self.all_models]
 
     @property
     def parents(self) -> list[Parent]:
         """The reward models' folders or hub names."""
-        return [reward.parent for reward in self.of_models]
+        return [reward.parent for reward in self.all_models]
 
     def score(self, episodes: Episodes, rows: Sequence[Example], update: int) -> tuple[Tensor, dict]:
         """What this rank's episodes score in an update, float32 (N,); and metrics over all ranks, by name.
@@ -236,7 +242,10 @@ def open_rewards(config, policy: Parent) -> Rewards:
     """
     if config.rewards is None and config.reward_model is None:
         raise UserError("reward_model: nothing scores the answers; name a reward model, or rewards")
-    return Rewards([_opened(entry, config, policy) for entry in entries_of(config)], policy.tokenizer)
+    guard = None
+    if config.guard_model:
+        guard = ModelReward(ModelEntry(model=config.guard_model), Parent("guard_model", config.guard_model))
+    return Rewards([_opened(entry, config, policy) for entry in entries_of(config)], policy.tokenizer, guard)
 
 
 def _opened(entry: Entry, config, policy: Parent):
