@@ -7,7 +7,7 @@ import torch
 
 from families import PAD, random_groups
 from utils.models.prompt_groups import (
-    attention_mask,
+    branches,
     end_states,
     micro_batches,
     pack,
@@ -79,7 +79,7 @@ def test_states_stand_before_their_tokens_and_ends_on_the_last(batch):
 
 def test_mask_by_brute_force(batch):
     *_, groups = batch
-    mask = attention_mask(groups)
+    mask = branches(groups).dense
     rows, width = groups.segments.shape
     assert mask.shape == (rows, 1, width, width) and mask.dtype == torch.bool
     for row in range(rows):
@@ -111,7 +111,7 @@ def test_a_group_goes_where_there_is_room():
 def test_one_completion_is_an_ordinary_causal_row():
     prompts, completions = random_groups([3], [[4]])
     groups = pack(prompts, completions, PAD)
-    assert torch.equal(attention_mask(groups)[0, 0], torch.ones(7, 7, dtype=torch.bool).tril())
+    assert torch.equal(branches(groups).dense[0, 0], torch.ones(7, 7, dtype=torch.bool).tril())
     assert groups.position_ids[0].tolist() == list(range(7))
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,13 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "studies" / "gpu_chec
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_completions_that_see_each_other_are_found(precision, monkeypatch):
-    def without_segments(groups):
-        width = groups.owners.shape[1]
-        earlier = torch.ones(width, width, dtype=torch.bool).tril()
-        return (earlier & (groups.owners[:, :, None] == groups.owners[:, None, :]))[:, None]
+    real = outputs.branches
 
-    monkeypatch.setattr(outputs, "attention_mask", without_segments)
+    def without_segments(groups):
+        found = real(groups)
+        return replace(found, branch=found.group)
+
+    monkeypatch.setattr(outputs, "branches", without_segments)
     wrong = equalities.prompt_groups("OPT", precision).wrong
     for name in ("log-probs", "gradients", "scores", "values", "value_gradients"):
         assert f"{name}, K = 4" in wrong and f"{name}, K = 1" not in wrong

@@ -27,7 +27,7 @@ from utils.models.attention import CAUSAL_BLOCKS
 from utils.models.generation import sample
 from utils.models.lm_head import LMHead, token_logprobs_and_entropy
 from utils.models.outputs import response_logprobs, response_values, scores
-from utils.models.prompt_groups import attention_mask, pack, spread
+from utils.models.prompt_groups import branches, pack, spread
 
 TEMPERATURE = 0.7
 KS = (1, 4)
@@ -230,7 +230,7 @@ def attention(length: int, precision: str) -> Outcome:
     prompt = length * 3 // 5
     sizes = [length // 10] * 4
     groups = pack([[5] * prompt, [5] * (prompt // 2)], [[[6] * size for size in sizes]] * 2, PAD).to(DEVICE)
-    mask = attention_mask(groups)
+    mask = branches(groups).dense
     shape = (len(mask), 12, mask.shape[-1], 64) if ON_CARD else (len(mask), 2, mask.shape[-1], 8)
     generator = torch.Generator().manual_seed(0)
     inputs = [

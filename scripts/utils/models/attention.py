@@ -1,41 +1,51 @@
-"""Causal attention in blocks of queries. Each block attends to the keys up to its own end only.
+"""The attention of every model in this repository: the same numbers from the kernels that suit the device.
 
-torch's kernels compute the whole (T, T) table under a mask and throw half of it away. At 400 tokens attention
-is a tenth (OPT-125m) to a quarter (the mini model) of a step, and blocks take a fifth to a quarter less time
-for it. FlexAttention could also skip what completions do not see of each other, but has no backward pass on
-CPUs (torch 2.13).
+On a CPU: in blocks of queries, each with the keys up to its own end. torch's kernels compute the whole (T, T)
+table under a mask and throw half of it away. At 400 tokens attention is a tenth (OPT-125m) to a quarter (the
+mini model) of a step, and blocks take a fifth to a quarter less time for it. FlexAttention has no backward
+pass on CPUs (torch 2.13).
 
-On a GPU one call is faster: on an H200 blocks took 12.0 ms against 4.2 ms at 1,500 tokens in float32, forward
-and backward, and 5.5 ms against 1.7 ms in bfloat16.
+On a GPU: where each row is one sequence, causal attention without a mask, for which torch has its flash
+kernels. Long rows with branches: FlexAttention (flex.py). Else one call under the mask. On an H200 blocks
+took 12.0 ms against 4.2 ms of one call at 1,500 tokens in float32, forward and backward, and 5.5 ms against
+1.7 ms in bfloat16.
 """
 
-import math
 from itertools import pairwise
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from utils.models.branches import branch_mask
+from utils.models.flex import GroupMask, attend, group_mask, in_full
 
 CAUSAL_BLOCKS = "causal_blocks"  # the `attn_implementation` of every model in this repository
 _BLOCK = 128  # queries of a block. Smaller blocks cost more in calls than they save.
 
 
 def causal_blocks(module, query, key, value, attention_mask, **more):
-    """transformers' SDPA attention, on a CPU in blocks when T queries attend to T keys.
-
-    Other calls, such as a decoding step with few queries and many keys, are passed on in one piece.
+    """Attention as transformers' SDPA attention computes it.
 
     Args:
-        query, key, value: (B, H, T, D).
-        attention_mask: (B, 1, T, T), True = attends; must be causal, which is not checked.
+        query, key, value: (B, H, T, D); keys and values may have fewer heads.
+        attention_mask: (B, 1, T, T), True = attends; must be causal, which is not checked. Or a `GroupMask`,
+            on a GPU.
 
     Returns:
         (B, T, H, D), and None in place of the attention weights.
     """
-    if more.get("softcap") is not None:
-        return _capped(query, key, value, attention_mask, more["softcap"], more["scaling"]), None
+    softcap = more.get("softcap")
+    if isinstance(attention_mask, GroupMask):
+        if attention_mask.causal and softcap is None:
+            return sdpa_attention_forward(module, query, key, value, None, **{**more, "is_causal": True})
+        if not more.get("dropout") and more.get("position_bias") is None:
+            scaling = more.get("scaling") or query.shape[-1] ** -0.5
+            if (found := attend(query, key, value, attention_mask, scaling, softcap)) is not None:
+                return found.transpose(1, 2).contiguous(), None
+        attention_mask = attention_mask.dense
+    if softcap is not None:  # no kernel of torch's has it with a mask
+        found = in_full(query, key, value, attention_mask, more["scaling"], softcap)
+        return found.transpose(1, 2).contiguous(), None
     length = query.shape[2]
     count = length // _BLOCK
     if attention_mask is None or key.shape[2] != length or count < 2 or query.is_cuda:
@@ -48,16 +58,5 @@ def causal_blocks(module, query, key, value, attention_mask, **more):
     return torch.cat(parts, 1), None
 
 
-def _capped(query, key, value, attention_mask, softcap: float, scaling: float) -> torch.Tensor:
-    """Attention whose scores are softcap * tanh(score / softcap) (Gemma 2), (B, T, H, D). No kernel of torch
-    has it on a CPU with a mask.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (one.repeat_interleave(groups, 1) for one in (key, value))
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
-    weights = scores.masked_fill(~attention_mask, -math.inf).softmax(-1, dtype=torch.float32)
-    return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous()
-
-
 AttentionInterface.register(CAUSAL_BLOCKS, causal_blocks)
-AttentionMaskInterface.register(CAUSAL_BLOCKS, branch_mask)
+AttentionMaskInterface.register(CAUSAL_BLOCKS, group_mask)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from utils.models.branches import branching
 from utils.models.lm_head import token_logprobs, token_logprobs_and_entropy
-from utils.models.prompt_groups import PromptGroups, attention_mask, end_states, response_states, spread
+from utils.models.prompt_groups import PromptGroups, branches, end_states, response_states, spread
 
 
 class GroupModel(nn.Module):
@@ -38,7 +38,7 @@ def trunk(model):
 def hidden_states(model, groups: PromptGroups) -> torch.Tensor:
     """The trunk's last hidden states (B, T, D), each completion seeing its prompt and itself only."""
     positions = groups.position_ids
-    with branching(attention_mask(groups), positions, positions):
+    with branching(branches(groups), positions, positions):
         return trunk(model)(
             input_ids=groups.input_ids,
             attention_mask=torch.ones_like(groups.input_ids),
@@ -71,7 +71,7 @@ def supervised_outputs(policy, groups: PromptGroups,
         logprobs = response_logprobs(policy, groups, temperature=1.0)
         return logprobs, logprobs.new_zeros(())
     positions, read = groups.position_ids, groups.owners >= 0
-    with branching(attention_mask(groups), positions, positions):
+    with branching(branches(groups), positions, positions):
         # within `branching` the attention mask says nothing but which tokens the routers' loss is taken on
         found = policy(input_ids=groups.input_ids, attention_mask=read.long(), position_ids=positions,
                        use_cache=False, output_router_logits=True, output_hidden_states=True,

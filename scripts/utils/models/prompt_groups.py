@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from utils.distributed import on_device
+from utils.models.branches import Branches
 
 
 class PromptGroups(NamedTuple):
@@ -172,19 +173,24 @@ def _filled(sizes, max_groups, max_tokens):
     return batches
 
 
-def attention_mask(groups: PromptGroups) -> torch.Tensor:
-    """The attention mask: a token sees itself, and the earlier tokens of its prompt and of its completion.
+def branches(groups: PromptGroups) -> Branches:
+    """What each token sees: itself, and the earlier tokens of its prompt and of its completion.
 
-    Returns:
-        (B, 1, T, T) bool, True = the query (third dimension) sees the key (fourth). A padding token sees
-        itself and the padding before it, because a softmax over nothing would be NaN.
+    A padding token sees itself and the padding before it, because a softmax over nothing would be NaN.
     """
     owner, segment = groups.owners, groups.segments
-    width = segment.shape[1]
-    earlier = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()  # (T, T)
-    same_group = owner[:, :, None] == owner[:, None, :]  # (B, T, T)
-    readable = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    return (earlier & same_group & readable)[:, None]
+    column = torch.arange(owner.shape[1], dtype=torch.int32, device=owner.device)
+    new_group = torch.ones_like(owner, dtype=torch.bool)
+    new_group[:, 1:] = owner[:, 1:] != owner[:, :-1]
+    new_branch = new_group.clone()
+    new_branch[:, 1:] |= segment[:, 1:] != segment[:, :-1]
+
+    def latest(begins):  # (B, T) the last column up to the own one where something begins
+        return torch.where(begins, column, 0).cummax(1).values
+
+    # a row has one completion only where it has one group with one completion
+    return Branches(latest(new_group), latest(new_branch & (segment == 1)), latest(new_branch),
+                    plain=len(groups.row_index) == len(owner))
 
 
 def response_states(hidden: torch.Tensor, groups: PromptGroups) -> torch.Tensor:
