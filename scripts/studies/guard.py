@@ -70,7 +70,7 @@ def reward_words(config: GuardStudyConfig, heads: int, seed: int) -> list[str]:
 
 
 def reward_folder(config: GuardStudyConfig, heads: int, seed: int) -> Path:
-    return Path(config.folder) / "reward" / f"{heads}-heads-seed{seed}"
+    return Path(config.folder) / "reward" / f"{heads}-heads-{seed}"
 
 
 def cells_of(config: GuardStudyConfig) -> list[tuple[str, float, int]]:
@@ -130,7 +130,7 @@ def points_of(folder: Path) -> list[dict]:
 def measure(config: GuardStudyConfig, cell: tuple[str, float, int], until: float) -> None:
     """Run one cell and add its line to the results, unless the time is up before."""
     arm, coef, seed = cell
-    folder = Path(config.folder) / arm / f"kl{coef}" / f"seed{seed}"
+    folder = Path(config.folder) / arm / f"coefficient-{coef}" / f"seed-{seed}"
     if time.monotonic() < until and run_stage("train_ppo.py", folder, ppo_words(config, cell), until):
         append_rows(Path(config.results), [{"arm": arm, "kl_coef": coef, "seed": seed,
                                             "points": points_of(folder)}])
