@@ -70,7 +70,7 @@ def test_our_own_reader_takes_the_same_rankings_back(ratings, tmp_path):
 
 def test_our_own_reader_takes_the_same_edits_back(ratings, tmp_path):
     path = written(tmp_path, "edits", ratings.rated())
-    key = "actor_training_data"
+    key = "centring_data"  # takes edits alone; actor_training_data also takes the best answers
     in_file, in_database = ([tuple(example)[:2] for example in load_examples(str(name), key)]
                             for name in (path, tmp_path / "r.db"))
     assert in_file == in_database and len(in_file) == 3

@@ -50,7 +50,8 @@ def offer(loop, update, score, kl=0.0):
     written, posts = SimpleNamespace(tokens=[[5]], ended=[True], texts=[""]), SimpleNamespace(examples=[])
     scored = Scores([score], {}), Scores([0.0], {})
     judge = SimpleNamespace(summaries=lambda *_: written, scores=lambda *_: scored,
-                            kls=lambda *_: [kl], rouge=lambda *_: None)
+                            kls=lambda *_: [kl], rouge=lambda *_: None,
+                            opinions=lambda *_: ([], {}))
     models = Models(SimpleNamespace(policy=loop.module), None, None)
     train_ppo.evaluate(loop, models, posts, judge, None, update)
 

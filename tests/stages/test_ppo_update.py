@@ -318,7 +318,7 @@ def test_evaluations_judge_the_average_where_there_is_one(config):
     judged, written = [], Summaries([[EOS]], [""], [True], [[0.0]])
     judge = SimpleNamespace(summaries=lambda policy, *_: (judged.append(policy), written)[1],
                             scores=lambda *_: [Scores([0.0], {})] * 2, kls=lambda *_: [0.0],
-                            rouge=lambda *_: None)
+                            rouge=lambda *_: None, opinions=lambda *_: ([], {}))
     loop, models = ppo_loop(replace(config, ema_decay=0.5, eval_steps=1))
     train_ppo.train(loop, models, posts_of(PROMPTS), judge, None)
     assert len(judged) == 2 * loop.config.updates, "greedy and sampled, after each update"

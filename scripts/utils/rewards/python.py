@@ -64,7 +64,7 @@ class PythonReward:
                       if one.kind in _BY_NAME and one.default is inspect.Parameter.empty]
 
     def _module(self):
-        spec = importlib.util.spec_from_file_location(f"reward_{self.entry.name}", self.path)
+        spec = importlib.util.spec_from_file_location(f"user_{self.entry.name}", self.path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses and pickles look a module up by its name
         try:
