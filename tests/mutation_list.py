@@ -1019,8 +1019,8 @@ MUTATIONS = [
     ]),
     *_of("utils/data/ratings.py", "ratings:a_ranking_with_a_tie", [
         ("a tie is a pair", None, "pair_rows", "rank < other_rank", "rank <= other_rank"),
-        ("SFT learns from the worst answer", None, "example_rows", "ranks.index(min(ranks))",
-         "ranks.index(max(ranks))", "ratings:the_best_answers_are"),
+        ("SFT learns from the worst answer", None, "example_rows", "rank == min(ranks)",
+         "rank == max(ranks)", "ratings:the_best_answers_are"),
         ("ratings that were undone are trained on", None, "", "WHERE undone IS NULL AND", "WHERE",
          "ratings:skip_all_bad"),
         ("the digest of a database is that of its file", None, "read_database",

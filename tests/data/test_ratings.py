@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from rated import TALK, database, next_task, rank_all, rate
+from utils.data.ratings import example_rows
 from utils.data.rows import load_examples, load_rankings, split_off
 from utils.errors import UserError
 
@@ -111,6 +112,14 @@ def test_the_best_answers_are_examples_unless_a_better_one_was_written(tmp_path)
     assert [tuple(example)[:2] for example in examples] == [("a", " old 2"), ("b", " Better."), ("c", first)]
     assert [tuple(example)[:2] for example in load_examples(str(tmp_path / "r.db"), "centring_data")] == [
         ("b", " Better.")]
+
+
+@pytest.mark.parametrize(("completions", "ranks", "found"), [
+    ([" ", "x"], [1, 2], []), (["", "x", "y"], [1, 1, 2], ["x"]), (["x", ""], [1, 2], ["x"]),
+])
+def test_an_empty_answer_is_no_example(completions, ranks, found):
+    rating = {"prompt": "a", "better": None, "completions": completions, "ranks": ranks}
+    assert [row["completion"] for row in example_rows(rating)] == found
 
 
 def test_rows_are_those_of_now_and_equal_content_is_read_once(tmp_path):

@@ -230,11 +230,15 @@ def edit_rows(rating: dict) -> Iterator[dict]:
 def example_rows(rating: dict) -> Iterator[dict]:
     """The answer that a rater wrote, else the one that the ranking says is the best, as an example.
 
-    Where several answers share the first place it is the first of them; where all do, none is better.
+    Where several answers share the first place it is the first of them; where all do, none is better. An
+    empty answer is no example: there is nothing in it to learn.
     """
     ranks = rating["ranks"]
     if rating["better"] is None and ranks is not None and min(ranks) < max(ranks):
-        yield _example(rating["prompt"], rating["completions"][ranks.index(min(ranks))])
+        best = [text for text, rank in zip(rating["completions"], ranks, strict=True)
+                if rank == min(ranks) and text.strip()]
+        for text in best[:1]:
+            yield _example(rating["prompt"], text)
     yield from edit_rows(rating)
 
 
