@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -37,7 +38,7 @@ class _Failed(Exception):
     """Why a request has brought no scores."""
 
 
-class ServiceReward:
+class ServiceReward(ABC):
     """What both kinds share: requests side by side, each sent again when it fails.
 
     Raises:
@@ -57,13 +58,13 @@ class ServiceReward:
                                 "names; export it")
             self.headers["Authorization"] = f"Bearer {secret}"
 
+    @abstractmethod
     def asked(self, answers: Answers) -> dict:
         """The JSON that is sent for some answers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, reply, count: int) -> list[float | None]:
         """The scores in the JSON that comes back. Raises _Failed."""
-        raise NotImplementedError
 
     def of_answers(self, answers: Answers) -> list[float | None]:
         """The service's scores of some answers."""
