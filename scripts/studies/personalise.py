@@ -25,22 +25,15 @@ at the end. With several `workers` each cell has a process, a folder and a threa
 
 import fcntl
 import gzip
-import http.cookiejar
 import json
 import math
-import multiprocessing
 import os
 import random
-import re
-import runpy
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
-import uuid
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
@@ -50,6 +43,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
+from studies.stage_processes import fork_server, run_stage
 from studies.tastes import TASTES, Person
 from utils.config import UserError, find_input, key
 from utils.launch import read_config, start
@@ -59,12 +53,8 @@ PICKS = ("random", "unsure")
 WAYS = ("rankings/100", "best/100", "pairs/100", "rankings/30", "rankings/10", "rankings/300", "rankings/0",
         "rankings/100/unsure", "rankings/30/unsure", "best/30", "pairs/30", "best/300", "pairs/300",
         "best/10", "pairs/10")
-SCRIPTS = Path(__file__).resolve().parents[1]
 # added to SFT where it is the only stage; chosen as the other two ways were, with other seeds and posts
 ALONE = ["--num_train_epochs", "6"]
-# what the rating page and the stages need; loaded once, in a server that each of them is forked from
-LIBRARIES = ["torch", "transformers.trainer", "trl", "peft", "evaluate", "datasets", "uvicorn", "starlette"]
-WAIT = 600  # seconds for the server to start, and for the answers to a post
 # quantiles of Student's t for a 95 % interval, by the number of runs
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
 
@@ -122,8 +112,8 @@ def parts_of(way: str) -> tuple[str, str, str]:
 if __name__ == "__main__":  # before the libraries, which take seconds to import
     CONFIG = read_config(PersonaliseConfig, None, __doc__)
 
+from studies.rating_people import rate_posts, rated, rating_page
 from utils.data.tokens import prompt_tokens
-from utils.feedback.database import Ratings
 from utils.judge.evaluation import score_groups, summarise
 from utils.judge.gold import gold_score, load_rules, words_of
 from utils.judge.metrics import win_rate
@@ -158,136 +148,18 @@ def cells_of(config: PersonaliseConfig) -> list[Cell]:
     return [Cell(taste, *way, seed) for way, seed, taste in product(ways, config.seeds, config.tastes)]
 
 
-# --------------------------------------------------------------------------------------- scripts as processes
+# ---------------------------------------------------------------------------------------------- what is rated
 
 
-def _run_script(script: str, words: list[str], log: str, pipe) -> None:
-    """What a process does: it becomes the script; its exit status and CPU seconds go into the pipe."""
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = [str(SCRIPTS / script), *words]
-    began, status = time.process_time(), 1
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    finally:
-        pipe.send((status, time.process_time() - began))
-
-
-@contextmanager
-def process(script: str, words: list[str], log: Path):
-    """A script that runs as a process of its own while the block runs; then it is ended.
-
-    Yields:
-        The process, and the pipe that says how it ended. The libraries are loaded: it starts at once.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    ours, theirs = context.Pipe(duplex=False)
-    running = context.Process(target=_run_script, args=(script, words, str(log), theirs))
-    running.start()
-    theirs.close()
-    try:
-        yield running, ours
-    finally:
-        running.terminate()
-        running.join()
-
-
-def run_stage(script: str, words: list[str], log: Path) -> dict[str, float]:
-    """Run a stage to its end: seconds and CPU seconds, without loading the libraries.
-
-    Raises:
-        UserError: with the last line that it printed, when it fails.
-    """
-    began = time.monotonic()
-    with process(script, words, log) as (running, pipe):
-        try:
-            status, cpu = pipe.recv()
-        except EOFError:
-            status, cpu = "killed", 0.0
-        running.join()
-    if status:
-        raise UserError(f"{script}: ended with status {status}; '{log}' ends with: {last_line(log)}")
-    return {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(cpu, 1)}
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "nothing"
-
-
-# -------------------------------------------------------------------------------------------- people who rate
-
-
-class Visitor:
-    """Somebody's browser at the rating page."""
-
-    def __init__(self, address: str, name: str):
-        self.address, self.headers = address, {"Content-Type": "application/json"}
-        cookies = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), cookies)
-        self.headers["X-CSRF-Token"] = self.ask("/api/state")["csrf"]
-        self.ask("/api/rater", {"name": name})
-
-    def ask(self, path: str, body: dict | None = None):
-        """The JSON that the page answers; asked again when it is asked too often."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, self.headers)
-        while True:
-            try:
-                with self.opener.open(request, timeout=60) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                if error.code != 429:
-                    said = error.read().decode(errors="replace")
-                    raise UserError(f"{path}: {error.code}, {said}") from None
-                time.sleep(1)
-
-
-def rate(address: str, person: Person, count: int, facts: dict[str, dict]) -> None:
-    """Rank until so many posts are rated.
-
-    Args:
-        facts: of each post, by its text without white space at the ends.
-    """
-    visitor, since = Visitor(address, person.taste), time.monotonic()
-    answer = visitor.ask("/api/task")
-    while answer["progress"]["rated"] < count:
-        if (task := answer["task"]) is None:
-            if not answer["waiting"] or time.monotonic() - since > WAIT:
-                raise UserError(f"the rating page has no task after {answer['progress']['rated']} of {count} "
-                                "ratings")
-            time.sleep(0.5)
-            answer = visitor.ask("/api/task")
-            continue
-        since = time.monotonic()
-        post = task["prompt"]["messages"][-1]["content"].strip()
-        order = person.ranking([shown["text"] for shown in task["answers"]], facts[post])
-        answer = visitor.ask("/api/ratings", {
-            "key": str(uuid.uuid4()), "task": task["id"], "kind": "ranking",
-            "order": [[place] for place in order], "confidence": None, "seconds": 1.0, "better": None})
-
-
-@contextmanager
-def rating_page(config: PersonaliseConfig, folder: Path, posts: Path, seed: int):
-    """The rating page as a process; yields its address."""
-    models = [config.model, *([config.other_model] if config.other_model else [])]
-    words = ["--model", *models, "--prompts", str(posts), "--ratings", str(folder / "ratings.db"),
-             "--port", "0", "--output_dir", str(folder / "page"), "--k", str(config.k), "--seed", str(seed),
-             # every person sees all posts with the same answers, once
-             "--repeat_share", "0.0", "--overlap_share", "1.0"]
-    log = folder / "page.log"
-    with process("feedback.py", words, log) as (running, _):
-        until = time.monotonic() + WAIT
-        while not (found := re.search(r"open (http://[^/\s]+)/", log.read_text() if log.exists() else "")):
-            if not running.is_alive() or time.monotonic() > until:
-                raise UserError(f"feedback.py: did not start; '{log}' ends with: {last_line(log)}")
-            time.sleep(0.2)
-        yield found[1]
+@lru_cache
+def read_rows(path: str, name: str) -> list[dict]:
+    """The rows of a file of posts with their facts."""
+    file = find_input(path, name)
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    if not all(isinstance(row.get("facts"), dict) for row in rows):
+        raise UserError(f"{name}: '{path}' has rows without facts; take posts of data/tldr_mini")
+    return rows
 
 
 def session(config: PersonaliseConfig, cell: Cell, rows: list[dict], gold: dict) -> Path:
@@ -309,26 +181,11 @@ def session(config: PersonaliseConfig, cell: Cell, rows: list[dict], gold: dict)
             chosen = (random_posts if pick == "random" else unsure_posts)(config, rows, size, seed)
             posts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in chosen))
             facts = {row["prompt"].strip(): row["facts"] for row in rows}
-            with rating_page(config, folder, posts, seed) as address:
+            models = [config.model, *([config.other_model] if config.other_model else [])]
+            with rating_page(models, posts, config.k, seed, folder) as address:
                 for taste in config.tastes:
-                    rate(address, Person(taste, gold, seed), size, facts)
+                    rate_posts(address, Person(taste, gold, seed), size, facts)
     return database
-
-
-def rated(database: Path, taste: str) -> list[dict]:
-    """A person's rankings, oldest first, without answers that are empty: no stage takes those."""
-    ratings = Ratings(database)
-    try:
-        rankings = [row for row in ratings.rated() if row["rater"] == taste and row["kind"] == "ranking"]
-    finally:
-        ratings.close()
-    for row in rankings:
-        kept = [place for place, text in enumerate(row["completions"]) if text.strip()]
-        row |= {name: [row[name][place] for place in kept] for name in ("completions", "ranks")}
-    return rankings
-
-
-# ------------------------------------------------------------------------------------------------ which posts
 
 
 def random_posts(config: PersonaliseConfig, rows: list[dict], size: int, seed: int) -> list[dict]:
@@ -426,17 +283,6 @@ def judged(person: Person, rows: list[dict], old: list[str], new: list[str], see
 # -------------------------------------------------------------------------------------------------- the study
 
 
-@lru_cache
-def read_rows(path: str, name: str) -> list[dict]:
-    """The rows of a file of posts with their facts."""
-    file = find_input(path, name)
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    if not all(isinstance(row.get("facts"), dict) for row in rows):
-        raise UserError(f"{name}: '{path}' has rows without facts; take posts of data/tldr_mini")
-    return rows
-
-
 def averages(done: dict[str, dict]) -> dict[tuple, tuple[float, float, float, int]]:
     """(taste, arm, size, pick) -> mean win rate over the seeds, its 95 % interval, and the number of runs.
 
@@ -530,9 +376,8 @@ def main(config: PersonaliseConfig) -> None:
     end_line(results)
     if config.workers > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    with ProcessPoolExecutor(config.workers, context) as pool, results.open("a", encoding="utf-8") as file:
+    with (ProcessPoolExecutor(config.workers, fork_server()) as pool,
+          results.open("a", encoding="utf-8") as file):
         waiting = {pool.submit(measure, config, cell, until): cell for cell in cells_of(config)
                    if cell.name not in done}
         try:
