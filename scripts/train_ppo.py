@@ -12,21 +12,20 @@ clipped objective (`optimise`). A prompt is computed once for its K responses in
 `advantage: rloo` or `grpo` compares the K responses with each other instead, and needs no value model.
 
 Shapes: N episodes (responses) of this rank, the K of a prompt one after the other; R tokens in the longest
-response.
+response. The mathematics is in `utils/ppo.py`. `utils/rollouts` samples, estimates advantages and takes the
+figures that are logged. `utils/judge/held_out.py` evaluates.
 
 Every `eval_steps` updates held-out posts are summarised; the policy with the highest score within `kl_budget`
 is the one in final/. It does not train on human ratings directly.
 """
 
 import math
-import random
 import time
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-from utils.config import PROJECT, StageConfig, UserError, key, refuse_missing_file
+from utils.config import PROJECT, StageConfig, key, refuse_missing_file
 from utils.data.sources import data_key
 from utils.launch import read_config, start
 from utils.models.folders import model_key
@@ -169,56 +168,46 @@ if __name__ == "__main__":  # before the libraries, which take seconds to import
     CONFIG = read_config(PPOStageConfig, PROJECT / "configs" / "tldr_mini" / "ppo.yaml", __doc__)
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 
+from utils.contradictions import refuse_contradictions
 from utils.data.batches import PromptBatches
-from utils.data.layouts import layout_of
+from utils.data.prompts import Posts, load_posts
 from utils.data.report import DataReport
-from utils.data.rows import NamedSet, Rows, Tokenised, load_data, split_rows, tokenised
-from utils.distributed import world
-from utils.episodes import Episodes, minibatches, own_prompts, passes_of, rollout_of, sample_episodes
+from utils.data.rows import Tokenised
 from utils.judge.gold import GoldJudge
-from utils.judge.guard import gain
+from utils.judge.held_out import ending, evaluate, outcome_weights
 from utils.judge.judging import Judge
-from utils.judge.plots import plot_ppo
 from utils.loop import Loop
 from utils.models.outputs import response_logprobs
 from utils.models.parents import Parent, check_task
 from utils.models.policy_value import Models, average_in, averaged, load_models
-from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.ppo import (
     Rollout,
     adapted_kl_coef,
-    explained_variance,
-    gae,
-    grpo_advantages,
-    importance_weights,
+    clipped_scores,
     kl_estimate,
-    masked_moments,
-    mean_var,
     missing_eos_penalty,
     policy_loss,
-    policy_statistics,
-    rloo_advantages,
     token_rewards,
     value_loss,
-    whiten,
 )
+from utils.ptx import add_supervised_gradients
 from utils.rewards.rewards import open_rewards
-from utils.runs.checkpoints import trainable_weights
-from utils.runs.ending import Ending, end_stage, refuse_broken_summaries
+from utils.rollouts.advantages import correct_engine, estimate_advantages, whitened
+from utils.rollouts.episodes import Episodes, minibatches, own_prompts, passes_of, rollout_of, sample_episodes
+from utils.rollouts.figures import refuse_collapse, rollout_metrics, statistics_of
+from utils.runs.ending import end_stage, refuse_broken_summaries
 from utils.runs.final import rehearse_saving
 from utils.runs.opening import open_stage, plan_of
-from utils.runs.run import SHOWN, Run, refuse_impossible
+from utils.runs.run import Run, refuse_impossible
 from utils.runs.token_sums import TokenSums
 from utils.zero import load_settings
 
-MOST_EPISODES = 1_000_000  # in one update: beyond this somebody has mistaken a key
 # ---------------------------------------------------------------------------------------------- the algorithm
 
 
-def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJudge | None) -> None:
+def train(loop: Loop, models: Models, posts: Posts, judge: Judge, gold: GoldJudge | None) -> None:
     """PPO. Shapes: N episodes of this rank, R tokens in the longest response."""
     config = loop.config
     batches = PromptBatches(len(posts.prompts), config.prompts_per_update, config.seed)
@@ -239,7 +228,7 @@ def train(loop: Loop, models: Models, posts: "Posts", judge: Judge, gold: GoldJu
         score = missing_eos_penalty(score, episodes.ended, config.missing_eos_score)
         kl = kl_estimate(logprobs, ref_logprobs, config.kl_estimator)  # (N, R), detail 24
         # the KL is paid at every token, the score at the last one (detail 23)
-        rewards = token_rewards(clipped(score, config.score_clip), kl, mask, loop.carried["kl_coef"])
+        rewards = token_rewards(clipped_scores(score, config.score_clip), kl, mask, loop.carried["kl_coef"])
         if config.whiten_rewards:
             rewards = whitened(loop, rewards, mask, shift_mean=False)  # detail 30
         advantages, returns = estimate_advantages(loop, rewards, values, mask)  # (N, R), details 29 and 30
@@ -308,274 +297,7 @@ def optimise(loop: Loop, models: Models, episodes: Episodes, rollout: Rollout,
                       "policy/learning_rate": loop.learning_rate}
 
 
-# ------------------------------------------------------------------------------------- parts of the algorithm
-
-
-def clipped(score: Tensor, limit: float | None) -> Tensor:
-    """Scores (N,) clipped to +-limit as they enter the rewards; None: as they are (DSC clips at 5)."""
-    return score if limit is None else score.clamp(-limit, limit)
-
-
-def whitened(loop: Loop, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Whiten (N, R) with the moments of the whole update on all ranks, never of a micro-batch (detail 30)."""
-    mean, var = mean_var(loop.total(masked_moments(x, mask)))
-    return whiten(x, mask, mean, var, shift_mean)
-
-
-def estimate_advantages(loop: Loop, rewards: Tensor, values: Tensor | None,
-                        mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Advantages and, with a value model, returns: (N, R) (detail 29)."""
-    config = loop.config
-    if config.advantage == "gae":
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        return whitened(loop, advantages, mask), returns
-    compare = rloo_advantages if config.advantage == "rloo" else grpo_advantages
-    return torch.where(mask, compare(rewards.sum(1), config.responses_per_prompt)[:, None], 0.0), None
-
-
-def correct_engine(loop: Loop, episodes: Episodes) -> tuple[Tensor | None, dict]:
-    """Weights (N, R) of tokens that another engine sampled, None for our own; and how far it drifts: the mean
-    |log-prob of the engine - log-prob of our forward pass| over all tokens.
-    """
-    if episodes.engine_logprobs is None:
-        return None, {}
-    weights = importance_weights(episodes.logprobs, episodes.engine_logprobs, loop.config.importance_limit)
-    apart = (episodes.logprobs - episodes.engine_logprobs).abs()[episodes.response_mask]
-    drift = loop.total(apart.sum()) / loop.total(episodes.response_mask.sum())
-    return weights, {"policy/sampling_drift": drift.item()}
-
-
-def add_supervised_gradients(loop: Loop, supervised: Tokenised, count: int) -> Tensor:
-    """Add ptx_coef x the SFT loss on `count` examples to the gradients of this optimizer step; returns that
-    loss.
-    """
-    config = loop.config
-    draw = random.Random(f"{config.seed}-supervised-{loop.scheduler.last_epoch}")
-    rows = draw.choices(range(len(supervised.prompts)), k=count)
-
-    def packed(part) -> PromptGroups:
-        groups = pack([supervised.prompts[i] for i in part], [[supervised.completions[i]] for i in part],
-                      loop.tokenizer.pad_token_id)
-        return groups.to(loop.device)
-
-    mine = loop.share(rows)
-    sizes = [len(supervised.prompts[i]) + len(supervised.completions[i]) for i in mine]
-    parts = [packed([mine[i] for i in part]) for part in micro_batches(sizes, config.per_device_batch_size)]
-    tokens = loop.total(sum(groups.response_mask.sum() for groups in parts))
-    loss = torch.zeros((), device=loop.device)
-    for groups in loop.parts(parts, spare=lambda: packed(rows[:1]), exchange=False):
-        nll = -loop.model(groups, 1.0, supervised=True).sum() / tokens
-        loop.backward(config.ptx_coef * nll, groups)
-        loss += nll.detach() * loop.part_counts
-    return loop.total(loss)
-
-
-def statistics_of(new_logprobs: Tensor, old: Rollout, entropy: Tensor, clips: Tensor) -> tuple[dict, dict]:
-    """Sums over the tokens of a micro-batch, and maxima, by the names they are logged under (detail 32)."""
-    found = policy_statistics(new_logprobs.detach(), old.logprobs, entropy, clips, old.response_mask)
-    return {"policy/ratio": found["ratio"], "policy/approx_kl": found["approx_kl"],
-            "policy/clipfrac": found["clipfrac"], "objective/entropy": found["entropy"],
-            "tokens": found["tokens"]}, {"policy/ratio_max": found["ratio_max"]}
-
-
-def rollout_metrics(loop: Loop, rollout: Rollout, ended: Tensor) -> dict:
-    """What the episodes of an update say: means over all episodes of all ranks (detail 32)."""
-    mask = rollout.response_mask
-
-    def mean(per_episode: Tensor) -> float:
-        return loop.total(per_episode.double().sum()).item() / loop.config.episodes_per_update
-
-    def kl(estimator: str) -> float:
-        return mean(torch.where(mask, kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator),
-                                0.0).sum(1))
-
-    figures = {"objective/kl": kl("k1"), "objective/kl_k3": kl("k3"), "objective/score": mean(rollout.scores),
-               "objective/rlhf_reward": mean(rollout.rewards.sum(1)), "objective/length": mean(mask.sum(1)),
-               "objective/ended": mean(ended), "objective/kl_coef": loop.carried["kl_coef"],
-               "objective/episodes": (loop.step + 1) * loop.config.episodes_per_update}
-    if rollout.values is not None:
-        residuals = loop.total(masked_moments(rollout.returns - rollout.values, mask))
-        figures["value/explained_variance"] = explained_variance(
-            residuals, loop.total(masked_moments(rollout.returns, mask))).item()
-    return figures
-
-
-def refuse_collapse(loop: Loop, figures: dict, update: int) -> None:
-    """Stop before an update that must not be trained on (detail 33). Raises UserError."""
-    kl, reason = figures["objective/kl"], None
-    if not (math.isfinite(kl) and math.isfinite(figures["objective/score"])):
-        reason = "the KL or the score is not finite (NaN or infinite): lower learning_rate"
-    elif kl > loop.config.kl_limit:
-        reason = (f"the KL to the reference is {kl:.1f} nats a summary, above kl_limit "
-                  f"{loop.config.kl_limit}: lower learning_rate or raise kl_coef")
-    if reason:
-        loop.run.metrics(update, figures)
-        raise UserError(f"{reason}; the last checkpoint is intact")
-
-
-# -------------------------------------------------------------------------------------------- what it reaches
-
-
-def evaluate(loop: Loop, models: Models, validation: Tokenised, judge: Judge, gold: GoldJudge | None,
-             update: int):
-    """Summarise the validation prompts nearly greedily, log the figures, offer the policy as the best one
-    (detail 33).
-
-    The KL is that of summaries sampled at the training temperature: of greedy ones it would be no estimate.
-    """
-    config = loop.config
-    with loop.accelerator.autocast():
-        greedy = judge.summaries(models.outcome, validation, config.eval_temperature, "validation")
-        sampled = judge.summaries(models.outcome, validation, config.temperature, "validation, sampled")
-        scored, scored_sampled = judge.scores(validation, [greedy, sampled], "validation, scores")
-        kl = judge.kls(validation, sampled, "validation, KL")
-        opinions, signs = judge.opinions(validation, greedy, sampled)
-    columns = {"tokens": list(map(len, greedy.tokens)), "ended": greedy.ended, "score": scored.total,
-               "score_sampled": scored_sampled.total, "kl": kl}
-    if gold is not None:
-        columns |= {"gold": gold.scores(validation.examples, greedy),
-                    "gold_sampled": gold.scores(validation.examples, sampled)}
-    means = {name: fmean(values) for name, values in columns.items()} | scored.means("rewards/{}") | signs
-    opinions, kept = [scored.total, *opinions], loop.carried.get("kept")
-    if config.guard is not None and kept:
-        means["guard_gain"] = gain(opinions, kept)
-    if (rouge := judge.rouge(validation, greedy)) is not None:
-        means["rouge_avg"] = rouge
-    loop.run.metrics(update, {f"eval/{name}": value for name, value in means.items()})
-    texts = zip(validation.examples[:SHOWN], greedy.texts, scored.total, strict=False)
-    loop.run.samples(update, "validation", [
-        {"prompt": example.prompt, "reference": example.completion, "summary": text, "score": value}
-        for example, text, value in texts])
-    loop.run.log(f"update {update}: " + " ".join(f"{name} {value:.3f}" for name, value in means.items()))
-    if means["kl"] <= config.kl_budget and means.get("guard_gain", math.inf) > (config.guard or 0.0):
-        if config.guard is not None:
-            loop.carried["kept"] = opinions
-        loop.best.offer(update, means["score"], outcome_weights(models), kl=means["kl"])
-
-
-def outcome_weights(models: Models) -> dict:
-    """The weights of the policy that is judged and kept."""
-    return {name: models.outcome.get_parameter(name) for name in trainable_weights(models.policy)}
-
-
-def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: GoldJudge | None,
-           best_step: int) -> Ending:
-    """PPO against SFT on the same held-out prompts: samples and the final figures."""
-    config = loop.config
-    written = {
-        (name, kind): judge.summaries(policy, test, temperature, f"test, {name}, {kind}")
-        for name, policy in (("before", models.ref_policy), ("after", models.outcome))
-        for kind, temperature in (("sampled", config.temperature), ("greedy", config.eval_temperature))
-    }
-    before, after = written["before", "sampled"], written["after", "sampled"]
-    scored_before, scored_after = judge.scores(test, [before, after], "test, scores")
-    kl = fmean(judge.kls(test, after, "test, KL"))
-    lengths = [fmean(map(len, summaries.tokens)) for summaries in (before, after)]
-    loop.run.log(f"test: share with EOS {fmean(after.ended):.3f}, length {lengths[0]:.1f} -> "
-                 f"{lengths[1]:.1f} tokens")
-    figures = gold.compare(test.examples, written, config.seed) if gold is not None else {}
-    texts = zip(test.examples[:20], written["before", "greedy"].texts, written["after", "greedy"].texts,
-                strict=False)
-    return Ending(
-        samples=[{"prompt": example.prompt, "reference": example.completion, "sft": sft, "ppo": ppo}
-                 for example, sft, ppo in texts],
-        summary={"score_before": fmean(scored_before.total), "score_after": fmean(scored_after.total),
-                 **scored_before.means("{}_before"), **scored_after.means("{}_after"), **figures, "kl": kl,
-                 "rouge_avg": judge.rouge(test, written["after", "greedy"])},
-        work={"best_step": best_step, "episodes": config.updates * config.episodes_per_update},
-        stage={"prompt_layout": layout_of(test.examples[0].prompt),
-               "max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens,
-               "score": fmean(scored_after.total), "kl": kl},
-        plot=partial(plot_ppo, kept=best_step, kl_budget=config.kl_budget),
-        compared=("sft", "ppo"),
-    )
-
-
 # ------------------------------------------------------------------------------------------------- the script
-
-
-class Posts(NamedTuple):
-    """What the stage reads, as tokens."""
-
-    prompts: list[list[int]]
-    validation: Tokenised
-    test: Tokenised
-    supervised: Tokenised | None  # the examples of `ptx_coef`
-    examples: Rows | None = None  # the texts of the prompts
-
-    def rows(self, places: list[int]) -> Rows | None:
-        """Some rows of the training data."""
-        return self.examples and self.examples.select(places)
-
-
-def load_posts(config: PPOStageConfig, tokenizer, report: DataReport) -> Posts:
-    """Training, validation and test prompts, none in two of them; and the examples of `ptx_coef`."""
-    named = {
-        "rlhf_training_data": NamedSet(config.rlhf_training_data, "prompts"),
-        "rlhf_validation_data": NamedSet(config.rlhf_validation_data, "prompts"),
-        "rlhf_test_data": NamedSet(config.rlhf_test_data, "prompts"),
-    }
-    if config.ptx_coef:
-        named["actor_training_data"] = NamedSet(config.actor_training_data, "examples",
-                                                config.max_completion_tokens)
-    loaded = load_data(config, named, tokenizer, report)
-    names = ("rlhf_training_data", "rlhf_validation_data", "rlhf_test_data")
-    training, validation, test = split_rows(config, loaded, *names, report)
-    report.tokens("rlhf_training_data", training.dataset())
-    supervised = loaded.get("actor_training_data")
-    if supervised is not None:
-        supervised = supervised_examples(config, supervised, [validation, test], report)
-    training, validation, test = (tokenised(rows, prompts_only=True) for rows in (training, validation, test))
-    return Posts(training.prompts, validation, test, supervised, training.examples)
-
-
-def supervised_examples(config, examples: Rows, held_out: list[Rows], report) -> Tokenised:
-    """The examples of `ptx_coef` without the posts that the policy is judged on."""
-    judged = {mark for rows in held_out for mark in rows.prompts()}
-    kept = examples.select([mark not in judged for mark in examples.prompts()])
-    if len(kept) < len(examples):
-        report.log(f"actor_training_data: left out {len(examples) - len(kept)} of {len(examples)} "
-                   "examples, whose prompts are held out for validation or test")
-    if not len(kept):
-        raise UserError(f"actor_training_data: every prompt in '{config.actor_training_data}' is held out "
-                        "for validation or test; name the data that train_sft.py learnt from")
-    return tokenised(kept.weighed(config.seed))
-
-
-def refuse_contradictions(config: PPOStageConfig) -> None:
-    """Raise UserError for keys that make no sense together."""
-    processes = world().num_processes
-    if config.prompts_per_update % processes:
-        raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts cannot be shared out "
-                        f"over {processes} processes; take a multiple")
-    if config.episodes_per_update > MOST_EPISODES:
-        raise UserError(f"prompts_per_update: {config.prompts_per_update} prompts with "
-                        f"{config.responses_per_prompt} responses each are {config.episodes_per_update} in "
-                        f"one update; at most {MOST_EPISODES} are taken, published are 512")
-    if config.advantage != "gae" and config.responses_per_prompt < 2:
-        raise UserError(f"responses_per_prompt: advantage '{config.advantage}' compares the responses to a "
-                        "prompt with each other, so there must be 2 or more; or take advantage 'gae'")
-    if bool(config.ptx_coef) != bool(config.actor_training_data):
-        raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that "
-                        "train_sft.py learnt from)")
-    if config.rollout_engine != "own" and config.deepspeed:
-        raise UserError("rollout_engine: 'transformers' does not work on weights that DeepSpeed holds; take "
-                        "'own', or leave deepspeed out")
-    if config.ema_decay and config.load_in_4bit:
-        raise UserError("ema_decay: it averages whole models, which weights in 4 bits do not allow; leave "
-                        "ema_decay or load_in_4bit out")
-    if config.advantage != "gae" and config.value_model != "separate":
-        raise UserError(f"value_model: advantage '{config.advantage}' has none; leave it out, or take 'gae'")
-    if config.target_kl is not None and config.ppo_epochs == 1:
-        raise UserError("target_kl: it leaves out later passes, but ppo_epochs is 1; raise that, or "
-                        "leave target_kl out")
-    if config.kl_target is not None:
-        episodes = config.prompts_per_update * config.responses_per_prompt
-        if not config.kl_coef:
-            raise UserError("kl_coef: 0 never adapts to kl_target; give a first value above 0")
-        if episodes >= 5 * config.kl_horizon:  # the factor 1 - .2 episodes / horizon
-            raise UserError(f"kl_horizon: with {episodes} episodes an update it must be above "
-                            f"{episodes / 5:g}, or one update would turn kl_coef to 0 and below")
 
 
 def main(config: PPOStageConfig) -> None:

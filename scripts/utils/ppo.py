@@ -298,3 +298,8 @@ def missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float | None) ->
         ended: (N,) bool, True = the response has an EOS.
     """
     return scores if penalty is None else torch.where(ended, scores, penalty)
+
+
+def clipped_scores(scores: Tensor, limit: float | None) -> Tensor:
+    """Scores (N,) clipped to +-limit as they enter the rewards; None: as they are (DSC clips at 5)."""
+    return scores if limit is None else scores.clamp(-limit, limit)

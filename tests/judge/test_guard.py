@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_judging import CONFIG, POSTS, PROMPTS, Recorded, Tokenizer
 
-import train_ppo
 from families import policy, scalar_model
 from utils.judge.guard import gain
+from utils.judge.held_out import evaluate
 from utils.judge.judging import Judge
 from utils.models.heads import Heads
 from utils.models.policy_value import Models, PolicyAndValue
@@ -58,7 +58,7 @@ def kept_of(curves, guard, kl=1.0):
                 return [posts_of(mean, update) for mean in means[1:]], {}
 
         models = Models(PolicyAndValue(policy("opt"), None), None, None)
-        train_ppo.evaluate(loop, models, POSTS, Judges(kl), None, update)
+        evaluate(loop, models, POSTS, Judges(kl), None, update)
     return offered
 
 

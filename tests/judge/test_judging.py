@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train_ppo
 from families import EOS, PAD, policy, random_groups, scalar_model
 from utils.data.rows import Tokenised
 from utils.judge import evaluation
+from utils.judge.held_out import evaluate
 from utils.judge.judging import Judge
 from utils.models.policy_value import Models, PolicyAndValue
 from utils.rewards.entries import ModelEntry
@@ -77,7 +77,7 @@ def evaluated(trained, judge, gold=None):
     accelerator = SimpleNamespace(autocast=nullcontext)
     loop = SimpleNamespace(config=CONFIG, run=run, best=best, accelerator=accelerator, carried={})
     models = Models(PolicyAndValue(trained, None), None, None)
-    train_ppo.evaluate(loop, models, POSTS, judge, gold, 3)
+    evaluate(loop, models, POSTS, judge, gold, 3)
     return figures, offered
 
 

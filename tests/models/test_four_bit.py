@@ -18,6 +18,7 @@ import train_sft
 from families import PAD, policy, random_groups, scalar_model
 from loops import TOKENIZER, ppo_loop, rolled_out, save_parents
 from utils.config import UserError, parse_config
+from utils.contradictions import refuse_contradictions
 from utils.models.fitness import refuse_unfit
 from utils.models.four_bit import layers_of, merge_dense, storage_of
 from utils.models.loading import load_policy, load_scalar_model, trainable, without_dropout
@@ -208,4 +209,4 @@ def test_without_adapters_it_is_refused(stage):
 def test_no_average_is_taken_of_weights_in_4_bits():
     config = parse_config(STAGES["ppo"], None, "--load_in_4bit true --lora_rank 4 --ema_decay .9".split())
     with pytest.raises(UserError, match="^ema_decay: it averages whole models"):
-        train_ppo.refuse_contradictions(config)
+        refuse_contradictions(config)

@@ -17,6 +17,7 @@ from families import FAMILIES, policy, scalar_model
 from loops import bare_loop
 from utils import zero
 from utils.config import UserError
+from utils.judge.held_out import evaluate, outcome_weights
 from utils.loop import Schedule
 from utils.models.lora import add_adapter
 from utils.models.policy_value import Models, PolicyAndValue, averaged
@@ -53,7 +54,7 @@ def offer(loop, update, score, kl=0.0):
                             kls=lambda *_: [kl], rouge=lambda *_: None,
                             opinions=lambda *_: ([], {}))
     models = Models(SimpleNamespace(policy=loop.module), None, None)
-    train_ppo.evaluate(loop, models, posts, judge, None, update)
+    evaluate(loop, models, posts, judge, None, update)
 
 
 def save(loop, update):
@@ -228,7 +229,7 @@ def test_the_kept_weights_are_those_of_the_averaged_policy(tmp_path):
         for weight in trainable_weights(model).values():
             weight += 1.0
     models.average.update_parameters(model)
-    found = train_ppo.outcome_weights(models)
+    found = outcome_weights(models)
     assert found.keys() == trainable_weights(model).keys() and all("lora" in name for name in found)
     for name, weight in trainable_weights(model).items():
         torch.testing.assert_close(found[name], weight - 0.5)

@@ -33,7 +33,6 @@ from run_folders import furthest, last_trained, metrics, weights
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, parse_config
 from utils.distributed import world
-from utils.episodes import Pass
 from utils.loop import Loop
 from utils.models.heads import head_scores
 from utils.models.loading import without_dropout
@@ -48,6 +47,7 @@ from utils.models.outputs import (
 from utils.models.policy_value import Models, PolicyAndValue
 from utils.models.prompt_groups import PromptGroups, pack, response_states
 from utils.ppo import Rollout
+from utils.rollouts.episodes import Pass
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PPO = train_ppo.PPOStageConfig(temperature=TEMPERATURE, vf_coef=0.5, ppo_epochs=1, prompts_per_update=3)

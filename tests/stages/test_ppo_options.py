@@ -16,14 +16,18 @@ from torch import nn
 import train_ppo
 from families import FAMILIES, PAD, policy, random_groups, scalar_model
 from loops import PROMPTS, gradients_of_steps, posts_of, ppo_loop, rolled_out, save_parents, updated
-from utils import episodes as episodes_module
 from utils.config import UserError
+from utils.contradictions import refuse_contradictions
+from utils.data.prompts import supervised_examples
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, Tokenised, load_data
 from utils.models.generation import sample
 from utils.models.outputs import response_logprobs, response_values, scores
 from utils.models.parents import Parent
 from utils.models.prompt_groups import pack, unpack
+from utils.ptx import add_supervised_gradients
+from utils.rollouts import episodes as episodes_module
+from utils.rollouts.advantages import correct_engine
 
 K = 3
 
@@ -276,7 +280,7 @@ def test_ptx_examples_differ_between_updates_and_processes_and_come_again(config
         loop.share = lambda rows: rows[rank::ranks]
         seen = []
         loop.backward = lambda loss, groups: seen.extend(str(prompt) for prompt, _ in unpack(groups))
-        train_ppo.add_supervised_gradients(loop, examples, 7)
+        add_supervised_gradients(loop, examples, 7)
         return sorted(seen)
 
     assert drawn(0) == drawn(0) and len(drawn(0)) == 7
@@ -332,13 +336,13 @@ def test_held_out_posts_never_get_into_ptx(config, tmp_path):
     report = DataReport()
     named = {"actor_training_data": NamedSet(str(path), "examples")}
     rows_found = load_data(config, named, tokenizer, report)["actor_training_data"]
-    kept = train_ppo.supervised_examples(config, rows_found, [rows_found[2:3], rows_found[3:4]], report)
+    kept = supervised_examples(config, rows_found, [rows_found[2:3], rows_found[3:4]], report)
     assert [example.prompt for example in kept.examples] == [rows[n]["prompt"] for n in (0, 1, 4, 5)]
     assert len(kept.prompts) == len(kept.completions) == 4
     assert report.notes == ["actor_training_data: left out 2 of 6 examples, whose prompts are held out for "
                             "validation or test"]
     with pytest.raises(UserError, match="^actor_training_data: every prompt in .* is held out"):
-        train_ppo.supervised_examples(config, rows_found, [rows_found], report)
+        supervised_examples(config, rows_found, [rows_found], report)
 
 
 CONTRADICTIONS = {
@@ -358,9 +362,9 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("message", CONTRADICTIONS)
 def test_keys_that_make_no_sense_together_are_refused(message, config):
-    train_ppo.refuse_contradictions(config)
+    refuse_contradictions(config)
     with pytest.raises(UserError, match="^" + message):
-        train_ppo.refuse_contradictions(replace(config, **CONTRADICTIONS[message]))
+        refuse_contradictions(replace(config, **CONTRADICTIONS[message]))
 
 
 def test_responses_of_transformers_are_trained_on_as_ours(config):
@@ -370,7 +374,7 @@ def test_responses_of_transformers_are_trained_on_as_ours(config):
     assert len(episodes.responses) == 21 and 1 < rollout.response_mask.sum(1).float().mean() <= 6
     mask = rollout.response_mask
     torch.testing.assert_close(rollout.weights[mask], torch.ones(int(mask.sum())), rtol=0, atol=1e-4)
-    assert train_ppo.correct_engine(loop, episodes)[1]["policy/sampling_drift"] < 1e-5
+    assert correct_engine(loop, episodes)[1]["policy/sampling_drift"] < 1e-5
     figures = train_ppo.optimise(loop, models, episodes, rollout, None)
     assert figures["policy/ratio"] == pytest.approx(1, abs=1e-5) and figures["policy/grad_norm"] > 0
 
@@ -391,7 +395,7 @@ def test_tokens_of_an_engine_that_drifts_are_weighted_in_the_policy_loss(drift, 
     *_, (ours,), _ = updated(config)
     drifting = replace(config, rollout_engine="transformers", importance_limit=limit)
     loop, models = ppo_loop(drifting)
-    figures = train_ppo.correct_engine(loop, rolled_out(loop, models)[0])[1]
+    figures = correct_engine(loop, rolled_out(loop, models)[0])[1]
     assert figures["policy/sampling_drift"] == pytest.approx(abs(drift), abs=1e-4)
     *_, (theirs,), _ = updated(drifting)
     for name, gradient in ours.items():
@@ -401,4 +405,4 @@ def test_tokens_of_an_engine_that_drifts_are_weighted_in_the_policy_loss(drift, 
 def test_our_sampler_has_no_weights(config):
     loop, models = ppo_loop(config)
     episodes, rollout = rolled_out(loop, models)
-    assert rollout.weights is None and train_ppo.correct_engine(loop, episodes) == (None, {})
+    assert rollout.weights is None and correct_engine(loop, episodes) == (None, {})

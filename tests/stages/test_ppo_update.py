@@ -14,12 +14,14 @@ from families import EOS, PAD, policy, scalar_model
 from loops import PROMPTS, posts_of, ppo_loop, rolled_out, save_parents, step_by_sgd, updated, weights_of
 from utils.config import UserError
 from utils.data.batches import PromptBatches
-from utils.episodes import Episodes, Pass, minibatches, passes_of
 from utils.judge.evaluation import Summaries
+from utils.judge.held_out import outcome_weights
 from utils.models.outputs import response_logprobs, response_values, scores
 from utils.models.prompt_groups import pack, unpack
 from utils.ppo import Rollout
 from utils.rewards.rewards import Scores
+from utils.rollouts.episodes import Episodes, Pass, minibatches, passes_of
+from utils.rollouts.figures import refuse_collapse, rollout_metrics
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_figures_of_a_rollout_by_definition(config):
     loop.step = 4  # the fifth update
     scored, advantages = torch.tensor([4.0, -1.0, 0.5]), torch.full((3, 3), 9.0)
     rollout = Rollout(MASK, old, ref, values, scored, rewards, advantages, returns)
-    found = train_ppo.rollout_metrics(loop, rollout, torch.tensor([True, False, True]))
+    found = rollout_metrics(loop, rollout, torch.tensor([True, False, True]))
     gaps = [p - s for i in range(3) for p, s in zip(o[i], q[i], strict=True)]
     flat = [y for row in r for y in row]
     residual = [y - z for i in range(3) for y, z in zip(r[i], w[i], strict=True)]
@@ -296,10 +298,10 @@ def test_an_update_that_has_gone_too_far_is_not_trained_on(kl, score, stops, con
     loop, _ = ppo_loop(replace(config, kl_limit=5.0))
     figures = {"objective/kl": kl, "objective/score": score}
     if stops is None:
-        train_ppo.refuse_collapse(loop, figures, 3)
+        refuse_collapse(loop, figures, 3)
     else:
         with pytest.raises(UserError, match=f"^{stops}.*; the last checkpoint is intact$"):
-            train_ppo.refuse_collapse(loop, figures, 3)
+            refuse_collapse(loop, figures, 3)
     logged = [row for row in loop.run.read_metrics() if row["step"] == 3]
     assert len(logged) == (stops is not None), "what stopped it is in the metrics"
 
@@ -323,7 +325,7 @@ def test_evaluations_judge_the_average_where_there_is_one(config):
     train_ppo.train(loop, models, posts_of(PROMPTS), judge, None)
     assert len(judged) == 2 * loop.config.updates, "greedy and sampled, after each update"
     assert all(outcome is models.average.module for outcome in judged)
-    kept, average = train_ppo.outcome_weights(models), models.average.module
+    kept, average = outcome_weights(models), models.average.module
     assert kept.keys() == {name for name, _ in models.policy.named_parameters()}
     assert all(weight is average.get_parameter(name) for name, weight in kept.items()), "and it is kept"
 

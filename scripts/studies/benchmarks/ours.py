@@ -11,8 +11,8 @@ from transformers import set_seed
 import train_ppo
 import train_reward
 import train_sft
-import utils.episodes
 import utils.models.generation
+import utils.rollouts.episodes
 from studies.benchmarks.shapes import PAD, VOCABULARY, small_tokenizer
 from studies.benchmarks.tasks import (
     ADAM_EPS,
@@ -123,7 +123,7 @@ def ppo(task: Task, turns: Turns) -> None:
                                                          "linear"))
     loop.carried = {"kl_coef": config.kl_coef}
     models.rewards.models[0].base_model.register_forward_hook(lambda *_: run.counts.update({"scored": 1}))
-    measured = utils.episodes.Episodes.measure
+    measured = utils.rollouts.episodes.Episodes.measure
 
     def measure(episodes, model):
         values = measured(episodes, model)
@@ -131,11 +131,11 @@ def ppo(task: Task, turns: Turns) -> None:
                                                         int(episodes.response_mask.sum()))
         return values
 
-    utils.episodes.Episodes.measure = measure
+    utils.rollouts.episodes.Episodes.measure = measure
     if turns.clock:
-        turns.clock.watch(utils.episodes, "sample", "generation")
-        turns.clock.watch(utils.episodes, "pack", "data")
-        turns.clock.watch(utils.episodes.Episodes, "measure", "scoring")
+        turns.clock.watch(utils.rollouts.episodes, "sample", "generation")
+        turns.clock.watch(utils.rollouts.episodes, "pack", "data")
+        turns.clock.watch(utils.rollouts.episodes.Episodes, "measure", "scoring")
         turns.clock.watch(train_ppo, "optimise", "update")
     posts = train_ppo.Posts(task.prompts, None, None, None)
     turns.wait()

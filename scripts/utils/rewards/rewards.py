@@ -19,7 +19,6 @@ from utils.config import UserError
 from utils.data.layouts import Example
 from utils.data.rows import Rows, Tokenised
 from utils.distributed import on_all, world
-from utils.episodes import Episodes
 from utils.judge.evaluation import Summaries, measure_groups
 from utils.models.parents import Parent, task_of
 from utils.rewards.answers import Answers, answers_of
@@ -35,6 +34,7 @@ from utils.rewards.model import ModelReward, RenderedReward
 from utils.rewards.python import PythonReward
 from utils.rewards.rules import RuleReward
 from utils.rewards.service import JudgeReward, UrlReward
+from utils.rollouts.episodes import Episodes
 
 _KINDS = {PythonEntry: PythonReward, UrlEntry: UrlReward, JudgeEntry: JudgeReward}  # RuleReward: all others
 

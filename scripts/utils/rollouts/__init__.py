@@ -1,1 +1,1 @@
-"""Other engines that write the responses of PPO."""
+"""The responses of a PPO update: how they are sampled, what they are worth, what is said of them."""
