@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from utils.config import PROJECT, StageConfig, key, refuse_missing_file
+from utils.config import PROJECT, key, refuse_missing_file
 from utils.data.sources import data_key
 from utils.launch import read_config, start
 from utils.models.folders import model_key
 from utils.rewards.entries import rewards_key
-from utils.stage_keys import Schedule
+from utils.stage_keys import Schedule, StageConfig
 
 
 @dataclass

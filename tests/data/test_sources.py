@@ -12,11 +12,12 @@ import train_ppo
 import train_reward
 import train_sft
 from tiny_models import mini_tokenizer
-from utils.config import StageConfig, UserError, parse_config, save_config
+from utils.config import UserError, parse_config, save_config
 from utils.data import sources
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, load_data, load_examples, split_rows
 from utils.data.sources import Source, data_key, open_source, parse_sources, sources_of
+from utils.stage_keys import StageConfig
 
 TOKENIZER = mini_tokenizer()
 NAMES = ("actor_training_data", "actor_validation_data", "actor_test_data")

@@ -16,13 +16,13 @@ import pytest
 from utils.config import (
     PROJECT,
     SECTIONS,
-    StageConfig,
     UserError,
     find_input,
     key,
     parse_config,
     save_config,
 )
+from utils.stage_keys import StageConfig
 
 STAGES = {"sft": "SFTStageConfig", "base": "SFTStageConfig", "reward": "RewardStageConfig",
           "ppo": "PPOStageConfig"}

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import pytest
 from safetensors import SafetensorError
 
-from utils.config import PROJECT, StageConfig
+from utils.config import PROJECT
 from utils.launch import read_config, start
+from utils.stage_keys import StageConfig
 
 
 @dataclass

@@ -34,7 +34,8 @@ EXCEPTIONS = {
     (ANY, "_fields"): "as _replace",
     ("utils/judge/metrics.py", "_info"): "evaluate documents it as what every Metric defines",
     ("utils/judge/metrics.py", "_compute"): "as _info",
-    ("utils/config.py", "_format_action_invocation"): "argparse has no public way to show one spelling only",
+    ("utils/command_line.py", "_format_action_invocation"): "argparse has no public way to show one spelling "
+                                                            "only",
 }
 
 

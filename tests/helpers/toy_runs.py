@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from utils.config import StageConfig, key
+from utils.config import key
 from utils.data.report import DataReport
 from utils.runs.run import Run, refuse_used_folder
+from utils.stage_keys import StageConfig
 
 
 @dataclass

@@ -10,11 +10,11 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from utils.config import StageConfig
 from utils.data.report import DataReport
 from utils.distributed import build_accelerator
 from utils.runs.run import Run
 from utils.runs.tracking import start_trackers
+from utils.stage_keys import StageConfig
 
 
 @dataclass
