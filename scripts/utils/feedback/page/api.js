@@ -3,7 +3,7 @@ import { store } from "./dom.js";
 import { t } from "./words.js";
 
 /** The server refused (its status and its line), or did not answer (status 0). */
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(status, message) {
     super(message);
     this.status = status;
@@ -34,9 +34,17 @@ async function checked(response) {
   throw new ApiError(response.status, body.error ?? t("error.status", { status: response.status }));
 }
 
-export async function getJson(path) {
-  return (await checked(await reach(path))).json();
+/** What an answer holds; one that breaks off counts as none. */
+async function read(response) {
+  if (response.status === 204) return null;
+  try {
+    return await response.json();
+  } catch {
+    throw new ApiError(0, t("error.unreachable"));
+  }
 }
+
+export const getJson = async (path) => read(await checked(await reach(path)));
 
 /** Reads /api/state, and names the rater again where the server was restarted and has forgotten the session. */
 export async function loadState() {
@@ -67,10 +75,7 @@ export async function post(path, body, signal) {
   return checked(response);
 }
 
-export async function postJson(path, body) {
-  const response = await post(path, body);
-  return response.status === 204 ? null : response.json();
-}
+export const postJson = async (path, body) => read(await post(path, body));
 
 /** The objects of an answer that comes line by line. */
 export async function* lines(response) {

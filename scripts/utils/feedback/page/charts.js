@@ -28,7 +28,7 @@ function figure({ title, text, table = null, height = HEIGHT, heading = "h2", dr
 }
 
 /** About `count` round numbers from `low` to `high`. */
-export function ticks(low, high, count) {
+function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);

@@ -1,16 +1,16 @@
 // The view in which a person talks to one model, or to two side by side.
 import { lines, loadState, post, postJson, state } from "./api.js";
-import { announce, el, icon, prose, store, tab, toast } from "./dom.js";
-import { number, t } from "./words.js";
+import { composer, controls, drawButton, fill } from "./composer.js";
+import { announce, button, el, store, tab, toast } from "./dom.js";
+import { toEnd, turnNode, drawAnswer } from "./turns.js";
+import { t } from "./words.js";
 
-const NEAR_END = 80; // pixels: who has scrolled up to read is not pulled down again
 const EXAMPLE =
   `A long story about a stupid thing
 
 I could use a second opinion. Meet Paul, 21, my son. There we were in the workshop. In June he ruined my ` +
   `necklace, just like that. Funny enough, my coworker Oliver keeps telling me to stop making too much of it. ` +
   `Oh, and at least my globe is still fine. Now I am really angry. How would you make the rules clear?`;
-const ICONS = { send: "M5 12h14M13 6l6 6-6 6", stop: "M7 7h10v10H7z", star: "M12 5v14M5 12h14" };
 
 // {text, answers: [{model, name, text, html, ended, score, error, stopped, busy, node}]}, oldest first
 const turns = tab.get("turns") ?? [];
@@ -23,7 +23,10 @@ let root = null;
 /** The conversation survives a reload of its tab; an answer that was still coming counts as stopped. */
 addEventListener("pagehide", () => {
   const kept = ({ node, busy, stopped, ...answer }) => ({ ...answer, stopped: stopped || busy });
-  tab.set("turns", turns.map((turn) => ({ ...turn, answers: turn.answers.map(kept) })));
+  tab.set(
+    "turns",
+    turns.map((turn) => ({ ...turn, answers: turn.answers.map(kept) })),
+  );
   tab.set("typed", typed);
 });
 
@@ -60,17 +63,13 @@ function choose() {
   if (chosen.beside === null && !model && saved.beside) chosen.beside = known(saved.beside);
 }
 
-function keepChoice() {
-  store.set("models", chosen);
-}
-
 /* ---- asking ---- */
 
 const busy = () => Boolean(stop);
 
 /** The conversation as one model has seen it: its own answers, where it has given one. A turn that nobody has
  * answered (an error, stopped at once) is left out, since the roles must take turns. */
-function history_of(model, upTo) {
+function historyOf(model, upTo) {
   const messages = [];
   for (const turn of turns.slice(0, upTo)) {
     const answer = turn.answers.find((other) => other.model === model) ?? turn.answers[0];
@@ -92,17 +91,15 @@ async function ask(text) {
   turns.push(turn);
   stop = new AbortController();
   drawTurns();
-  drawButton();
   toEnd();
   announce(turn.answers.map(({ name }) => t("chat.writing", { model: name })).join(". "));
   await Promise.all(
     turn.answers.map((answer) =>
-      stream(answer, [...history_of(answer.model, earlier), { role: "user", content: turn.text }]),
+      stream(answer, [...historyOf(answer.model, earlier), { role: "user", content: turn.text }]),
     ),
   );
   stop = null;
   drawTurns();
-  drawButton();
 }
 
 /** Reads one model's answer into `answer`, piece by piece. */
@@ -129,7 +126,7 @@ async function stream(answer, messages) {
 
 async function queue(index) {
   const messages = [
-    ...history_of(turns[index].answers[0].model, index),
+    ...historyOf(turns[index].answers[0].model, index),
     { role: "user", content: turns[index].text },
   ];
   try {
@@ -156,6 +153,15 @@ function newChat() {
 /* ---- drawing ---- */
 
 function page() {
+  const acts = {
+    typed: (text) => {
+      typed = text;
+    },
+    stop: () => stop.abort(),
+    ask,
+    newChat,
+    busy,
+  };
   return el(
     "div",
     { class: "chatting" },
@@ -163,203 +169,31 @@ function page() {
       "div",
       { class: "head" },
       el("div", { class: "grow" }, el("h1", {}, t("chat.title")), el("p", { class: "lead" }, t("chat.lead"))),
-      controls(),
+      controls(state.models, chosen, settings, () => store.set("models", chosen)),
     ),
     el("h2", { class: "sr", id: "log-title" }, t("chat.log")),
     el("div", { class: "log", role: "region", "aria-labelledby": "log-title" }),
-    composer(),
+    composer(typed, acts),
   );
-}
-
-function controls() {
-  const options = (none) => [
-    ...(none ? [el("option", { value: "" }, t("chat.nobody"))] : []),
-    ...state.models.map(({ id, name }) => el("option", { value: id }, name)),
-  ];
-  const select = (name, label, none) => {
-    const node = el(
-      "select",
-      {
-        id: `chat-${name}`,
-        onchange: () => {
-          chosen[name] = node.value === "" ? null : state.models[node.selectedIndex - (none ? 1 : 0)].id;
-          keepChoice();
-        },
-      },
-      options(none),
-    );
-    node.value = chosen[name] ?? "";
-    return el("div", { class: "field" }, el("label", { for: `chat-${name}` }, label), node);
-  };
-  return el(
-    "div",
-    { class: "controls" },
-    select("model", t("chat.model"), false),
-    select("beside", t("chat.beside"), true),
-    sampling(),
-  );
-}
-
-/** Temperature and length; empty fields leave both to the server. */
-function sampling() {
-  const input = (name, label, limits) => {
-    const node = el("input", {
-      id: `chat-${name}`,
-      type: "number",
-      ...limits,
-      oninput: () => {
-        settings[name] = node.value === "" || !node.checkValidity() ? null : Number(node.value);
-      },
-    });
-    node.value = settings[name] ?? "";
-    return el("div", { class: "field" }, el("label", { for: `chat-${name}` }, label), node);
-  };
-  return el(
-    "details",
-    { class: "sampling" },
-    el("summary", {}, t("chat.settings")),
-    el(
-      "div",
-      { class: "popover card" },
-      input("temperature", t("chat.temperature"), { min: 0, max: 2, step: 0.1, placeholder: "1.0" }),
-      input("length", t("chat.length"), { min: 1, max: 4096, step: 1, placeholder: "48" }),
-    ),
-  );
-}
-
-function composer() {
-  const submit = (event) => {
-    event?.preventDefault();
-    if (busy()) {
-      stop.abort();
-      return;
-    }
-    const text = field.value;
-    if (!text.trim()) return;
-    typed = field.value = "";
-    fit();
-    ask(text);
-  };
-  const fit = () => {
-    // grows with its lines
-    field.style.height = "auto";
-    field.style.height = `${Math.min(field.scrollHeight + 2, 220)}px`;
-  };
-  const field = el("textarea", {
-    id: "message",
-    rows: 1,
-    dir: "auto",
-    placeholder: t("chat.placeholder"),
-    "aria-label": t("chat.message"),
-    "aria-describedby": "chat-hint",
-    oninput: () => {
-      typed = field.value;
-      fit();
-    },
-    onkeydown: (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-        event.preventDefault();
-        if (!busy()) submit();
-      }
-    },
-  });
-  field.value = typed;
-  return el(
-    "form",
-    { class: "composer", onsubmit: submit },
-    el("div", { class: "entry" }, field, el("button", { class: "primary go" })),
-    el(
-      "div",
-      { class: "row" },
-      el("p", { id: "chat-hint", class: "muted" }, t("chat.hint")),
-      el("button", { type: "button", class: "quiet", onclick: newChat }, t("chat.new")),
-    ),
-  );
-}
-
-function drawButton() {
-  const button = root?.querySelector(".go");
-  button?.replaceChildren(icon(busy() ? ICONS.stop : ICONS.send), t(busy() ? "chat.stop" : "chat.send"));
-  button?.classList.toggle("stop", busy());
 }
 
 function drawTurns() {
-  const log = root?.querySelector(".log");
-  if (!log) return;
-  log.replaceChildren(...(turns.length ? turns.map(turnNode) : [welcome()]));
-  drawButton();
+  if (!root) return;
+  const nodes = turns.map((turn, index) => turnNode(turn, () => queue(index)));
+  root.querySelector(".log").replaceChildren(...(nodes.length ? nodes : [welcome()]));
+  drawButton(root.querySelector(".go"), busy());
 }
 
 function welcome() {
   const example = () => {
-    const field = root.querySelector("#message");
-    field.value = EXAMPLE;
-    field.dispatchEvent(new Event("input"));
-    field.focus();
+    const message = root.querySelector("#message");
+    fill(message, EXAMPLE);
+    message.focus();
   };
   return el(
     "div",
     { class: "welcome" },
     el("img", { src: "/static/icon.svg", alt: "", width: 56, height: 56 }),
-    el("button", { type: "button", onclick: example }, t("chat.example")),
+    button({ onclick: example }, t("chat.example")),
   );
 }
-
-function turnNode(turn, index) {
-  const answers = turn.answers.map((answer) => {
-    answer.node = el("article", { class: "reply", "aria-label": answer.name });
-    drawAnswer(answer);
-    return answer.node;
-  });
-  return el(
-    "section",
-    { class: "exchange" },
-    el(
-      "div",
-      { class: "asked-turn" },
-      el("p", { class: "sr" }, t("chat.you")),
-      el("div", { class: "bubble plain", dir: "auto" }, turn.text),
-    ),
-    el("div", { class: `replies of-${answers.length}` }, answers),
-    el(
-      "div",
-      { class: "row after" },
-      el(
-        "button",
-        { type: "button", class: "quiet", onclick: () => queue(index) },
-        icon(ICONS.star),
-        t("chat.queue"),
-      ),
-    ),
-  );
-}
-
-/** An answer: plain text while it comes, the server's HTML at its end. */
-function drawAnswer(answer) {
-  if (!answer.node) return;
-  const follow = nearEnd();
-  const notes = [];
-  if (answer.score !== null && answer.score !== undefined)
-    notes.push(t("chat.score", { score: number(answer.score) }));
-  if (answer.stopped) notes.push(t("chat.stopped"));
-  else if (!answer.busy && answer.ended === false) notes.push(t("chat.cut"));
-  if (answer.shortened) notes.push(t("chat.shortened"));
-  const body = answer.html
-    ? prose(answer.html)
-    : el("div", { class: "prose plain", dir: "auto" }, answer.text);
-  answer.node.replaceChildren(
-    el(
-      "header",
-      {},
-      el("b", {}, answer.name),
-      notes.map((note) => el("span", { class: "note" }, note)),
-    ),
-    answer.error ? el("p", { class: "problem" }, answer.error) : body,
-  );
-  answer.node.classList.toggle("busy", Boolean(answer.busy));
-  if (follow) toEnd();
-}
-
-const nearEnd = () => innerHeight + scrollY > document.documentElement.scrollHeight - NEAR_END;
-
-const toEnd = () => scrollTo(0, document.documentElement.scrollHeight);

@@ -17,6 +17,13 @@ export function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** A button; in a form it does not send. */
+export const button = (attributes, ...children) =>
+  el("button", { type: "button", ...attributes }, ...children);
+
+/** The key that does the same as a button; screen readers leave it out. */
+export const hint = (key) => el("kbd", { "aria-hidden": "true" }, key);
+
 /** As `el`, for the elements of a drawing. */
 export function svg(tag, attributes = {}, ...children) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -64,28 +71,17 @@ export function toast(text, { action = null, error = false } = {}) {
   const place = document.getElementById("toast");
   clearTimeout(fading);
   const close = () => place.replaceChildren();
-  const button =
-    action &&
-    el(
-      "button",
-      {
-        type: "button",
-        class: "link",
-        onclick: () => {
-          close();
-          action.run();
-        },
-      },
-      action.text,
-    );
-  const dismiss = error && el("button", { type: "button", class: "link", onclick: close }, "✕");
+  const act = () => {
+    close();
+    action.run();
+  };
   place.replaceChildren(
     el(
       "div",
       { class: error ? "message error" : "message" },
       el("span", { dir: "auto" }, text),
-      button || null,
-      dismiss || null,
+      action && button({ class: "link", onclick: act }, action.text),
+      error ? button({ class: "link", onclick: close }, "✕") : null,
     ),
   );
   if (!error) fading = setTimeout(close, 6000);

@@ -1,7 +1,8 @@
 // The view of what has been rated: figures, agreement, win rates, the newest ratings, export.
 import { getJson } from "./api.js";
-import { el } from "./dom.js";
 import { intervalChart, lineChart, table } from "./charts.js";
+import { button, el } from "./dom.js";
+import { note, problem } from "./notes.js";
 import { moment, number, percent, t } from "./words.js";
 
 let visit = 0;
@@ -9,28 +10,17 @@ let visit = 0;
 export async function show(root) {
   visit += 1;
   const here = visit;
-  root.replaceChildren(el("p", { class: "loading", role: "status" }, t("loading")));
+  root.replaceChildren(note(t("loading")));
   try {
     const [look, rated] = await Promise.all([getJson("/api/look"), getJson("/api/rated")]);
     if (here === visit) draw(root, look, rated.rows);
   } catch (error) {
-    if (here === visit) drawProblem(root, error);
+    if (here === visit) root.replaceChildren(problem(error, () => show(root)));
   }
 }
 
 export function hide() {
   visit += 1;
-}
-
-function drawProblem(root, error) {
-  root.replaceChildren(
-    el(
-      "div",
-      { class: "card ask" },
-      el("p", { role: "alert" }, error.message),
-      el("button", { type: "button", class: "primary", onclick: () => show(root) }, t("again")),
-    ),
-  );
 }
 
 function draw(root, look, rows) {
@@ -89,7 +79,7 @@ function policies(list) {
   const rows = [...list].filter((policy) => policy.win_rate !== null).sort((a, b) => b.win_rate - a.win_rate);
   const values = table(
     t("look.policies"),
-    ["model", "win_rate", "interval", "rankings"].map((name) => t(`look.${name}`)),
+    [t("look.model"), t("look.win_rate"), t("look.interval"), t("look.rankings")],
     rows.map(({ name, win_rate: rate, low, high, rankings }) => [
       name,
       percent(rate),
@@ -146,10 +136,8 @@ function raters(list) {
 /** The newest ratings, best answer first; a button brings 20 older ones. */
 function newest(rows) {
   const list = el("ul", { class: "rated" }, rows.map(rating));
-  const older = el(
-    "button",
+  const older = button(
     {
-      type: "button",
       hidden: rows.length < 20,
       onclick: async () => {
         const more = await getJson(`/api/rated?before=${encodeURIComponent(rows.at(-1).id)}`);

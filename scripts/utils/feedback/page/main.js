@@ -1,6 +1,7 @@
 // The frame around the four views: which one is shown, the language, the theme, the login, who rates.
 import { loadState, postJson, nameRater, state } from "./api.js";
 import { announce, el, icon, store, toast } from "./dom.js";
+import { problem } from "./notes.js";
 import { language, otherLanguage, setLanguage, t } from "./words.js";
 import * as chat from "./chat.js";
 import * as look from "./look.js";
@@ -166,8 +167,7 @@ async function start() {
   try {
     await loadState();
   } catch (error) {
-    const retry = el("button", { type: "button", class: "primary", onclick: start }, t("again"));
-    main.replaceChildren(el("div", { class: "card ask" }, el("p", { role: "alert" }, error.message), retry));
+    main.replaceChildren(problem(error, start));
     return;
   }
   drawFrame();

@@ -1,7 +1,7 @@
 // The view that trains on what has been rated: start, stages, log and curves of a round, earlier rounds.
 import { getJson, loadState, postJson, state } from "./api.js";
-import { announce, el, toast } from "./dom.js";
 import { lineChart, table } from "./charts.js";
+import { announce, button, el, toast } from "./dom.js";
 import { moment, number, t } from "./words.js";
 
 const STAGES = ["copy", "sft", "reward", "ppo", "done"];
@@ -99,20 +99,19 @@ function drawStarter(now) {
   const { possible, why, least } = state.training;
   const { rated } = state.queue;
   const name = now ? "cancel" : "start";
-  let button = place.querySelector("button");
-  if (button?.dataset.name !== name) {
-    const focused = document.activeElement === button;
-    button = el("button", {
-      type: "button",
+  let node = place.querySelector("button");
+  if (node?.dataset.name !== name) {
+    const focused = document.activeElement === node;
+    node = button({
       "data-name": name,
       class: now ? "danger" : "primary",
-      onclick: () => (button.getAttribute("aria-disabled") === "true" ? null : now ? cancel() : start()),
+      onclick: () => (node.getAttribute("aria-disabled") === "true" ? null : now ? cancel() : start()),
     });
-    place.replaceChildren(el("p", { class: "muted why" }), button);
-    if (focused) button.focus();
+    place.replaceChildren(el("p", { class: "muted why" }), node);
+    if (focused) node.focus();
   }
-  button.textContent = now ? t("train.cancel") : t("train.start", { n: rated });
-  button.setAttribute("aria-disabled", String(!now && !possible));
+  node.textContent = now ? t("train.cancel") : t("train.start", { n: rated });
+  node.setAttribute("aria-disabled", String(!now && !possible));
   place.querySelector(".why").textContent =
     now || possible ? "" : (why ?? t("train.least", { n: least, have: rated }));
 }

@@ -1,0 +1,64 @@
+// How a conversation is drawn: what was asked, and the answers below it, side by side.
+import { button, el, icon, prose } from "./dom.js";
+import { number, t } from "./words.js";
+
+const NEAR_END = 80; // pixels: who has scrolled up to read is not pulled down again
+const PLUS = "M12 5v14M5 12h14";
+
+/** One turn; `queue()` puts its prompt into the queue of Rate. */
+export function turnNode(turn, queue) {
+  const answers = turn.answers.map((answer) => {
+    answer.node = el("article", { class: "reply", "aria-label": answer.name });
+    drawAnswer(answer);
+    return answer.node;
+  });
+  return el(
+    "section",
+    { class: "exchange" },
+    el(
+      "div",
+      { class: "asked-turn" },
+      el("p", { class: "sr" }, t("chat.you")),
+      el("div", { class: "bubble plain", dir: "auto" }, turn.text),
+    ),
+    el("div", { class: `replies of-${answers.length}` }, answers),
+    el(
+      "div",
+      { class: "row after" },
+      button({ class: "quiet", onclick: queue }, icon(PLUS), t("chat.queue")),
+    ),
+  );
+}
+
+/** Draws an answer into its node: plain text while it comes, the server's HTML at its end. */
+export function drawAnswer(answer) {
+  if (!answer.node) return;
+  const follow = innerHeight + scrollY > document.documentElement.scrollHeight - NEAR_END;
+  const body = answer.html
+    ? prose(answer.html)
+    : el("div", { class: "prose plain", dir: "auto" }, answer.text);
+  answer.node.replaceChildren(
+    el(
+      "header",
+      {},
+      el("b", {}, answer.name),
+      notes(answer).map((note) => el("span", { class: "note" }, note)),
+    ),
+    answer.error ? el("p", { class: "problem" }, answer.error) : body,
+  );
+  answer.node.classList.toggle("busy", Boolean(answer.busy));
+  if (follow) toEnd();
+}
+
+/** What stands beside the model's name: the score, and why the answer is not whole. */
+function notes({ score = null, stopped, busy, ended, shortened }) {
+  const cut = !stopped && !busy && ended === false;
+  return [
+    score === null ? null : t("chat.score", { score: number(score) }),
+    stopped ? t("chat.stopped") : null,
+    cut ? t("chat.cut") : null,
+    shortened ? t("chat.shortened") : null,
+  ].filter(Boolean);
+}
+
+export const toEnd = () => scrollTo(0, document.documentElement.scrollHeight);
