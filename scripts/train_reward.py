@@ -68,6 +68,8 @@ class RewardStageConfig(EpochStageConfig):
     centring_coef: float = key(0.0, "Weight of (better + worse)^2, which keeps the scores of "
                                     "each post around 0.",
                                source="Eisenstein 2023, 2312.09244", low=0.0, high=1000.0)
+    other_answers: int = key(0, "Best answers of other prompts that a ranking gets in each step, worse than "
+                                "all of its own.", unit="answers", source="own", low=0, high=1000)
     reward_heads: int = key(1, "Heads on the one trunk, each with its own bootstrap of the posts; final/ has "
                                "their mean, and reward_heads.safetensors each of them.", unit="heads",
                             source="Coste 2023, 2310.02743: 5", low=1, high=100)
@@ -84,6 +86,7 @@ from torch.nn.functional import logsigmoid
 from transformers import set_seed
 
 from utils.data.batches import LengthGroupedBatches, rows_at
+from utils.data.other_answers import OtherAnswers
 from utils.data.report import DataReport
 from utils.data.rows import NamedSet, load_data, refuse_overlap, split_rows, tokenised
 from utils.distributed import on_device
@@ -125,9 +128,12 @@ def train(loop: Loop, rankings, validation) -> None:
     """Minimise -log sigmoid(r_better - r_worse) over all pairs of each post's completions."""
     config, run = loop.config, loop.run
     batches = LengthGroupedBatches(list(rankings["length"]), config.rows_per_step, config.seed)
+    others = OtherAnswers(rankings, config.other_answers, config.seed) if config.other_answers else None
     for step, places in loop.steps(batches):
         # a post with all its completions is one row; a step has the same rows for any number of processes
         rows = rows_at(rankings, loop.share(places))
+        if others is not None:
+            rows = others(rows, loop.share(places), step)
         passes = micro_batches([row["length"] for row in rows], config.per_device_batch_size,
                                config.micro_batch_tokens)
         parts = [collate([rows[i] for i in part], loop) for part in passes]

@@ -50,9 +50,8 @@ from utils.launch import read_config, start
 
 ARMS = ("rankings", "pairs", "best")
 PICKS = ("random", "unsure")
-WAYS = ("rankings/100", "best/100", "pairs/100", "rankings/30", "rankings/10", "rankings/300", "rankings/0",
-        "rankings/100/unsure", "rankings/30/unsure", "best/30", "pairs/30", "best/300", "pairs/300",
-        "best/10", "pairs/10")
+WAYS = ("rankings/100", "best/100", "pairs/100", "rankings/30", "rankings/10", "rankings/0", "best/30",
+        "rankings/100/unsure", "rankings/300", "best/300", "best/10", "pairs/30", "pairs/10", "pairs/300")
 # added to SFT where it is the only stage; chosen as the other two ways were, with other seeds and posts
 ALONE = ["--num_train_epochs", "6"]
 # quantiles of Student's t for a 95 % interval, by the number of runs
