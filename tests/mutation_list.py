@@ -148,6 +148,14 @@ MUTATIONS = [
         ("ptx is taught the held-out posts", 34, "supervised_examples",
          "mark not in judged", "True"),
     ]),
+    *_of("utils/data/other_answers.py", "other_answers:added_answers", [
+        ("an added answer is worse than the first of its row alone", None, "OtherAnswers._wider",
+         "for better in range(own)", "for better in range(1)"),
+        ("answers to the same prompt are added", None, "OtherAnswers._draw",
+         "taken.setdefault(self.posts[other], other)", "taken.setdefault(other, other)"),
+        ("a row gets the same answers in each step", None, "OtherAnswers._draw",
+         "{self.seed}-{step}-{place}", "{self.seed}-{place}", "other_answers:a_draw_is"),
+    ]),
     *_of("train_reward.py", "reward:a_step_follows", [
         ("the reward loss is divided by groups, not by pairs", 18, "train",
          "sum((weights.sum() for *_, weights in parts), start=torch.tensor(0.0))", "len(rows)"),
