@@ -1,18 +1,22 @@
 """Does it compute the same on this machine's card, and how fast? One command, without a network.
 
     python scripts/studies/gpu_check.py --output outputs/gpu_check                    # six minutes
-    python scripts/studies/gpu_check.py --output outputs/gpu_check --minutes 15 --parts d --shapes 350m 1.3b
+    python scripts/studies/gpu_check.py --output outputs/gpu_check --minutes 9.5      # all that it has
+    python scripts/studies/gpu_check.py --output outputs/gpu_check --parts d --shapes 350m 1.3b
 
 a: log-probs, scores, values, gradients, head, attention and sampling equal separate rows of stock models, in
-   float32 and bfloat16, for five architectures.
-b: the three stages on the embedded data through their scripts; a run that is stopped and resumed.
+   float32 and bfloat16, for five architectures; FlexAttention and causal kernels; a recorded decoding step
+   against ordinary ones; each engine of sampling against the softmax.
+b: the three stages on the embedded data through their scripts; a run of each that is stopped and resumed.
 c: each stage under DeepSpeed's ZeRO 1, 2, 3 and with offload, its losses against the plain run's.
-d: seconds and memory beside trl, beside `generate`, and beside our own unshared rows; the share of the card's
-   measured matrix-product rate; what plan_memory.py says beside the peak.
+d: seconds and memory beside trl, beside `generate` and `generate_batch`, and beside our own unshared rows;
+   the share of the card's measured matrix-product rate; what plan_memory.py says beside the peak; where the
+   time of a step goes, and what the host waits for in it.
 
 The folder gets gpu_check.json, with every check's figures or the reason why it was skipped, and table.md.
-A failed check does not stop the others; the exit status is then 1. Every job is a process of its own. A job
-whose time is measured has the card for itself; the others run at the same time.
+Both are written anew as soon as a check ends, so a kill loses only the check that ran. A failed check does
+not stop the others; the exit status is then 1. Every job is a process of its own. A job whose time is
+measured has the card for itself; the others run at the same time.
 
 Without a card everything runs in a shrunken form, one job after the other. That shows that the checks run.
 The times then mean nothing.
@@ -39,6 +43,7 @@ from utils.paths import PROJECT
 
 SHAPES = ["125m", "1.3b", "350m"]  # in the order of their value
 LAST_LINES = 6  # of a job's log, in the result
+POLL = 2  # seconds between looks at what a job has written
 RESERVE = 8  # seconds for the tables and for killing what is late
 COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
 
@@ -74,14 +79,27 @@ class Phase(NamedTuple):
 
 
 def phases_of(config: CheckConfig) -> list[Phase]:
-    """In the order of their value; on a machine without a card no two jobs run at the same time."""
+    """In the order of their value; on a machine without a card no two jobs run at the same time.
+
+    First whether it computes the same. Then what nothing has measured yet, the small shape before the large.
+    The stages' own times are known, so they come late.
+    """
     shapes = config.shapes if ON_CARD else ["mini"]
-    speed = [Phase([Job("speed", shape)], 20, 150) for shape in shapes]
-    speed.insert(min(2, len(speed)), Phase([Job("long_prompts")], 15, 45))
-    together = Phase([Job("equalities"), Job("resume"), Job("engines")], 30, 130)
-    phases = [Phase([Job("stages")], 40, 120), together, *speed]
+    small, large = ([one for one in shapes if (one == "1.3b") == is_large] for is_large in (False, True))
+    order = [
+        Phase([Job("equalities"), Job("kernels"), Job("resume"), Job("engines")], 30, 130),
+        *(Phase([Job("speed", shape)], 20, 75) for shape in small[:1]),
+        Phase([Job("long_prompts")], 15, 45),
+        *(Phase([Job("sampling", shape)], 15, 75) for shape in small[:1]),
+        *(Phase([Job("speed", shape)], 25, 110) for shape in large),
+        *(Phase([Job("where", shape)], 15, 40) for shape in (large or small)[:1]),
+        Phase([Job("stages")], 40, 120),
+        *(Phase([Job("sampling", shape)], 15, 60) for shape in large),
+        *(Phase([Job("where", shape)], 15, 40) for shape in small[: bool(large)]),
+        *(Phase([Job(name, shape)], 20, 100) for shape in small[1:] for name in ("speed", "sampling")),
+    ]
     found = []
-    for phase in phases:
+    for phase in order:
         jobs = [job for job in phase.jobs if PARTS[job.name] in config.parts]
         groups = [jobs] if ON_CARD else [[job] for job in jobs]
         found += [
@@ -135,12 +153,23 @@ class Running:
         except BrokenPipeError:  # it has ended; `rows` says how
             pass
 
-    def wait(self, ends: float) -> None:
-        """Until it ends; at `ends` it is killed with all processes that it started."""
-        try:
-            self.process.wait(max(0.1, ends - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
+    def wait(self, ends: float, on_check) -> None:
+        """Until it ends; at `ends` it is killed with all processes that it started.
+
+        Args:
+            on_check: called with its checks so far, whenever there are more.
+        """
+        count = 0
+        while True:
+            try:
+                self.process.wait(min(POLL, max(0.1, ends - time.monotonic())))
+                break
+            except subprocess.TimeoutExpired:
+                if len(rows := read_results(self.results)) > count:
+                    count = len(rows)
+                    on_check(rows)
+                if time.monotonic() >= ends:
+                    break
         kill_group(self.process)
 
     def rows(self) -> list[dict]:
@@ -188,15 +217,19 @@ def skipped(phase: Phase, why: str) -> list[dict]:
 
 
 def run_phases(phases: list[Phase], folder: Path, ends: float, write) -> list[dict]:
-    """All rows; `write(rows)` is called after each job. On a card jobs start early, to import meanwhile."""
+    """All rows; `write(rows)` is called after each check. On a card jobs start early, to import meanwhile."""
     rows, started = [], {}
+
+    def write_more(of_job: list[dict]) -> None:
+        write(rows + of_job)
+
     for number, phase in enumerate(phases):
         left = ends - time.monotonic()
         if left < phase.least:
             rows += skipped(phase, f"needs about {phase.least:.0f} s, {max(0.0, left):.0f} s were left")
             continue
-        # the first phase is timed, so that nothing else may start beside it
-        ahead = phases[number : number + 1] if number == 0 or not ON_CARD else phases[number:]
+        timed_first = number == 0 and len(phase.jobs) == 1  # nothing else may start beside it
+        ahead = phases[number : number + 1] if timed_first or not ON_CARD else phases[number:]
         for job in (job for one in ahead for job in one.jobs):
             started.setdefault(job, None)
             started[job] = started[job] or Running(job, folder)
@@ -205,7 +238,7 @@ def run_phases(phases: list[Phase], folder: Path, ends: float, write) -> list[di
             started[job].go(seconds, short=left < phase.most)
         phase_ends = time.monotonic() + seconds
         for job in phase.jobs:
-            started[job].wait(phase_ends)
+            started[job].wait(phase_ends, write_more)
             rows += started.pop(job).rows()
             write(rows)
     for running in started.values():

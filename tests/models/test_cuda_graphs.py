@@ -38,7 +38,7 @@ class Traced:
 
 
 def pace(monkeypatch, *values):
-    monkeypatch.setattr(generation, "_PACE", generation._Pace(*values))
+    monkeypatch.setattr(generation, "PACE", generation._Pace(*values))
 
 
 @pytest.mark.parametrize("values", [(1, 1, 1, False), (2, 6, 16, False), (8, 64, 16, False)])

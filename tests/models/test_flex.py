@@ -198,7 +198,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_said_once_and_not_used(backend, reas
     monkeypatch.setattr(flex.torch, "compile", partial(torch.compile, backend=backend))
     groups = groups_of(*SIZES)
     inputs, _ = random_inputs(groups)
-    flex._say_once.cache_clear()
+    flex.say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found, _ = causal_blocks(MODULE, *inputs, mask_of(groups))

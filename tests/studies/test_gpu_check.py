@@ -12,11 +12,11 @@ import torch
 
 from studies import gpu_check
 from studies.gpu_check import CheckConfig, Job, Phase, Running, phases_of, refuse_unknown, run_phases
-from studies.gpu_checks import equalities, ours, resume, speed, stages
+from studies.gpu_checks import equalities, kernels, ours, resume, speed, stages
 from studies.gpu_checks.report import markdown
 from studies.gpu_checks.results import Outcome, Results, read_results
 from utils.config import UserError
-from utils.models import lm_head, outputs
+from utils.models import flex, lm_head, outputs
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "studies" / "gpu_check.py"
 
@@ -35,6 +35,54 @@ def test_completions_that_see_each_other_are_found(precision, monkeypatch):
     wrong = equalities.prompt_groups("OPT", precision).wrong
     for name in ("log-probs", "gradients", "scores", "values", "value_gradients"):
         assert f"{name}, K = 4" in wrong and f"{name}, K = 1" not in wrong
+
+
+def test_flexattention_that_is_not_used_is_found(monkeypatch):
+    """Also where its fault was found, and said, before."""
+    monkeypatch.setattr(flex, "_kernels", {})
+    monkeypatch.setattr(flex, "_fault", lambda *args: "its kernel is 10% off")
+    assert kernels.attention("FlexAttention", 300, "fp32").wrong.startswith("FlexAttention is not used (its")
+    assert kernels.attention("FlexAttention", 300, "fp32").wrong == "FlexAttention is not used"
+
+
+@pytest.mark.parametrize("kind", ["FlexAttention", "causal kernel"])
+def test_attention_that_is_scaled_otherwise_is_found(kind, monkeypatch):
+    real = kernels.AttentionInterface()["sdpa"]
+    other = kernels.AttentionInterface()[kernels.CAUSAL_BLOCKS]
+
+    def scaled(*args, **more):
+        return other(*args, **{**more, "scaling": 0.3})
+
+    table = {"sdpa": real, kernels.CAUSAL_BLOCKS: scaled}
+    monkeypatch.setattr(kernels, "AttentionInterface", lambda: table)
+    assert "outputs" in kernels.attention(kind, 300, "fp32").wrong
+
+
+def test_a_sampler_with_another_temperature_is_found(monkeypatch):
+    sample = kernels.sample
+
+    def warmer(*args, **more):
+        return sample(*args, **{**more, "temperature": 0.2})
+
+    monkeypatch.setattr(kernels, "sample", warmer)
+    assert "first tokens: z is " in kernels.distribution("own").wrong
+
+
+def test_a_recorded_step_that_is_another_is_found(monkeypatch):
+    sample, calls = kernels.sample, []
+
+    def other(*args, **more):
+        calls.append(None)
+        return sample(*args, **{**more, "temperature": more["temperature"] + (len(calls) == 2) / 10})
+
+    monkeypatch.setattr(kernels, "sample", other)
+    assert "log-probs of the same tokens" in kernels.decoding("OPT", "fp32").wrong
+
+
+def test_pearsons_statistic_by_hand():
+    """24 and 16 of 40 words where 20 each are expected, and none of a rare one: (16 + 16) / 20 = 1.6."""
+    found = kernels.pearson([0] * 24 + [1] * 16, torch.tensor([0.49995, 0.49995, 0.0001]))
+    assert found == pytest.approx((1.6 - 1) / 2**0.5, rel=1e-2)
 
 
 def test_a_temperature_that_only_sampling_has_is_found(monkeypatch):
@@ -94,7 +142,7 @@ def test_the_distance_of_weights_by_hand():
     """A tied head that only one of the two has stored is left out."""
     a = {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor([5.0])}
     assert (
-        resume._distance(a, {"x": torch.tensor([1.0, 5.0]), "y": torch.tensor([1.0]), "head": torch.ones(9)})
+        resume.distance(a, {"x": torch.tensor([1.0, 5.0]), "y": torch.tensor([1.0]), "head": torch.ones(9)})
         == 5
     )
 
@@ -135,7 +183,7 @@ def test_a_job_that_is_late_is_killed(short, status, tmp_path):
     """It is a failure unless the time of the whole check was over."""
     running = Running(Job("equalities"), tmp_path)
     running.go(60, short)
-    running.wait(time.monotonic() + 0.2)
+    running.wait(time.monotonic() + 0.2, lambda rows: None)
     assert running.process.returncode == -9
     assert [(row["status"], row["why"].splitlines()[-1]) for row in running.rows()] == [
         (status, "stopped when the time was over")
@@ -150,6 +198,25 @@ def test_jobs_without_time_are_skipped(tmp_path):
     assert not (tmp_path / "speed_350m.log").exists()
 
 
+def test_what_a_job_has_found_is_written_before_it_ends(tmp_path, monkeypatch):
+    """A kill then loses nothing but the check that runs."""
+    monkeypatch.setattr(gpu_check, "POLL", 0.05)
+    running = Running(Job("equalities"), tmp_path)
+    results, written = Results(tmp_path / "equalities.jsonl", "a", 60), []
+    results.check("first", 0, lambda: Outcome({"off": 0.0}))
+
+    def on_check(rows):
+        assert running.process.poll() is None
+        written.append([row["name"] for row in rows])
+        if len(rows) == 1:
+            results.check("second", 0, lambda: Outcome({"off": 0.0}))
+        else:
+            running.process.kill()
+
+    running.wait(time.monotonic() + 60, on_check)
+    assert written == [["first"], ["first", "second"]]
+
+
 @pytest.mark.parametrize("on_card", [True, False])
 def test_jobs_import_early_but_never_beside_the_first_phase(on_card, tmp_path, monkeypatch):
     events = []
@@ -162,7 +229,7 @@ def test_jobs_import_early_but_never_beside_the_first_phase(on_card, tmp_path, m
         def go(self, seconds, short):
             events.append(f"go {self.job.label}, {short}")
 
-        def wait(self, ends):
+        def wait(self, ends, on_check):
             gpu_check.kill_group(self.process)
             events.append(f"end {self.job.label}")
 
@@ -185,13 +252,20 @@ def test_the_most_valuable_come_first_and_share_the_card_where_nothing_is_timed(
     monkeypatch.setattr(gpu_check, "ON_CARD", True)
     phases = [[job.label for job in phase.jobs] for phase in phases_of(CheckConfig())]
     assert phases == [
-        ["stages"],
-        ["equalities", "resume", "engines"],
+        ["equalities", "kernels", "resume", "engines"],
         ["speed_125m"],
-        ["speed_1.3b"],
         ["long_prompts"],
+        ["sampling_125m"],
+        ["speed_1.3b"],
+        ["where_1.3b"],
+        ["stages"],
+        ["sampling_1.3b"],
+        ["where_125m"],
         ["speed_350m"],
+        ["sampling_350m"],
     ]
+    most = sum(phase.most for phase in phases_of(CheckConfig())[:7])
+    assert most == 595  # seconds: what a call of ten minutes has, when no job ends before its time
     assert [[job.label for job in phase.jobs] for phase in phases_of(CheckConfig(parts=["c"]))] == [
         ["engines"]
     ]
@@ -299,6 +373,12 @@ def test_the_table_says_what_was_found_failed_and_skipped():
             "figures": {},
             "why": "Traceback\nOutOfMemoryError: 1\n[W] left",
         },
+        {"part": "d", "name": "sft, where", "status": "passed", "figures": {
+            "ms a step": 20.0, "busy": 0.9, "peak GiB": None, "waits": ["aten::item"], "forward: ms": 5.0,
+            "head: ms": 1.0, "backward: ms": 10.0, "optimizer: ms": 3.0, "kernels: ms, calls": {}}},
+        {"part": "a", "name": "FlexAttention", "status": "passed", "figures": {
+            "outputs": {"ours": 2e-3, "stock": 1e-3}, "ours: ms": 1.0, "sdpa with a mask: ms": 4.0,
+            "first call: s": 9.0}},
         {"part": "c", "name": "job engines", "status": "skipped", "figures": {}, "why": "needs about 30 s"},
     ]
     text = markdown(machine, rows)
@@ -306,15 +386,18 @@ def test_the_table_says_what_was_found_failed_and_skipped():
         "A card, 81559 MiB, driver 580.1, 16 cores; 2026-11-27; commit abc; torch 2.11.0\n"
     )
     assert "| reward, 125m | 100 pairs/s | 25 | 4.00 (3.90 - 4.10) | 3.0 | 12.0 | 3.3 | 45% |" in text
-    assert "- sft, 125m: failed: OutOfMemoryError: 1\n" in text and "1 passed, 1 failed" in text
-    assert "- job engines: skipped: needs about 30 s" in text and "Equalities" not in text
+    assert "| sft, where | 20.0 | 5.0 | 1.0 | 10.0 | 3.0 | 90% | 1 | - |" in text
+    assert "| FlexAttention | 2.0e-03 | 1.0e-03 |" in text
+    assert "| FlexAttention | 1.00 | 4.00 | 9.00 |" in text
+    assert "- sft, 125m: failed: OutOfMemoryError: 1\n" in text and "2 passed, 1 failed" in text
+    assert "- job engines: skipped: needs about 30 s" in text and "stages on the embedded" not in text
 
 
 # ----------------------------------------------------------------------------------- each part, shrunken
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "count"), [("a", 26), ("b", 5), ("c", 3), ("d", 13)])
+@pytest.mark.parametrize(("part", "count"), [("a", 40), ("b", 5), ("c", 3), ("d", 27)])
 def test_each_part_runs_without_a_card(part, count, tmp_path):
     command = [
         sys.executable,

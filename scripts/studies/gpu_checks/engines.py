@@ -4,6 +4,7 @@ All runs start from the same small random models, and at the same time: their lo
 are not.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from studies.gpu_checks.device import ON_CARD
 from studies.gpu_checks.results import Outcome, Results
-from studies.gpu_checks.resume import losses
 from studies.gpu_checks.stages import STAGES, start_stage, wait_for
 from utils.paths import PROJECT
 
@@ -94,3 +94,9 @@ def save_parents(folder: Path) -> None:
         torch.manual_seed(len(name))
         auto_class.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def losses(run_folder: Path) -> list[float]:
+    """All losses that a run has logged, in order."""
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows for name in sorted(row) if "loss" in name]

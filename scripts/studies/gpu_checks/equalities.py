@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from transformers import AttentionInterface
 
-from studies.gpu_checks.device import DEVICE, ON_CARD, arithmetic, now
+from studies.gpu_checks.device import DEVICE, ON_CARD, arithmetic, milliseconds
 from studies.gpu_checks.families import (
     CONFIGS,
     EOS,
@@ -57,8 +57,8 @@ def run(results: Results) -> None:
 # ---------------------------------------------------------------------------------------------- prompt groups
 
 
-def prompt_groups(family: str, precision: str) -> Outcome:
-    """Log-probs, scores, values and the gradients of all weights, for K = 1 and 4."""
+def prompt_groups(family: str, precision: str, gradients: bool = True) -> Outcome:
+    """Log-probs, scores, values and, with `gradients`, the gradients of all weights, for K = 1 and 4."""
     figures, wrong = {}, []
     for k in KS:
         prompts, completions = random_groups(k)
@@ -67,11 +67,11 @@ def prompt_groups(family: str, precision: str) -> Outcome:
         for scalar in (False, True):
             stock = stock_model(family, scalar)
             stock_outputs = partial(_stock_scalars if scalar else _stock_logprobs, rows=rows, groups=groups)
-            reference = _measured(copy.deepcopy(stock).double(), stock_outputs, "fp32")
-            ours = _measured(
-                our_model(stock), partial(_scalars if scalar else _logprobs, groups=groups), precision
-            )
-            theirs = _measured(stock, stock_outputs, precision)
+            our_outputs = partial(_scalars if scalar else _logprobs, groups=groups)
+            with torch.set_grad_enabled(gradients):
+                reference = _measured(copy.deepcopy(stock).double(), stock_outputs, "fp32")
+                ours = _measured(our_model(stock), our_outputs, precision)
+                theirs = _measured(stock, stock_outputs, precision)
             for name, expected in reference.items():
                 error, stock_error = relative(ours[name], expected), relative(theirs[name], expected)
                 what = f"{'value_' * (scalar and name == 'gradients')}{name}, K = {k}"
@@ -85,9 +85,11 @@ def prompt_groups(family: str, precision: str) -> Outcome:
 
 
 def _measured(model, outputs, precision) -> dict[str, torch.Tensor]:
-    """What `outputs(model)` gives by name, and the gradients of a fixed weighted sum of it."""
+    """What `outputs(model)` gives by name. Where gradients are on, also those of a weighted sum of it."""
     with arithmetic(precision):
         found = outputs(model)
+        if not torch.is_grad_enabled():
+            return found
         generator = torch.Generator().manual_seed(0)
         total = sum(
             (value * torch.randn(value.shape, generator=generator).to(value)).sum()
@@ -222,7 +224,7 @@ def head(precision: str) -> Outcome:
     reference = measured(copy.deepcopy(linear), torch.float64, ours=False)
     ours = measured(copy.deepcopy(linear), torch.float32, ours=True)
     stock = measured(copy.deepcopy(linear), torch.float32, ours=False)
-    return _compared(reference, ours, stock, precision)
+    return compared(reference, ours, stock, precision)
 
 
 def attention(length: int, precision: str) -> Outcome:
@@ -252,23 +254,14 @@ def attention(length: int, precision: str) -> Outcome:
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     reference = attend("sdpa", torch.float64)
-    outcome = _compared(reference, attend(CAUSAL_BLOCKS, dtype), attend("sdpa", dtype), precision)
+    outcome = compared(reference, attend(CAUSAL_BLOCKS, dtype), attend("sdpa", dtype), precision)
     for name in ("sdpa", CAUSAL_BLOCKS):
-        outcome.figures[f"{name}: ms"] = _milliseconds(partial(attend, name, dtype))
+        outcome.figures[f"{name}: ms"] = milliseconds(partial(attend, name, dtype))
     return outcome
 
 
-def _milliseconds(function) -> float:
-    """Of a call, the median of seven after two."""
-    seconds = []
-    for _ in range(9):
-        began = now()
-        function()
-        seconds.append(now() - began)
-    return 1000 * sorted(seconds[2:])[3]
-
-
-def _compared(reference, ours, stock, precision) -> Outcome:
+def compared(reference, ours, stock, precision) -> Outcome:
+    """The error of each of our tensors, and of stock ones, against those in float64, all by name."""
     figures, wrong = {}, []
     for name, expected in reference.items():
         error, stock_error = relative(ours[name], expected), relative(stock[name], expected)

@@ -14,7 +14,10 @@ from pathlib import Path
 
 from studies.gpu_checks.results import Results
 
-PARTS = {"equalities": "a", "stages": "b", "resume": "b", "engines": "c", "speed": "d", "long_prompts": "d"}
+PARTS = {
+    "equalities": "a", "kernels": "a", "stages": "b", "resume": "b", "engines": "c", "speed": "d",
+    "sampling": "d", "long_prompts": "d", "where": "d",
+}
 
 
 def main(name: str, path: str, folder: str, shape: str) -> None:
@@ -31,6 +34,8 @@ def main(name: str, path: str, folder: str, shape: str) -> None:
         "resume": (Path(folder),),
         "engines": (Path(folder),),
         "speed": (shape, Path(folder)),
+        "sampling": (shape, Path(folder)),
+        "where": (shape, Path(folder)),
     }
     module.run(results, *needs.get(name, ()))
 

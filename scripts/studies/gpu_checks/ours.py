@@ -1,14 +1,17 @@
 """Our side of each comparison: a step, as the stage scripts have it, over one batch."""
 
 import random
+from contextlib import contextmanager
 from itertools import combinations
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from studies.gpu_checks.device import DEVICE, arithmetic
+from studies.gpu_checks.device import DEVICE, ON_CARD, arithmetic
+from utils.models import flex, generation
 from utils.models.generation import sample
 from utils.models.loading import in_blocks, with_our_heads
 from utils.models.outputs import response_logprobs, scores
@@ -52,9 +55,28 @@ def random_model(config, scalar: bool):
         return auto_class.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
+def weights_of(precision: str) -> torch.dtype:
+    """The number type of a sampled model's weights."""
+    return torch.bfloat16 if precision == "bf16 weights" else torch.float32
+
+
 def our_model(config, scalar: bool):
     """`random_model` with our attention and heads."""
     return with_our_heads(in_blocks(random_model(config, scalar)))
+
+
+@contextmanager
+def paced(recorded: bool):
+    """Inside, sampling records a decoding step and replays it, or launches each kernel. On a CPU "recorded"
+    is a card's pace without a recording, so that the shrunken check goes the same way.
+    """
+    pace = generation.PACE_CUDA._replace(recorded=recorded)
+    with mock.patch.object(generation, "PACE_CUDA", pace):
+        if ON_CARD or not recorded:
+            yield
+        else:
+            with mock.patch.object(generation, "PACE", pace._replace(recorded=False)):
+                yield
 
 
 class Trained:
@@ -208,21 +230,22 @@ class PPO(Trained):
 
 
 class Sampling:
-    """K responses of a fixed length for each prompt."""
+    """K responses of a fixed length for each prompt.
 
-    def __init__(self, config, batch: Batch, precision: str, length: int):
-        self.policy, self.prompts = our_model(config, scalar=False).eval(), batch.prompts
-        self.k, self.length, self.precision, self.eos = (
-            len(batch.completions[0]),
-            length,
-            precision,
-            config.vocab_size,
-        )
+    Args:
+        precision: "bf16 weights" needs no autocast; "bf16" casts float32 weights.
+        recorded: whether a card records a decoding step and replays it.
+    """
+
+    def __init__(self, config, batch: Batch, precision: str, length: int, recorded: bool = True):
+        self.policy = our_model(config, scalar=False).to(weights_of(precision)).eval()
+        self.prompts, self.k, self.length = batch.prompts, len(batch.completions[0]), length
+        self.precision, self.recorded, self.eos = precision, recorded, config.vocab_size
         self.kernels = torch.backends.cuda.cudnn_sdp_enabled()
 
     def step(self) -> None:
         torch.backends.cuda.enable_cudnn_sdp(self.kernels)
-        with torch.no_grad(), arithmetic(self.precision):
+        with torch.no_grad(), arithmetic(self.precision), paced(self.recorded):
             sample(
                 self.policy,
                 self.prompts,
@@ -247,10 +270,12 @@ class LongPrompt(Trained):
 
     Args:
         shared: all answers in the prompt's row; False: each in a row of its own.
+        fewest: tokens of a row from which on FlexAttention is used; None: as everywhere.
     """
 
-    def __init__(self, config, batch: Batch, precision: str, shared: bool = True):
+    def __init__(self, config, batch: Batch, precision: str, shared: bool = True, fewest: int | None = None):
         super().__init__(our_model(config, scalar=False), precision)
+        self.fewest = flex.FEWEST if fewest is None else fewest
         if not shared:
             batch = Batch(
                 [p for p, group in zip(batch.prompts, batch.completions, strict=True) for _ in group],
@@ -264,7 +289,7 @@ class LongPrompt(Trained):
         for part in passes_of(self.batch, 2 * PASS_TOKENS):
             groups = packed(self.batch, part)
             advantages = torch.ones(groups.response_mask.shape, device=DEVICE)
-            with arithmetic(self.precision):
+            with arithmetic(self.precision), mock.patch.object(flex, "FEWEST", self.fewest):
                 new_logprobs = response_logprobs(self.model, groups, TEMPERATURE)
             losses, _ = policy_loss(new_logprobs, new_logprobs.detach(), advantages, 0.2)
             (torch.where(groups.response_mask, losses, 0.0).sum() / tokens).backward()

@@ -1,4 +1,5 @@
-"""The other side of each comparison: trl's trainers and transformers' `generate`, as users run them.
+"""The other side of each comparison: trl's trainers, transformers' `generate` and `generate_batch`, as users
+run them.
 
 trl trains float32 weights under bfloat16 autocast without gradient checkpointing. Its micro-batches hold as
 many tokens as ours. cuDNN's attention kernel, which our models switch off, is on in the peers' turns.
@@ -13,7 +14,7 @@ from queue import Queue
 import torch
 from datasets import Dataset, concatenate_datasets
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from studies.gpu_checks.device import DEVICE, ON_CARD, arithmetic, now
 from studies.gpu_checks.ours import (
@@ -24,7 +25,9 @@ from studies.gpu_checks.ours import (
     PASS_TOKENS,
     TEMPERATURE,
     random_model,
+    weights_of,
 )
+from utils.rollouts.continuous import engine_settings
 
 PACKED_TOKENS = (
     2048 if ON_CARD else 64
@@ -148,15 +151,28 @@ def packed_sft(config, batch, precision, folder) -> TrlSide:
     return sft(config, batch, precision, folder, packing=True)
 
 
-class Generate:
+class Sampler:
+    """A stock model that samples K responses of a fixed length for each prompt."""
+
+    def __init__(self, config, batch, precision, folder, length):
+        self.policy = random_model(config, scalar=False).to(weights_of(precision)).eval()
+        self.prompts, self.k, self.length = batch.prompts, len(batch.completions[0]), length
+        self.precision = precision
+
+    def first_loss(self) -> None:
+        return None
+
+    def close(self) -> None:
+        del self.policy
+
+
+class Generate(Sampler):
     """transformers' `generate`, which repeats the prompt for each of its K samples."""
 
-    def __init__(self, config, batch, precision, folder, length, dtype=torch.float32):
-        self.policy = random_model(config, scalar=False).to(dtype).eval()
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
         self.policy.generation_config.eos_token_id = None  # responses of a fixed length
-        self.k, self.length = len(batch.completions[0]), length
-        self.precision = precision if dtype == torch.float32 else "fp32"  # 16-bit weights need no autocast
-        self.batch = small_tokenizer().pad({"input_ids": batch.prompts}, return_tensors="pt").to(DEVICE)
+        self.batch = small_tokenizer().pad({"input_ids": self.prompts}, return_tensors="pt").to(DEVICE)
 
     def step(self) -> None:
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -173,18 +189,26 @@ class Generate:
                 pad_token_id=PAD,
             ).tolist()
 
-    def first_loss(self) -> None:
-        return None
 
-    def close(self) -> None:
-        del self.policy
+class GenerateBatch(Sampler):
+    """transformers' continuous batching, which forks the K samples of a prompt. No autocast holds in its
+    thread. It starts anew in each turn, as in each update of PPO.
+    """
 
+    def step(self) -> None:
+        """Raises RuntimeError when it leaves a response out."""
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        settings = GenerationConfig(
+            do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=self.length,
+            num_return_sequences=self.k, eos_token_id=-1, pad_token_id=PAD)
+        found = self.policy.generate_batch(
+            self.prompts, settings, engine_settings(self.prompts, self.k, self.length)).values()
+        if (tokens := sum(len(one.generated_tokens) for one in found)) != self.tokens:
+            raise RuntimeError(f"{tokens} tokens, not {self.tokens}")
 
-class GenerateIn16Bits(Generate):
-    """`generate` of a model whose weights are bfloat16, as people serve it."""
-
-    def __init__(self, config, batch, precision, folder, length):
-        super().__init__(config, batch, precision, folder, length, torch.bfloat16)
+    @property
+    def tokens(self) -> int:
+        return len(self.prompts) * self.k * self.length
 
 
 PEERS = {
@@ -192,7 +216,7 @@ PEERS = {
     ("trl", "sft"): sft,
     ("trl, packed", "sft"): packed_sft,
     ("generate", "sampling"): Generate,
-    ("generate, bf16 weights", "sampling"): GenerateIn16Bits,
+    ("generate_batch", "sampling"): GenerateBatch,
 }
 
 

@@ -61,9 +61,19 @@ def _equalities(rows):
         if errors:
             worst = max(errors, key=lambda error: error["ours"])
             cells.append([row["name"], f"{worst['ours']:.1e}", f"{worst['stock']:.1e}"])
-        elif "largest |ratio - 1|" in row["figures"]:
-            cells.append([row["name"], f"{row['figures']['largest |ratio - 1|']:.1e}", "-"])
-    return _table(["check", "largest error of ours", "stock rows"], cells)
+        for name in ("largest |ratio - 1|", "largest difference of a log-prob"):
+            if name in row["figures"]:
+                cells.append([row["name"], f"{row['figures'][name]:.1e}", "-"])
+    timed = ["ours: ms", "sdpa with a mask: ms", "first call: s"]
+    kernels = [
+        [row["name"], *(f"{row['figures'][name]:.2f}" for name in timed)]
+        for row in rows
+        if timed[0] in row["figures"]
+    ]
+    return [
+        *_table(["check", "largest error of ours", "stock rows"], cells),
+        *_table(["forward and backward", "ours [ms]", "SDPA with a mask [ms]", "first call [s]"], kernels),
+    ]
 
 
 def _stages(rows):
@@ -104,11 +114,11 @@ def _speed(rows):
     cells = []
     for row in rows:
         found = row["figures"]
-        if not found:
+        if not found or "ms a step" in found:
             continue
         if "ours" not in found:
             cells.append(
-                [row["name"], *[f"{value:.0f} {name}" for name, value in found.items()][:1], *["-"] * 6]
+                [row["name"], *[f"{value:.0f} {name}" for name, value in [*found.items()][:1]], *["-"] * 6]
             )
             continue
         ratio = (
@@ -129,7 +139,7 @@ def _speed(rows):
                 f"{found['share of the matrix-product rate']:.0%}",
             ]
         )
-    return _table(
+    comparisons = _table(
         [
             "comparison",
             "ours",
@@ -142,3 +152,25 @@ def _speed(rows):
         ],
         cells,
     )
+    return [*comparisons, *_where(rows)]
+
+
+def _where(rows):
+    """Where the time of a step goes."""
+    shown = ("ms a step", "forward: ms", "head: ms", "backward: ms", "optimizer: ms")
+    cells = []
+    for row in rows:
+        found = row["figures"]
+        if "ms a step" in found:
+            busy, peak = found["busy"], found["peak GiB"]
+            cells.append(
+                [
+                    row["name"],
+                    *(f"{found[name]:.1f}" for name in shown),
+                    "-" if busy is None else f"{busy:.0%}",
+                    str(len(found["waits"])),
+                    "-" if peak is None else f"{peak:.1f}",
+                ]
+            )
+    names = ["step [ms]", "forward", "of it the head", "backward", "optimizer", "card busy", "waits", "GiB"]
+    return _table(["one step", *names], cells)

@@ -1,4 +1,4 @@
-"""Part d: speed and memory of one shape, ours beside trl or beside our own unshared rows, in turns.
+"""Part d: speed and memory of training one shape, ours beside trl or beside our own unshared rows, in turns.
 
 Both sides are in one process and take turns on the same batch, step by step, so that both see the same card.
 Models have OPT's architectures and random weights; prompts have 300 tokens, completions 35 to 50. Both sides
@@ -35,7 +35,8 @@ from studies.gpu_checks.results import Outcome, Results
 PROMPT, COMPLETIONS = (300, (35, 50)) if ON_CARD else (12, (3, 5))  # tokens
 RESPONSE = 48 if ON_CARD else 4  # tokens sampled
 MOST_TURNS, LEAST_TURNS = (7, 2) if ON_CARD else (2, 2)
-POSTS = {"reward": {2: 32, 4: 16, 9: 8}, "sft": {1: 48}, "ppo": {1: 16, 4: 16}, "sampling": {4: 16}}
+POSTS = {"reward": {2: 32, 4: 16, 9: 8}, "sft": {1: 48}, "ppo": {1: 16, 4: 16},
+         "sampling": {1: 64, 4: 16, 16: 4}}
 # (stage, K, peer, precision), the most valuable first; the peer None: ours alone
 COMPARISONS = [
     ("reward", 4, "trl", "bf16"),
@@ -44,8 +45,6 @@ COMPARISONS = [
     ("ppo", 4, "unshared rows", "bf16"),
     ("reward", 9, "trl", "bf16"),
     ("reward", 2, "trl", "bf16"),
-    ("sampling", 4, "generate", "bf16"),
-    ("sampling", 4, "generate, bf16 weights", "bf16"),
     ("ppo", 1, None, "bf16"),
     ("reward", 4, "trl", "fp32"),
     ("ppo", 4, "unshared rows", "fp32"),
@@ -55,16 +54,23 @@ SECONDS = {"125m": (3, 8), "350m": (4, 10), "1.3b": (7, 14), "mini": (60, 2)}
 # bytes that the two sides need at most: for each weight, and besides
 BYTES_A_WEIGHT = {"reward": 32, "sft": 32, "ppo": 2 * 40, "sampling": 12}
 ACTIVATIONS = 24 * 2**30
+# what ours does otherwise where it is its own peer
+OWN = {"unshared rows": {"shared": False}, "kernels launched one by one": {"recorded": False}}
 UNITS = {"reward": "pairs", "sft": "tokens", "ppo": "episodes", "sampling": "tokens"}
 
 
 def run(results: Results, shape: str, folder: Path) -> None:
+    compare_all(results, shape, COMPARISONS, folder)
+
+
+def compare_all(results: Results, shape: str, comparisons: list, folder: Path) -> None:
+    """A check for each of the comparisons, which are like those of COMPARISONS."""
     torch.set_float32_matmul_precision("high")  # TF32 for what is not bfloat16, on both sides
     rates = {precision: matmul_rate(precision) for precision in ("bf16", "fp32")}
     figures = {f"TFLOP/s, {precision}": rate / 1e12 for precision, rate in rates.items()}
     results.check(f"matrix products ({shape})", 0, lambda: Outcome(figures))
     limit, least = SECONDS[shape]
-    for stage, k, peer, precision in COMPARISONS:
+    for stage, k, peer, precision in comparisons:
         if precision == "fp32" and shape not in ("125m", "mini"):
             continue
         name = f"{stage}, {shape}, K = {k}, {peer or 'alone'}, {precision}"
@@ -72,12 +78,8 @@ def run(results: Results, shape: str, folder: Path) -> None:
         if short:
             results.skip(name, short)
             continue
-        seconds = min(limit, results.left())
-        results.check(
-            name,
-            least,
-            partial(compared, stage, shape, k, peer, precision, seconds, rates[precision], folder),
-        )
+        seconds, rate = min(limit, results.left()), rates["fp32" if precision == "fp32" else "bf16"]
+        results.check(name, least, partial(compared, stage, shape, k, peer, precision, seconds, rate, folder))
 
 
 def _too_large(stage: str, shape: str) -> str | None:
@@ -116,8 +118,8 @@ def compared(stage, shape, k, peer, precision, seconds, rate, folder) -> Outcome
     build = {"reward": ours.Reward, "sft": ours.SFT, "ppo": ours.PPO, "sampling": ours.Sampling}[stage]
     more = {"length": RESPONSE} if stage in ("ppo", "sampling") else {}
     sides = {"ours": partial(build, config, batch, precision, **more)}
-    if peer == "unshared rows":
-        sides[peer] = partial(build, config, batch, precision, shared=False, **more)
+    if peer in OWN:
+        sides[peer] = partial(build, config, batch, precision, **OWN[peer], **more)
     elif peer:
         sides[peer] = partial(peers.PEERS[peer, stage], config, batch, precision, folder=folder, **more)
     found = take_turns(sides, seconds)

@@ -190,13 +190,13 @@ def _kernel(call: _Call, mask: GroupMask):
         except Exception as error:  # of compilers, of which there are several
             fault = shorten(f"{type(error).__name__}: {error}", 150, placeholder=" ...")
         if fault is not None:
-            _say_once(f"FlexAttention is not used ({fault}); attention with a mask takes its place")
+            say_once(f"FlexAttention is not used ({fault}); attention with a mask takes its place")
         _kernels[call] = None if fault is not None else kernel
     return _kernels[call]
 
 
 @cache
-def _say_once(line: str) -> None:
+def say_once(line: str) -> None:
     logging.getLogger(__name__).warning(line)
 
 

@@ -33,10 +33,10 @@ class _Pace(NamedTuple):
     recorded: bool  # whether a step is recorded and replayed
 
 
-_PACE = _Pace(checked=4, stretch=4, multiple=1, recorded=False)
+PACE = _Pace(checked=4, stretch=4, multiple=1, recorded=False)
 # a check waits for the device; a new stretch is a new recording, which takes as long as two or three steps
 # without one; attention kernels want aligned masks
-_PACE_CUDA = _Pace(checked=8, stretch=64, multiple=16, recorded=True)
+PACE_CUDA = _Pace(checked=8, stretch=64, multiple=16, recorded=True)
 _BLOCK = 256  # words whose probabilities are summed first when a token is drawn, see `_draw`
 
 
@@ -183,7 +183,7 @@ class _Batch:
         self.policy, self.k, self.max_new_tokens = policy, k, max_new_tokens
         self.width = max(map(len, prompts))
         self.device = policy.get_input_embeddings().weight.device
-        self.pace = _PACE_CUDA if self.device.type == "cuda" else _PACE
+        self.pace = PACE_CUDA if self.device.type == "cuda" else PACE
         rows = [[pad_id] * (self.width - len(p)) + p for p in prompts]
         self.input_ids = torch.tensor(rows, device=self.device)  # (B, Q)
         self.lengths = torch.tensor([len(p) for p in prompts], device=self.device)  # (B,)

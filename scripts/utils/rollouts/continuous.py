@@ -37,11 +37,7 @@ def sample_continuously(
     settings = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
         num_return_sequences=k, eos_token_id=eos_id, pad_token_id=pad_id)
-    # as much cache as all responses take at once: otherwise it takes what memory is free
-    pages = sum(k * math.ceil((len(prompt) + max_new_tokens + 1) / _PAGE) for prompt in prompts)
-    # forks copy the last page of a prompt
-    engine = ContinuousBatchingConfig(page_size=_PAGE, num_blocks=pages + k, return_logprobs=True, seed=seed,
-                                      max_batch_tokens=max(1024, len(prompts) * k, *map(len, prompts)))
+    engine = engine_settings(prompts, k, max_new_tokens, return_logprobs=True, seed=seed)
     with _stock_attention(policy), _quiet():
         found = list(policy.generate_batch(prompts, settings, engine).values())
     failed = [one.error for one in found if one.error]
@@ -51,6 +47,15 @@ def sample_continuously(
                         "take rollout_engine 'own'")
     responses = [one.generated_tokens for one in found]
     return Samples(responses, [one.logprobs for one in found], [one[-1] == eos_id for one in responses])
+
+
+def engine_settings(prompts: list[list[int]], k: int, max_new_tokens: int,
+                    **more) -> ContinuousBatchingConfig:
+    """As much cache as all responses take at once: otherwise the engine takes what memory is free."""
+    pages = sum(k * math.ceil((len(prompt) + max_new_tokens + 1) / _PAGE) for prompt in prompts)
+    # forks copy the last page of a prompt
+    return ContinuousBatchingConfig(page_size=_PAGE, num_blocks=pages + k, **more,
+                                    max_batch_tokens=max(1024, len(prompts) * k, *map(len, prompts)))
 
 
 def refuse_foreign_heads(policy) -> None:
