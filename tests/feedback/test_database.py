@@ -16,7 +16,8 @@ from utils.data.ratings import APPLICATION
 from utils.errors import UserError
 from utils.feedback import database as module
 from utils.feedback import schema
-from utils.feedback.database import CLAIM, REPEAT_AFTER, Conflict, Ratings, Refused
+from utils.feedback.database import Conflict, Ratings, Refused
+from utils.feedback.tasks import CHAT, CLAIM, LIVE, RANKED, REPEAT_AFTER
 
 FOUR = [" old 0", " old 1", " old 2", " old 3"]
 ORDER = [[text] for text in FOUR]
@@ -84,7 +85,7 @@ def test_sampling_looks_ahead_of_the_raters(tmp_path):
 
 def test_prompts_of_the_chat_come_first(tmp_path):
     ratings = database(tmp_path / "r.db", ["a", "b"])
-    ratings.add_prompts(["from the chat"], module.CHAT)
+    ratings.add_prompts(["from the chat"], CHAT)
     [(prompt, text, missing)] = ratings.to_sample(ids_of(ratings), 4, 1)
     assert text == "from the chat"
     for policy, count in missing.items():
@@ -472,7 +473,7 @@ def test_thousands_of_ratings_do_not_slow_a_task_down(tmp_path):
     ratings = database(tmp_path / "r.db", [f"p{n}" for n in range(30)], k=2)
     rank_all(ratings, "Ann")
     values = {"rater": 1, "now": time.time(), "overlap": 0, "limit": 5}
-    for condition in (module._LIVE, module._RANKED):
+    for condition in (LIVE, RANKED):
         plan = ratings._connection.execute(
             f"EXPLAIN QUERY PLAN SELECT 1 FROM tasks WHERE {condition}", values).fetchall()
         assert not any("SCAN ratings" in row[3] for row in plan), plan

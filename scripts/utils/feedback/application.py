@@ -21,12 +21,13 @@ from starlette.routing import Route
 
 from utils.data.conversations import conversation_in, messages_of, readable, text_of_turn
 from utils.errors import UserError, quoted
-from utils.feedback.database import CHAT, Conflict, Ratings, Refused, Task
+from utils.feedback.database import Conflict, Ratings, Refused
 from utils.feedback.exports import FORMATS
 from utils.feedback.rounds import Rounds, RunningError
 from utils.feedback.sampling import Ahead, BusyError, Models, Precedence, chat
 from utils.feedback.security import Guard, HTTPError, Sessions, safe_html
 from utils.feedback.statistics import look
+from utils.feedback.tasks import CHAT, Task
 
 OPEN_PATHS = ("/api/state", "/api/login")  # before the login
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml",

@@ -2,11 +2,9 @@
 
 Each rating is one transaction, and its caller gets an id only after the transaction is on the disk: a kill or
 a loss of power at any moment loses no rating that was confirmed. Ids and names here are inside the server;
-what a rater sees is a `Task`, which names no policy.
+what a rater sees is a `Task`, which names no policy. `utils/feedback/tasks.py` chooses it.
 """
 
-import itertools
-import json
 import random
 import sqlite3
 import statistics
@@ -15,18 +13,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from utils.data.ratings import database_errors, rated_rows, shown_of
 from utils.errors import UserError, quoted
 from utils.feedback.schema import connect, transaction
+from utils.feedback.tasks import (
+    LIVE,
+    Task,
+    asking,
+    next_task,
+    prompts_left,
+    ready_prompts,
+    task_of,
+    to_sample,
+)
 
 KINDS = ("ranking", "all_bad", "skip")
-CLAIM = 600  # seconds for which an open task keeps its prompt from other raters
-_RENEWED = 60  # seconds after which asking for an open task renews its claim
-REPEAT_AFTER = 5  # tasks between a task and its repetition
-TRIES = 3  # a policy is sampled at most so often for each distinct answer that is wanted of it
-CHAT = "chat"  # the source of prompts that are rated before all others
 _RECENT = 20  # ratings from which the time that is left is estimated
 _LONGEST_NAME = 100  # characters of a rater's or policy's name, or of a rating's key
 
@@ -37,15 +39,6 @@ class Refused(UserError):
 
 class Conflict(Refused):
     """What a rater sent came too late: its task has been rated already."""
-
-
-class Task(NamedTuple):
-    """A prompt with answers for one rater to rank."""
-
-    id: int
-    prompt_id: int
-    prompt: str  # as `utils/data/conversations.py` stores it
-    answers: list[str]  # in the order in which they are shown
 
 
 class Ratings:
@@ -132,55 +125,13 @@ class Ratings:
             all their answers are left out.
         """
         with self._reading() as db:
-            values = {"now": time.time(), "limit": limit, "since": self._since(db, policies)}
-            rows = db.execute(f"""SELECT id, text FROM prompts WHERE rated = 0 AND NOT EXISTS (
-                                      SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND {_CLAIMED})
-                                  {_QUEUE} LIMIT :limit""", values).fetchall()
-            if len(rows) < limit:
-                rows += db.execute(f"""SELECT id, text FROM prompts WHERE rated > 0 AND NOT EXISTS (
-                                           SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND {_FRESH})
-                                       {_QUEUE} LIMIT :limit""",
-                                   values | {"limit": limit - len(rows)}).fetchall()
-            wanted = [(number, text, self._pick(number, policies, k)[1]) for number, text in rows]
-        return [row for row in wanted if row[2]]
-
-    @staticmethod
-    def _since(db, policies: list[int]) -> float:
-        """When the newest of the policies came. Prompts that were rated before are asked again in the end."""
-        return db.execute("SELECT coalesce(max(created), 0) FROM policies WHERE id IN "
-                          "(SELECT value FROM json_each(?))", (json.dumps(policies),)).fetchone()[0]
-
-    def _pick(self, prompt_id: int, policies: list[int], k: int) -> tuple[list[int], dict[int, int]]:
-        """The answers to show for a prompt, and policy -> how many of its answers are missing.
-
-        Equal texts are shown once. A policy that keeps repeating itself is not sampled for ever (TRIES).
-        """
-        rows = self._connection.execute("SELECT id, policy_id, text FROM answers WHERE prompt_id = ? "
-                                        "ORDER BY id", (prompt_id,)).fetchall()
-        picked, seen, missing = [], set(), {}
-        for policy, share in _shares(prompt_id, policies, k).items():
-            own = [(number, text.strip()) for number, owner, text in rows if owner == policy]
-            fresh = {}
-            for number, text in own:
-                if text not in seen and len(fresh) < share:
-                    fresh.setdefault(text, number)
-            seen.update(fresh)
-            picked += fresh.values()
-            if len(fresh) < share and len(own) < TRIES * share:
-                missing[policy] = share - len(fresh)
-        return picked, missing
+            return to_sample(db, policies, k, limit)
 
     def queue(self, policies: list[int], k: int) -> dict[str, int]:
         """How many `prompts` there are, how many of them are `rated`, and how many others are `ready`."""
         with self._reading() as db:
             prompts, rated = db.execute("SELECT count(*), count(nullif(rated, 0)) FROM prompts").fetchone()
-            answered = db.execute(f"SELECT id FROM prompts WHERE rated = 0 AND {_ANSWERED}").fetchall()
-            ready = sum(self._is_ready(*self._pick(number, policies, k)) for number, in answered)
-        return {"prompts": prompts, "ready": ready, "rated": rated}
-
-    @staticmethod
-    def _is_ready(picked: list[int], missing: dict[int, int]) -> bool:
-        return bool(picked) and not missing
+            return {"prompts": prompts, "ready": ready_prompts(db, policies, k), "rated": rated}
 
     # -------------------------------------------------------------------------------------------------- tasks
 
@@ -210,78 +161,9 @@ class Ratings:
         Returns:
             None when no prompt with all its answers is left for this rater.
         """
-        values = {"rater": rater, "now": time.time(), "overlap": _threshold(overlap_share)}
+        asked = asking(rater, overlap_share)
         with self._transaction() as db:
-            values["since"] = self._since(db, policies)
-            number = self._open_task(db, values)
-            if number is None and self._random.random() < repeat_share:
-                number = self._repeated(db, values)
-            if number is None:
-                number = self._new(db, values, policies, k)
-            return None if number is None else self._task(db, number)
-
-    def _open_task(self, db, values: dict) -> int | None:
-        """The first task of the rater that is not rated, unless someone else has its prompt by now."""
-        row = db.execute(f"""SELECT id, claimed FROM tasks AS mine WHERE rater_id = :rater
-                             AND NOT EXISTS (SELECT 1 FROM ratings WHERE task_id = mine.id AND undone IS NULL)
-                             AND (repeat_of IS NOT NULL OR {_FOR_ALL.format('prompt_id')} OR NOT EXISTS (
-                                 SELECT 1 FROM tasks WHERE prompt_id = mine.prompt_id
-                                 AND rater_id <> :rater AND ({_LIVE} OR {_CLAIMED})
-                                 AND (tasks.created >= :since OR mine.created < :since)))
-                             ORDER BY id LIMIT 1""", values).fetchone()
-        if row is None:
-            return None
-        number, claimed = row
-        if claimed < values["now"] - _RENEWED:  # not at each call: writing waits for the disk
-            db.execute("UPDATE tasks SET claimed = ? WHERE id = ?", (values["now"], number))
-        return number
-
-    def _repeated(self, db, values: dict) -> int | None:
-        """A new task that repeats an earlier ranking of the rater."""
-        rows = db.execute(f"""SELECT id FROM tasks WHERE rater_id = :rater AND repeat_of IS NULL AND {_RANKED}
-                                  AND id NOT IN (SELECT repeat_of FROM tasks WHERE repeat_of IS NOT NULL)
-                                  AND id <= (SELECT id FROM tasks WHERE rater_id = :rater
-                                             ORDER BY id DESC LIMIT 1 OFFSET {REPEAT_AFTER})""",
-                          values).fetchall()
-        if not rows:
-            return None
-        first, = self._random.choice(rows)
-        prompt, shown = db.execute("SELECT prompt_id, shown FROM tasks WHERE id = ?", (first,)).fetchone()
-        return self._add_task(db, values, prompt, shown_of(shown), first)
-
-    def _new(self, db, values: dict, policies: list[int], k: int) -> int | None:
-        """A new task with the first prompt in the queue that has its answers, and is for the rater."""
-        for_all = _FOR_ALL.format("prompts.id")
-        new = db.execute(f"""SELECT id, 0 FROM prompts WHERE (rated = 0 OR {for_all}) AND {_ANSWERED}
-                             AND NOT EXISTS (
-                                 SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND (
-                                     rater_id = :rater OR NOT {for_all} AND {_CLAIMED}))
-                             {_QUEUE}""", values)
-        again = db.execute(f"SELECT id, :since FROM prompts WHERE {_AGAIN} {_QUEUE}", values)
-        for prompt, since in itertools.chain(new, again):
-            # the others have had the same answers: only then their ranking can be compared
-            earlier = db.execute("SELECT shown FROM tasks WHERE prompt_id = ? AND created >= ? "
-                                 "ORDER BY id LIMIT 1", (prompt, since)).fetchone()
-            picked, missing = (shown_of(earlier[0]), {}) if earlier else self._pick(prompt, policies, k)
-            if self._is_ready(picked, missing):
-                new.close()
-                again.close()
-                return self._add_task(db, values, prompt, picked, None)
-        return None
-
-    def _add_task(self, db, values: dict, prompt: int, answers: list[int], repeat_of: int | None) -> int:
-        shown = self._random.sample(answers, len(answers))
-        return db.execute("INSERT INTO tasks (prompt_id, rater_id, shown, repeat_of, created, claimed) "
-                          "VALUES (?, ?, ?, ?, ?, ?)",
-                          (prompt, values["rater"], json.dumps(shown), repeat_of, values["now"],
-                           values["now"])).lastrowid
-
-    def _task(self, db, number: int) -> Task:
-        prompt, text, shown = db.execute("SELECT prompt_id, text, shown FROM tasks JOIN prompts "
-                                         "ON prompts.id = prompt_id WHERE tasks.id = ?", (number,)).fetchone()
-        answers = db.execute("SELECT text FROM json_each(?) JOIN answers ON answers.id = value "
-                             "ORDER BY json_each.key", (shown,)).fetchall()
-        return Task(number, prompt, text, [answer for answer, in answers])
+            return next_task(db, self._random, asked, k, policies, repeat_share)
 
     # ------------------------------------------------------------------------------------------------ ratings
 
@@ -315,7 +197,7 @@ class Ratings:
                 if row[1:] != (task, rater):
                     raise Refused("this key belongs to another rating")
                 return row[0]
-            row = db.execute(f"SELECT shown, {_LIVE} FROM tasks WHERE id = ? AND rater_id = ?",
+            row = db.execute(f"SELECT shown, {LIVE} FROM tasks WHERE id = ? AND rater_id = ?",
                              (task, rater)).fetchone()
             if row is None:
                 raise Refused(f"there is no task {task} of this rater")
@@ -360,8 +242,8 @@ class Ratings:
             for place, rank in places:
                 levels.setdefault(rank, []).append(place)
             order = list(levels.values()) if kind == "ranking" else None
-            return self._task(db, task), {"kind": kind, "order": order, "confidence": confidence,
-                                          "better": better}
+            return task_of(db, task), {"kind": kind, "order": order, "confidence": confidence,
+                                       "better": better}
 
     def progress(self, rater: int, overlap_share: float = 0.0, policies: list[int] = ()) -> dict:
         """How far a rater has come.
@@ -373,17 +255,11 @@ class Ratings:
             `rated`: ratings of this rater. `total`: these and the prompts that are left for them.
             `seconds_left`: for those at the speed of the last ratings; None before the first one.
         """
-        values = {"rater": rater, "now": time.time(), "overlap": _threshold(overlap_share)}
+        asked = asking(rater, overlap_share)
         with self._reading() as db:
-            values["since"] = self._since(db, policies)
-            rated = db.execute(f"SELECT count(*) FROM tasks WHERE rater_id = :rater AND {_LIVE}",
-                               values).fetchone()[0]
-            left = db.execute(f"""SELECT (SELECT count(*) FROM prompts WHERE rated = 0) + (
-                                      SELECT count(*) FROM prompts
-                                      WHERE rated > 0 AND ({_AGAIN} OR {_FOR_ALL.format('prompts.id')}
-                                      AND NOT EXISTS (SELECT 1 FROM tasks WHERE prompt_id = prompts.id
-                                                      AND rater_id = :rater AND {_LIVE})))""",
-                              values).fetchone()[0]
+            rated = db.execute(f"SELECT count(*) FROM tasks WHERE rater_id = ? AND {LIVE}",
+                               (rater,)).fetchone()[0]
+            left = prompts_left(db, asked, policies)
             seconds = db.execute("""SELECT seconds FROM ratings JOIN tasks ON tasks.id = task_id
                                     WHERE rater_id = ? AND undone IS NULL AND seconds IS NOT NULL
                                     ORDER BY ratings.id DESC LIMIT ?""", (rater, _RECENT)).fetchall()
@@ -425,41 +301,9 @@ class Ratings:
             db.execute("VACUUM INTO ?", (str(path),))
 
 
-# Conditions of SQL on a row of `tasks`, or of `prompts`.
-_LIVE = "EXISTS (SELECT 1 FROM ratings WHERE task_id = tasks.id AND undone IS NULL)"
-_RANKED = "EXISTS (SELECT 1 FROM ratings WHERE task_id = tasks.id AND undone IS NULL AND kind = 'ranking')"
-_CLAIMED = f"tasks.claimed > :now - {CLAIM}"
-_ANSWERED = "EXISTS (SELECT 1 FROM answers WHERE prompt_id = prompts.id)"
-_QUEUE = f"ORDER BY source <> '{CHAT}', id"
-_HASHES = 2**32
-# the prompt with this id is for all raters: Knuth's multiplicative hash, which spreads neighbours evenly
-_FOR_ALL = f"({{}} * 2654435761 % {_HASHES} < :overlap)"
-# a task with the policies of now, which is rated or being rated
-_FRESH = f"(tasks.created >= :since AND repeat_of IS NULL AND ({_LIVE} OR {_CLAIMED}))"
-# a prompt that was rated before the newest policy came, and is for the rater again
-_AGAIN = f"""(rated > 0 AND NOT EXISTS (
-                 SELECT 1 FROM tasks WHERE prompt_id = prompts.id AND (
-                     NOT {_FOR_ALL.format('prompts.id')} AND {_FRESH}
-                     OR rater_id = :rater AND tasks.created >= :since AND {_LIVE})))"""
 # `prompts.rated`: the ratings of a prompt that count, repetitions left out, so that nobody has to count them
 _COUNT = """UPDATE prompts SET rated = rated + :by
             WHERE id = (SELECT prompt_id FROM tasks WHERE id = :task AND repeat_of IS NULL)"""
-
-
-def _threshold(share: float) -> int:
-    """The hash from which prompts are not for all raters."""
-    return round(share * _HASHES)
-
-
-def _shares(prompt_id: int, policies: list[int], k: int) -> dict[int, int]:
-    """Policy -> how many of the k answers to a prompt are its own. Who comes first changes by prompt: the
-    first has one more where k cannot be divided, and keeps an answer that another one gives, too.
-    """
-    start = prompt_id % max(len(policies), 1)
-    turned = [*policies[start:], *policies[:start]]
-    shares = {policy: k // len(policies) + (place < k % len(policies))
-              for place, policy in enumerate(turned)}
-    return {policy: share for policy, share in shares.items() if share}
 
 
 def _checked(kind, order, confidence, seconds, better, count: int) -> dict[int, int]:
