@@ -14,20 +14,16 @@ soon as they are known, with what the models write for the first posts. It holds
 stages do.
 """
 
-import json
 import os
-import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
-from utils.config import PROJECT, UserError, key
+from utils.config import UserError, key
 from utils.launch import read_config, start
 
-SHOWN = 10  # posts whose summaries are written to real.json
 # by machine: what takes two CPU cores less than three hours, and one H200 less than a quarter of an hour
 SIZES = {
     "cpu": {"validation_posts": 60, "sft_posts": 600, "reward_posts": 160, "judge_posts": 160,
@@ -80,36 +76,19 @@ class RealConfig:
 if __name__ == "__main__":  # before the libraries, which take seconds to import
     CONFIG = read_config(RealConfig, None, __doc__)
 
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from datetime import datetime
-from statistics import fmean
-
 import torch
-from rich.table import Table
 
-import train_ppo
-import train_reward
-import train_sft
 from studies.benchmarks.posts import data_folder
-from studies.gpu_checks.device import free_memory
+from studies.real_run.cost import cost_of, power_to
 from studies.real_run.fetch import fetched
-from studies.real_run.figures import (
-    Scorer,
-    arithmetic,
-    baselines,
-    compared,
-    judged_pairs,
-    kl_to,
-    rouge,
-    written_by,
-)
+from studies.real_run.figures import arithmetic
+from studies.real_run.held_out import Posts
 from studies.real_run.posts import Sizes, rank_posts, read_rows, split_posts, write_rows
-from utils.config import parse_config
+from studies.real_run.records import Figures, read_json, write_json
+from studies.real_run.stages import Runs
+from studies.real_run.table import rows_of, table_of
 from utils.console import show_table
 
-STAGES = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig,
-          "ppo": train_ppo.PPOStageConfig}
 DIALOGUES = "hh_rlhf/harmless-base_test.jsonl.gz"
 
 
@@ -119,74 +98,6 @@ def sized(config: RealConfig) -> RealConfig:
     machine = here if config.machine == "auto" else config.machine
     sizes = {name: size for name, size in SIZES[machine].items() if getattr(config, name) is None}
     return replace(config, machine=machine, **sizes)
-
-
-class Runs:
-    """The stages of one output folder, each from its configuration and the options given here."""
-
-    def __init__(self, config: RealConfig):
-        self.config, self.out = config, Path(config.output_dir)
-
-    def words(self, stage: str, name: str, seed: int, options: dict) -> list[str]:
-        given = {"output_dir": self.out / name, "seed": seed, **options}
-        files = [stage, *(name for name in ("gpu", "lora") if name == self.config.machine or name == "lora"
-                          and self.config.lora)]
-        return ["--config", *(str(PROJECT / "configs" / "smollm2-135m" / f"{name}.yaml") for name in files),
-                *(word for option, value in given.items() for word in (f"--{option}", str(value))),
-                *getattr(self.config, stage).split()]
-
-    def settings(self, stage: str):
-        """What the stage runs with."""
-        return parse_config(STAGES[stage], None, self.words(stage, stage, self.config.seed, {}))
-
-    def run(self, stage: str, name: str | None = None, seed: int | None = None, **options) -> dict:
-        """Run a stage as a user does, unless it is finished; its summary.
-
-        Raises:
-            UserError: when it did not end well. It has said why.
-        """
-        name, seed = name or stage, self.config.seed if seed is None else seed
-        folder = self.out / name
-        if not (folder / "summary.json").is_file():
-            words = [sys.executable, PROJECT / "scripts" / f"train_{stage}.py",
-                     *self.words(stage, name, seed, options)]
-            if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
-                words.append("--resume")
-            free_memory()  # the stage may need what sampling here has left in the cache
-            began = time.time()
-            if subprocess.run(words).returncode:
-                raise UserError(f"{name}: this stage did not end well; the same command goes on from here")
-            write_json(self.out / "times" / f"{name}.json", {"began": began, "ended": time.time()})
-        return read_json(folder / "summary.json")
-
-    def together(self, jobs: dict) -> dict[str, dict]:
-        """Summaries of several stages by name, each a function that runs one. A card has room for all."""
-        with ThreadPoolExecutor(len(jobs) if self.config.machine == "gpu" else 1) as pool:
-            return dict(zip(jobs, pool.map(lambda job: job(), jobs.values()), strict=True))
-
-
-class Figures(dict):
-    """What is known so far, also in real.json of a run."""
-
-    def __init__(self, out: Path):
-        self.path = out / "real.json"
-        super().__init__(read_json(self.path) if self.path.is_file() else {})
-
-    def add(self, **more) -> None:
-        self.update(more)
-        write_json(self.path, self)
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, values: dict) -> None:
-    """A killed run leaves the file of before, or this one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
 
 
 def folder_of(config: RealConfig) -> Path | None:
@@ -243,151 +154,6 @@ def run_stages(config: RealConfig, source: Path | None, figures: Figures) -> dic
     if "ppo over sft" not in figures:
         figures.add(**posts.after_ppo())
     return summaries
-
-
-class Posts:
-    """Posts that no stage has trained on, and what the finished stages reach on them."""
-
-    def __init__(self, runs: Runs, source: Path):
-        self.config, self.out, self.source = runs.config, runs.out, source
-        self.settings, self.rewarding = runs.settings("ppo"), runs.settings("reward")
-        self.rows = read_rows(source / "tldr_valid.jsonl.gz")[: self.config.test_posts]
-        self.prompts = [row["prompt"] for row in self.rows]
-        self.temperatures = {"sampled": self.settings.temperature, "greedy": self.settings.eval_temperature}
-
-    def written(self, folder: str, kinds=("sampled", "greedy")) -> dict:
-        with arithmetic(self.settings):
-            return written_by(folder, self.prompts, self.settings, {kind: self.temperatures[kind]
-                                                                    for kind in kinds})
-
-    def after_sft(self, base: str) -> dict:
-        """ROUGE of the base model, of SFT, and of what needs no model."""
-        model = {"base": self.written(base, ["greedy"]), "sft": self.written(str(self.out / "sft/final"))}
-        texts = baselines(self.rows, str(self.out / "sft/final")) | {
-            f"{name}, {kind}": summaries.texts for name, kinds in model.items()
-            for kind, summaries in kinds.items()}
-        return {"rouge": {name: rouge(column, self.rows) for name, column in texts.items()},
-                "samples": [{name: kinds["greedy"].texts[i].strip() for name, kinds in model.items()}
-                            for i in range(min(SHOWN, len(self.rows)))]}
-
-    def after_reward(self) -> dict:
-        """Accuracy of both reward models by kind of the worse summary, and on GPT-4's choices."""
-        scorers = self.scorers()
-        held_out = [json.loads(line) for line in
-                    (self.out / "data/rankings/held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-        found = {"largest difference to a stock pipeline": scorers["reward"].difference_to_a_stock_pipeline(
-            self.prompts[:8], [row["completion"] for row in self.rows[:8]])}
-        pairs = self.source / "tldr_valid_gpt4_judged.jsonl.gz"
-        with arithmetic(self.rewarding):
-            found["accuracy"] = {name: scorer.accuracy_by_kind(held_out) for name, scorer in scorers.items()}
-            if self.config.judged_pairs and pairs.is_file():
-                found["gpt-4"] = judged_pairs(scorers, read_rows(pairs)[: self.config.judged_pairs])
-        return found
-
-    def after_ppo(self) -> dict:
-        """Win rates over SFT by both reward models, ROUGE, KL."""
-        figures = Figures(self.out)
-        sft, ppo = (self.written(str(self.out / name / "final")) for name in ("sft", "ppo"))
-        columns = [(kind, policy[kind]) for kind in self.temperatures for policy in (ppo, sft)]
-        with arithmetic(self.settings):
-            kl = kl_to(str(self.out / "sft/final"), self.prompts, ppo["sampled"], self.settings)
-        with arithmetic(self.rewarding):
-            scores = {name: scorer.scores_of_tokens(self.prompts, [summaries.tokens for _, summaries in
-                                                                   columns], name)
-                      for name, scorer in self.scorers().items()}
-        return {
-            "kl": kl,
-            "rouge": figures["rouge"] | {f"ppo, {kind}": rouge(ppo[kind].texts, self.rows)
-                                         for kind in self.temperatures},
-            "samples": [sample | {"ppo": text.strip()} for sample, text in
-                        zip(figures["samples"], ppo["greedy"].texts, strict=False)],
-            "ppo over sft": {
-                f"{name}, {kind}": compared(ppo[kind], sft[kind], [row[2 * i : 2 * i + 2] for row in found],
-                                            self.config.seed)
-                for name, found in scores.items() for i, kind in enumerate(self.temperatures)},
-        }
-
-    def scorers(self) -> dict[str, Scorer]:
-        return {name: Scorer(str(self.out / name / "final"), self.rewarding) for name in ("reward", "judge")}
-
-
-@contextmanager
-def power_to(path: Path):
-    """Append the time and the card's watts to a file every second meanwhile; nothing without a card."""
-    if not shutil.which("nvidia-smi"):
-        yield
-        return
-    query = ["nvidia-smi", "--query-gpu=timestamp,power.draw", "--format=csv,noheader,nounits", "-l", "1"]
-    with path.open("a") as file:
-        process = subprocess.Popen(query, stdout=file, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def cost_of(out: Path) -> dict[str, dict]:
-    """Of each stage the seconds with its start and the peak memory; the card's mean power and the energy
-    meanwhile, other processes on it included.
-    """
-    power, samples = out / "power.csv", []
-    for line in power.read_text().splitlines() if power.is_file() else ():
-        at, _, watts = line.partition(",")
-        with suppress(ValueError):  # a line that was cut off, or a card that does not say
-            samples.append((datetime.strptime(at.strip(), "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(watts)))
-    costs = {}
-    for path in sorted((out / "times").glob("*.json"), key=lambda path: path.stat().st_mtime):
-        times, summary = read_json(path), read_json(out / path.stem / "summary.json")
-        seconds = times["ended"] - times["began"]
-        costs[path.stem] = {"seconds": seconds, "peak_memory_mb": summary["peak_memory_mb"]}
-        watts = [watt for at, watt in samples if times["began"] <= at <= times["ended"]]
-        if watts:
-            costs[path.stem] |= {"watts": fmean(watts), "kwh": fmean(watts) * seconds / 3.6e6}
-    return costs
-
-
-def rows_of(summaries: dict[str, dict], figures: dict) -> dict[str, str]:
-    """What came out: a figure with its 95 % interval, by its name."""
-    rows = {"ROUGE mean, base model": f"{summaries['sft']['base_rouge_avg']:.3f}",
-            "ROUGE mean, after SFT": f"{summaries['sft']['rouge_avg']:.3f}"}
-
-    def interval(values, name="accuracy", before=""):
-        return f"{values[name]:.3f} ({values[before + 'low']:.3f} - {values[before + 'high']:.3f})"
-
-    for name, values in figures.get("rouge", {}).items():
-        rows[f"ROUGE mean, {name}"] = f"{values['rouge_avg']:.3f}"
-    if not figures:
-        rows["reward model, accuracy"] = f"{summaries['reward']['accuracy']:.3f}"
-    for kind, found in figures.get("accuracy", {}).items():
-        for worse, values in found.items():
-            rows[f"{kind}, the author's above: {worse}"] = interval(values)
-    for name, values in figures.get("gpt-4", {}).items():
-        rows[f"GPT-4's choices, {name}"] = interval(values)
-    if "dialogues" in summaries:
-        values = summaries["dialogues"]
-        rows["dialogues, accuracy"] = interval(values, before="accuracy_")
-    for name, values in figures.get("ppo over sft", {}).items():
-        by = f"PPO over SFT, {name}"
-        rows[f"{by}: win rate"] = interval(values, "win_rate")
-        rows[f"{by}: at equal length"] = interval(values, "equal", "equal_")
-        rows[f"{by}: score"] = f"{values['score_before']:.3f} to {values['score']:.3f}"
-        rows[f"{by}: tokens"] = f"{values['tokens_before']:.1f} to {values['tokens']:.1f}"
-        rows[f"{by}: share that ends"] = f"{values['ended_before']:.2f} to {values['ended']:.2f}"
-    rows["KL to SFT [nats a summary]"] = f"{figures.get('kl', summaries['ppo']['kl']):.2f}"
-    for name, cost in figures.get("cost", {}).items():
-        rows[f"{name}: seconds, peak memory [MiB]"] = f"{cost['seconds']:.0f}, {cost['peak_memory_mb']:.0f}"
-    return rows
-
-
-def table_of(columns: dict[str, dict[str, str]]) -> Table:
-    """A line for each figure, a column for each run."""
-    table = Table(title="A real model on real posts", title_justify="left")
-    for column in ("figure (95 % interval)", *columns):
-        table.add_column(column, overflow="fold")
-    for name in dict.fromkeys(name for rows in columns.values() for name in rows):
-        table.add_row(name, *(rows.get(name, "") for rows in columns.values()))
-    return table
 
 
 def side_by_side(config: RealConfig) -> None:

@@ -13,10 +13,13 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import real_posts
-from studies.real import Figures, RealConfig, Runs, cost_of, folder_of, run_stages, sized, write_json
+from studies.real import RealConfig, folder_of, run_stages, sized
+from studies.real_run.cost import cost_of
 from studies.real_run.fetch import FILE, convert, fetched
 from studies.real_run.figures import at_equal_length
 from studies.real_run.posts import KINDS, Sizes, ranked, split_posts, with_a_fact_changed
+from studies.real_run.records import Figures, write_json
+from studies.real_run.stages import Runs
 from tiny_models import mini_tokenizer
 from utils.config import PROJECT, UserError
 from utils.data.layouts import tldr_parts
