@@ -212,7 +212,7 @@ def train(loop: Loop, models: Models, posts: Posts, judge: Judge, gold: GoldJudg
     config = loop.config
     batches = PromptBatches(len(posts.prompts), config.prompts_per_update, config.seed)
     for update, places in loop.steps(batches):
-        began = time.monotonic()
+        began, worked = time.monotonic(), time.process_time()
         mine = list(places)[own_prompts(loop)]
         queries = [posts.prompts[place] for place in mine]
         # These call the models inside the accelerator's wrapper, so they need its autocast (detail 27). The
@@ -243,7 +243,8 @@ def train(loop: Loop, models: Models, posts: Posts, judge: Judge, gold: GoldJudg
             loop.carried["kl_coef"] = adapted_kl_coef(
                 loop.carried["kl_coef"], figures["objective/kl"], config.kl_target,
                 config.episodes_per_update, config.kl_horizon)
-        seconds = {"time/rollout": sampled - began, "time/update": time.monotonic() - sampled}
+        seconds = {"time/rollout": sampled - began, "time/update": time.monotonic() - sampled,
+                   "time/cpu": time.process_time() - worked}
         loop.run.metrics(update, figures | seconds)
         loop.show(score=figures["objective/score"], kl=figures["objective/kl"])
         if loop.evaluates(update):
