@@ -1073,4 +1073,9 @@ MUTATIONS = [
         ("all heads draw the same posts", None, "bootstrap_draws",
          "poisson(1.0, heads)", "poisson(1.0, 1).repeat(heads)", "heads:the_bootstrap_draws"),
     ]),
+    *_of("studies/verifiable.py", "verifiable:an_arm_gets", [
+        ("the update that warms up counts as the others", None, "updates_in_time", "seconds[1:]", "seconds"),
+        ("the time of a curve is that on the clock", None, "figures", '"time/cpu"', '"time/rollout"',
+         "verifiable:a_curve_has"),
+    ]),
 ]
