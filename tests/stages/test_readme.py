@@ -83,6 +83,7 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/studies/feedback_load.py": ("studies.feedback_load", "LoadConfig", None),
            "scripts/studies/personalise.py": ("studies.personalise", "PersonaliseConfig", None),
            "scripts/studies/guard.py": ("studies.guard", "GuardStudyConfig", None),
+           "scripts/studies/verifiable.py": ("studies.verifiable", "VerifiableConfig", None),
            "scripts/feedback.py": ("feedback", "FeedbackConfig", None)}
 # takes no configuration: the words that the documents may give it
 PLAIN = {"tests/helpers/real_posts.py": [], "data/sorting/generate.py": [],
