@@ -639,6 +639,18 @@ MUTATIONS = [
         ("log-probs are those of the truncated distribution", 27, "_draw",
          "probabilities.gather(", "(kept / kept.sum(-1, keepdim=True)).gather("),
     ]),
+    *_of("utils/models/compiled.py", "compiled:what_is_compiled_does_not_grow", [
+        ("lengths are constants to the compiler", None, "compile_layers", "dynamic=True", "dynamic=False"),
+        ("a decoding step is compiled", None, "uncompiled", "if compiled", "if not compiled",
+         "compiled:sampling_a_copy"),
+    ]),
+    *_of("utils/runs/opening.py", "opening:tf32", [
+        ("products are rounded unasked", None, "open_stage", "config.tf32 and torch", "torch"),
+    ]),
+    *_of("utils/models/attention.py", "compiled:what_is_compiled_does_not_grow", [
+        ("attention is compiled with its layer", None, "", "torch.compiler.disable(causal_blocks)",
+         "causal_blocks"),
+    ]),
     *_of("utils/rollouts/continuous.py", "continuous:its_logprobs_are", [
         ("another engine samples at temperature 1", 25, "sample_continuously",
          "temperature=temperature", "temperature=1.0"),

@@ -44,6 +44,7 @@ from utils.paths import PROJECT
 SHAPES = ["125m", "1.3b", "350m"]  # in the order of their value
 LAST_LINES = 6  # of a job's log, in the result
 POLL = 2  # seconds between looks at what a job has written
+AHEAD = 3  # phases whose jobs import meanwhile, the one that runs included
 RESERVE = 8  # seconds for the tables and for killing what is late
 COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
 
@@ -229,7 +230,7 @@ def run_phases(phases: list[Phase], folder: Path, ends: float, write) -> list[di
             rows += skipped(phase, f"needs about {phase.least:.0f} s, {max(0.0, left):.0f} s were left")
             continue
         timed_first = number == 0 and len(phase.jobs) == 1  # nothing else may start beside it
-        ahead = phases[number : number + 1] if timed_first or not ON_CARD else phases[number:]
+        ahead = phases[number : number + 1] if timed_first or not ON_CARD else phases[number : number + AHEAD]
         for job in (job for one in ahead for job in one.jobs):
             started.setdefault(job, None)
             started[job] = started[job] or Running(job, folder)

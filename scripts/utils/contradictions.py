@@ -22,6 +22,9 @@ def refuse_contradictions(config) -> None:
     if bool(config.ptx_coef) != bool(config.actor_training_data):
         raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that "
                         "train_sft.py learnt from)")
+    if config.rollout_engine != "own" and config.compile_trunk:
+        raise UserError("rollout_engine: 'transformers' does not work on compiled layers; take 'own', or "
+                        "leave compile_trunk out")
     if config.rollout_engine != "own" and config.deepspeed:
         raise UserError("rollout_engine: 'transformers' does not work on weights that DeepSpeed holds; take "
                         "'own', or leave deepspeed out")

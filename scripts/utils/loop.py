@@ -24,6 +24,7 @@ from transformers import get_scheduler
 
 from utils.console import progress_bar
 from utils.distributed import build_accelerator, max_over_ranks
+from utils.models.compiled import Cost
 from utils.models.prompt_groups import PromptGroups
 from utils.runs.checkpoints import (
     Best,
@@ -81,6 +82,7 @@ class Loop:
         self.weights: dict[str, Weights] = {"trained": trainable_weights(model)}  # what a checkpoint holds
         self._engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.part_counts, self._losses, self._steps_summed = 1.0, torch.zeros((), device=self.device), 0
+        self._cost = Cost(run.log) if run.config.compile_trunk else None
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +113,8 @@ class Loop:
                 # have drawn
                 torch.manual_seed(_seed_of(self.config.seed, self.step, self.accelerator.process_index))
                 self.divergence.step = self.step + 1
-                yield self.step + 1, batches[self.step]
+                with nullcontext() if self._cost is None else self._cost.step():
+                    yield self.step + 1, batches[self.step]
                 self.step += 1
                 self.bar.update(1)
                 self._end_of_step()

@@ -58,6 +58,10 @@ class StageConfig:
                                        "time.")
     mixed_precision: str = key("no", "Arithmetic of the forward pass. Weights stay float32; with DeepSpeed, "
                                "those of its optimizer do.", choices=["no", "bf16", "fp16"])
+    tf32: bool = key(False, "On a GPU, float32 matrix products round their inputs to 10 bits (TF32): "
+                     "faster. With mixed_precision few products are left in float32.", source="PyTorch")
+    compile_trunk: bool = key(False, "Compile the layers of what is trained with torch.compile; a line says "
+                              "what it costs.", source="PyTorch")
     deepspeed: str | None = key(None, "DeepSpeed configuration: a file of configs/deepspeed/, or your own; "
                                 "none: no DeepSpeed.", source="ZeRO, 1910.02054",
                                 there=refuse_missing_file)
@@ -74,6 +78,10 @@ class StageConfig:
         if self.load_in_4bit and not self.lora_rank:
             raise UserError("load_in_4bit: weights in 4 bits cannot be trained, so nothing could be without "
                             "adapters; give lora_rank too (the paper takes 64), or leave load_in_4bit out")
+        # DeepSpeed's hooks and 4-bit layers are untested; recomputed layers are never compiled (torch 2.13)
+        for other in ("deepspeed", "load_in_4bit", "gradient_checkpointing"):
+            if self.compile_trunk and getattr(self, other):
+                raise UserError(f"compile_trunk: it does not go together with {other}; leave one of them out")
 
     def without_effect(self) -> dict[str, str]:
         """The keys that act on nothing beside the values of the others, each with the reason.

@@ -28,7 +28,7 @@ from utils.models.parents import Parent
 from utils.models.prompt_groups import pack
 
 CONFIG = SimpleNamespace(load_in_4bit=True, mixed_precision="no", lora_rank=2, lora_alpha=3,
-                         gradient_checkpointing=False)
+                         gradient_checkpointing=False, compile_trunk=False)
 GROUPS = pack(*random_groups([4, 1, 7], [[3, 1, 5], [2], [4, 4]]), PAD)
 IDS = torch.arange(3, 27).view(2, 12)
 KINDS = {"model": AutoModelForCausalLM, "reward_model": AutoModelForSequenceClassification}

@@ -1,8 +1,10 @@
 """What a stage says when it begins, and the learning rate that it chooses."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import train_ppo
@@ -10,6 +12,7 @@ import train_reward
 import train_sft
 from tiny_models import save_opt
 from utils.models.parents import Parent
+from utils.runs import opening
 from utils.runs.opening import open_stage, plan_of, spelled
 
 CONFIGS = {"sft": train_sft.SFTStageConfig, "reward": train_reward.RewardStageConfig,
@@ -40,6 +43,17 @@ def test_adapters_get_a_rate_of_their_own(tmp_path, capsys):
     config = CONFIGS["sft"](model=parent.name, lora_rank=4)
     open_stage(config, parent)
     assert config.learning_rate == 5e-3
+
+
+@pytest.mark.parametrize(("tf32", "card", "asked"), [
+    (False, True, []), (True, True, ["high"]), (True, False, [])])
+def test_tf32_is_for_a_gpu_and_for_those_who_ask(tf32, card, asked, tmp_path, monkeypatch):
+    parent, found = Parent("model", str(save_opt(tmp_path / "tiny"))), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", found.append)
+    monkeypatch.setattr(opening, "world", lambda: SimpleNamespace(is_main_process=False))
+    open_stage(CONFIGS["sft"](model=parent.name, tf32=tf32), parent)
+    assert found == asked
 
 
 def test_the_plan_names_rows_steps_and_a_warm_up_that_does_not_end():

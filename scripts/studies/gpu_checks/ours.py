@@ -2,6 +2,7 @@
 
 import random
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 from unittest import mock
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from studies.gpu_checks.device import DEVICE, ON_CARD, arithmetic
 from utils.models import flex, generation
+from utils.models.compiled import compile_layers
 from utils.models.generation import sample
 from utils.models.loading import in_blocks, with_our_heads
 from utils.models.outputs import response_logprobs, scores
@@ -142,11 +144,19 @@ class Reward(Trained):
 
 
 class SFT(Trained):
-    """Supervised fine-tuning with the loss on the completion."""
+    """Supervised fine-tuning with the loss on the completion.
 
-    def __init__(self, config, batch: Batch, precision: str):
+    Args:
+        compiled: the layers go through torch.compile, as with `compile_trunk`; on a CPU without a compiler.
+    """
+
+    def __init__(self, config, batch: Batch, precision: str, compiled: bool = False):
         super().__init__(our_model(config, scalar=False), precision)
         self.batch = batch
+        if compiled:
+            backend = "inductor" if ON_CARD else "eager"
+            with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):
+                compile_layers(self.model)
 
     def step(self) -> None:
         self.take_kernels()

@@ -48,6 +48,7 @@ COMPARISONS = [
     ("ppo", 1, None, "bf16"),
     ("reward", 4, "trl", "fp32"),
     ("ppo", 4, "unshared rows", "fp32"),
+    ("sft", 1, "compiled layers", "bf16"),  # last, because of the compiler's time
 ]
 # seconds of a comparison's turns at most; and that it needs at least, with a start of 2 to 6 on an H200
 SECONDS = {"125m": (3, 8), "350m": (4, 10), "1.3b": (7, 14), "mini": (60, 2)}
@@ -55,7 +56,11 @@ SECONDS = {"125m": (3, 8), "350m": (4, 10), "1.3b": (7, 14), "mini": (60, 2)}
 BYTES_A_WEIGHT = {"reward": 32, "sft": 32, "ppo": 2 * 40, "sampling": 12}
 ACTIVATIONS = 24 * 2**30
 # what ours does otherwise where it is its own peer
-OWN = {"unshared rows": {"shared": False}, "kernels launched one by one": {"recorded": False}}
+OWN = {
+    "unshared rows": {"shared": False},
+    "kernels launched one by one": {"recorded": False},
+    "compiled layers": {"compiled": True},
+}
 UNITS = {"reward": "pairs", "sft": "tokens", "ppo": "episodes", "sampling": "tokens"}
 
 

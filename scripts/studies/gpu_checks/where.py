@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import train_reward
@@ -80,11 +81,7 @@ def profiled(stage: str, shape: str, folder: Path) -> Outcome:
           mock.patch.object(loop, "save", lambda: None)):
         script.train(loop, Dataset.from_list(rows_of(stage, batch)), None)
     profiler.stop()
-    events = profiler.key_averages()
-    total, own = (f"{scope}{'device' if ON_CARD else 'cpu'}_time_total" for scope in ("", "self_"))
-    times = {name: max((getattr(one, total) for one in events if one.key == name), default=0)
-             for name in PARTS}
-    kernels = [one for one in events if one.key not in PARTS and getattr(one, own) > 0]
+    times, kernels, own = times_of(profiler.key_averages())
     together = sum(getattr(one, own) for one in kernels)
     times["backward"] = together - times["forward"] - times["optimizer"]
     longest = sorted(kernels, key=lambda one: -getattr(one, own))[:SHOWN]
@@ -95,6 +92,21 @@ def profiled(stage: str, shape: str, folder: Path) -> Outcome:
         **{f"{name}: ms": value / 1e3 for name, value in times.items()},
         "kernels: ms, calls": {one.key[:120]: [getattr(one, own) / 1e3, one.count] for one in longest},
     }, f"the host waits {len(waited)} times in a step: {waited[0]}" if waited else None)
+
+
+def times_of(events) -> tuple[dict[str, float], list, str]:
+    """Microseconds of each of PARTS; the events that are kernels; and the attribute with their time.
+
+    On a card a call of torch's has the time of the kernels that it launched, and each kernel has an event of
+    its own. A part counts by the former, kernels by the latter. On a CPU a call is its own kernel.
+    """
+    place = "device" if ON_CARD else "cpu"
+    calls = [one for one in events if one.device_type == DeviceType.CPU]
+    times = {name: sum(getattr(one, f"{place}_time_total") for one in calls if one.key == name)
+             for name in PARTS}
+    own = f"self_{place}_time_total"
+    launched = [one for one in events if one.device_type != DeviceType.CPU] if ON_CARD else calls
+    return times, [one for one in launched if one.key not in PARTS and getattr(one, own) > 0], own
 
 
 def _marked(name: str, function):

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from utils.console import progress_bar
 from utils.models.branches import branching
+from utils.models.compiled import uncompiled
 from utils.models.cuda_graphs import Replayed
 from utils.models.outputs import trunk
 from utils.zero import gathered_weights
@@ -118,7 +119,8 @@ def sample(
         Responses, and their log-probs under the *untruncated* distribution at this temperature. The forward
         pass of the update computes the same for these tokens (detail 27), whatever top_k and top_p are.
     """
-    with gathered_weights(policy):  # every rank must take part under ZeRO-3, even one without prompts
+    # every rank must take part under ZeRO-3, even one without prompts
+    with uncompiled(policy), gathered_weights(policy):
         return _sample(policy, prompts, k, max_new_tokens, temperature, seeds, eos_id, pad_id, top_k, top_p,
                        batch_size, progress)
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from utils.config import UserError
 from utils.models.attention import CAUSAL_BLOCKS
+from utils.models.compiled import compile_layers
 from utils.models.four_bit import keep_exact, refuse_stored_quantised
 from utils.models.lm_head import LMHead
 from utils.models.lora import add_adapter, go_on_with_adapter, has_adapter, load_adapter, merge_adapter
@@ -169,8 +170,8 @@ def with_our_heads(model):
 
 
 def trainable(model, config):
-    """The model as it is trained: with adapters when `lora_rank` is set, recomputing activations when asked
-    for.
+    """The model as it is trained: with adapters when `lora_rank` is set, recomputing activations or with
+    compiled layers when asked for.
     """
     if config.lora_rank and has_adapter(model):
         go_on_with_adapter(model, config)
@@ -178,6 +179,8 @@ def trainable(model, config):
         add_adapter(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.compile_trunk:
+        compile_layers(model)
     return model
 
 

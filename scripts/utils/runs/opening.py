@@ -8,11 +8,14 @@ from utils.models.size import learning_rate, parameters
 
 
 def open_stage(config, parent: Parent) -> None:
-    """Choose the learning rate where none is given, and say what is going to be trained.
+    """Choose the learning rate where none is given, the arithmetic of a GPU's float32 products, and say what
+    is going to be trained.
 
     Raises:
         UserError: when the parent's config cannot be read.
     """
+    if config.tf32 and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     count, chosen = parameters(parent), config.learning_rate is None
     if chosen:
         config.learning_rate = learning_rate(config.section, count, bool(config.lora_rank))
