@@ -404,7 +404,7 @@ def test_a_chat_streams_and_ends_with_a_score(person, folder):
     page = person(view="chat")
     page.get_by_label("Message").fill("My dog ate my book. What now?")
     page.keyboard.press("Enter")
-    page.locator(".reply:not(.busy) .note").first.wait_for()
+    page.locator(".reply:not(.busy) .pill").first.wait_for()
     assert page.locator(".reply").count() == 1
     assert page.locator(".reply b").first.inner_text() == f"{folder.name}/first"
 
@@ -461,7 +461,7 @@ def test_an_answer_stops_and_two_models_stand_side_by_side(person, folder):
     before = body.inner_text()
     until(page, f"document.querySelector('.reply.busy .prose')?.textContent.length > {len(before)}")
     page.get_by_role("button", name="Stop", exact=True).click()
-    page.locator(".reply .note", has_text="stopped").first.wait_for()
+    page.locator(".reply .pill", has_text="stopped").first.wait_for()
     page.get_by_role("button", name="Send").wait_for()
     boxes = [page.locator(".reply").nth(place).bounding_box() for place in (0, 1)]
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
@@ -627,7 +627,7 @@ def test_what_was_rated_is_trained_on_and_the_new_model_answers(person, folder):
     talk = page.get_by_role("link", name="Talk to round-2")
     talk.or_(page.locator(".rounds .failed")).first.wait_for(timeout=300_000)
     log = page.locator(".logtext").inner_text()
-    assert page.locator(".rounds .state").first.inner_text() == "finished", log
+    assert page.locator(".rounds .pill").first.inner_text() == "finished", log
     page.get_by_role("heading", name="eval/accuracy").wait_for()
     page.get_by_role("heading", name="objective/score").wait_for()
     talk.click()

@@ -11,9 +11,9 @@ function figure({ title, text, table = null, height = HEIGHT, heading = "h2", dr
   const node = el(
     "figure",
     { class: "chart card" },
-    el("figcaption", {}, el(heading, {}, title), el("p", { class: "muted" }, text)),
+    el("figcaption", {}, el(heading, {}, title), el("p", { class: "muted small" }, text)),
     el("div", { class: "canvas" }, drawing),
-    table && el("details", {}, el("summary", {}, t("look.table")), table),
+    table && el("details", { class: "muted small" }, el("summary", {}, t("look.table")), table),
   );
   let drawn = 0;
   new ResizeObserver(([{ contentRect }]) => {

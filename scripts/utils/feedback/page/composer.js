@@ -50,7 +50,7 @@ function sampling(settings) {
   return el(
     "details",
     { class: "sampling" },
-    el("summary", {}, t("chat.settings")),
+    el("summary", { class: "button" }, t("chat.settings")),
     el(
       "div",
       { class: "popover card" },
@@ -90,11 +90,11 @@ export function composer(text, acts) {
   message.value = text;
   return el(
     "form",
-    { class: "composer", onsubmit: submit },
+    { class: "bar composer", onsubmit: submit },
     el("div", { class: "entry" }, message, el("button", { class: "primary go" })),
     el(
       "div",
-      { class: "row" },
+      { class: "row apart below tiny" },
       el("p", { id: "chat-hint", class: "muted" }, t("chat.hint")),
       button({ class: "quiet", onclick: acts.newChat }, t("chat.new")),
     ),

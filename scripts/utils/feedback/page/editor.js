@@ -33,7 +33,12 @@ export function drawEditor(place, desk, { keep, send, drop }) {
   place.replaceChildren(
     el("label", { for: "better" }, t("rate.better")),
     field,
-    el("div", { class: "row" }, note, button({ class: "quiet", onclick: drop }, t("rate.better_drop"))),
+    el(
+      "div",
+      { class: "row apart small" },
+      note,
+      button({ class: "quiet", onclick: drop }, t("rate.better_drop")),
+    ),
   );
   place.hidden = false;
   say();

@@ -54,14 +54,13 @@ export function help(count) {
     checked: keysOn(),
     onchange: () => store.set("keys", box.checked),
   });
-  const row = ([key, word]) =>
-    el("div", {}, el("dt", {}, el("kbd", {}, key)), el("dd", {}, t(`help.${word}`)));
+  const row = ([key, word]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, t(`help.${word}`))];
   const dialog = el(
     "dialog",
     { "aria-labelledby": "help-title", onclose: () => dialog.remove() },
     el("h2", { id: "help-title" }, t("help.title")),
-    el("dl", { class: "keys" }, rows.map(row)),
-    el("label", { class: "check" }, box, t("help.switch")),
+    el("dl", { class: "keys" }, rows.flatMap(row)),
+    el("label", { class: "check row" }, box, t("help.switch")),
     button({ class: "primary", onclick: () => dialog.close() }, t("close")),
   );
   document.body.append(dialog);

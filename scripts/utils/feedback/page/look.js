@@ -57,8 +57,8 @@ function tiles(look) {
     el(
       "div",
       { class: "tile card" },
-      el("dt", {}, name),
-      el("dd", {}, el("b", {}, value), note && el("span", { class: "muted" }, note)),
+      el("dt", { class: "muted small" }, name),
+      el("dd", {}, el("b", {}, value), note && el("span", { class: "muted tiny" }, note)),
     );
   const share = (name, value) =>
     has(value) ? tile(name, percent(value.rate), interval(value)) : tile(name, "–", t("look.no_pairs"));
@@ -168,9 +168,9 @@ function rating({ rater, time, kind, prompt, answers, better }) {
     el(
       "li",
       {},
-      el("span", { class: "rank" }, answer.rank ?? "–"),
+      el("span", { class: "mark" }, answer.rank ?? "–"),
       el("span", { class: "plain", dir: "auto" }, answer.text.trim()),
-      el("span", { class: "muted", dir: "auto" }, [answer.policy, ...reward(answer)].join(" · ")),
+      el("span", { class: "muted tiny", dir: "auto" }, [answer.policy, ...reward(answer)].join(" · ")),
     );
   return el(
     "li",
@@ -181,9 +181,9 @@ function rating({ rater, time, kind, prompt, answers, better }) {
       el(
         "summary",
         {},
-        el("span", { class: `kind ${kind}` }, t(`look.kind.${kind}`)),
-        el("span", { class: "what", dir: "auto" }, gist(text)),
-        el("span", { class: "muted", dir: "auto" }, `${rater} · ${moment(time)}`),
+        el("span", { class: `pill ${kind}` }, t(`look.kind.${kind}`)),
+        el("span", { class: "one-line", dir: "auto" }, gist(text)),
+        el("span", { class: "muted tiny", dir: "auto" }, `${rater} · ${moment(time)}`),
       ),
       el("p", { class: "plain whole", dir: "auto" }, text),
       el("ul", { class: "ranked" }, sorted.map(words)),

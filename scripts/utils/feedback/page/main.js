@@ -52,8 +52,8 @@ function drawWho() {
   button.hidden = !state?.rater;
   if (button.hidden) return;
   button.replaceChildren(
-    el("span", { class: "avatar", "aria-hidden": "true" }, [...state.rater][0].toUpperCase()),
-    el("span", { class: "who-name", dir: "auto" }, state.rater),
+    el("span", { class: "mark", "aria-hidden": "true" }, [...state.rater][0].toUpperCase()),
+    el("span", { class: "one-line", dir: "auto" }, state.rater),
   );
   button.setAttribute("aria-label", t("who.change", { name: state.rater }));
 }

@@ -63,7 +63,7 @@ function madePlaces(task, ranking, acts) {
     el(
       "li",
       { class: `slot of-${group.length}${place ? "" : " best"}` },
-      el("span", { class: "slot-name" }, placeText(ranking, place)),
+      el("span", { class: "slot-name one-line" }, placeText(ranking, place)),
       el(
         "div",
         { class: "chips" },
@@ -80,14 +80,18 @@ function madePlaces(task, ranking, acts) {
 function freePlaces(ranking) {
   const placed = ranking.count - rankings.left(ranking);
   return Array.from({ length: rankings.left(ranking) }, (_, index) =>
-    el("li", { class: "slot free" }, el("span", { class: "slot-name" }, rankName(placed + index + 1))),
+    el(
+      "li",
+      { class: "slot free" },
+      el("span", { class: "slot-name one-line" }, rankName(placed + index + 1)),
+    ),
   );
 }
 
 /** An answer's number and its beginning. */
 export const chipText = (task, answer) => [
   el("b", {}, String(answer + 1)),
-  el("span", {}, task.answers[answer].text.trim().slice(0, 80) || t("rate.empty")),
+  el("span", { class: "one-line" }, task.answers[answer].text.trim().slice(0, 80) || t("rate.empty")),
 ];
 
 function chip(task, answer, place, acts) {

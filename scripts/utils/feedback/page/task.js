@@ -21,7 +21,7 @@ export function head(progress, acts, lead = null) {
     el(
       "div",
       { class: "progress" },
-      el("p", {}, el("span", {}, words), el("span", {}, timeLeft(progress))),
+      el("p", { class: "row apart" }, el("span", {}, words), el("span", {}, timeLeft(progress))),
       el("progress", { max: Math.max(total, 1), value: rated, "aria-label": words }),
     ),
     el(
@@ -67,13 +67,13 @@ export function taskPage({ task, progress }, acts) {
         { class: "cards" },
         task.answers.map((shown, answer) => card(shown, answer, acts)),
       ),
-      el("div", { class: "extras" }, confidence(acts), editButton(acts)),
+      el("div", { class: "extras row" }, confidence(acts), editButton(acts)),
       el("div", { class: "editor", hidden: true }),
     ),
     el(
       "div",
       { class: "bar", role: "group", "aria-label": t("rate.ranking") },
-      el("p", { class: "retry", role: "alert" }),
+      el("p", { class: "retry row", role: "alert" }),
       el("ol", { class: "rail", "aria-label": t("rate.ranking") }),
       buttons(acts),
     ),
@@ -90,7 +90,12 @@ function blurAfterMouse(event) {
 function prompt({ messages }) {
   const named = messages.length > 1;
   const turns = messages.map(({ role, html }) =>
-    el("div", { class: "turn" }, named ? el("p", { class: "role" }, t(`role.${role}`)) : null, prose(html)),
+    el(
+      "div",
+      { class: "turn" },
+      named ? el("p", { class: "role tiny" }, t(`role.${role}`)) : null,
+      prose(html),
+    ),
   );
   return el(
     "section",
@@ -111,7 +116,7 @@ function card({ text, html }, answer, acts) {
     { class: "answer card", "data-drag": answer, onclick: click },
     el(
       "div",
-      { class: "answer-head" },
+      { class: "answer-head row apart" },
       button(
         { class: "pick", onclick: () => acts.toggle(answer) },
         hint(String(answer + 1)),
@@ -127,7 +132,7 @@ function confidence(acts) {
   return el(
     "fieldset",
     { class: "sure" },
-    el("legend", {}, t("rate.sure"), hint("c")),
+    el("legend", { class: "row" }, t("rate.sure"), hint("c")),
     [1, 2, 3].map((level) =>
       button({ "data-level": level, onclick: () => acts.sure(level) }, t(`rate.sure.${level}`)),
     ),
@@ -142,10 +147,10 @@ function buttons(acts) {
     button({ class: name, onclick: run }, glyph, el("span", {}, words), hint(key));
   return el(
     "div",
-    { class: "actions" },
+    { class: "actions row" },
     one("tie", t("rate.tie"), "=", acts.tie),
     one("back", t("rate.back"), "⌫", acts.back, icon(ICONS.back)),
-    el("span", { class: "grow status" }),
+    el("span", { class: "grow status muted small" }),
     one("all-bad", t("rate.all_bad"), "b", () => acts.send("all_bad")),
     one("skip", t("rate.skip"), "s", () => acts.send("skip")),
     one("send primary", t("rate.send"), "⏎", () => acts.send("ranking")),
@@ -157,7 +162,7 @@ export const withoutTask = (waiting) =>
   el("div", { class: "card ask", role: "status" }, waiting ? waitingParts() : doneParts());
 
 const waitingParts = () => [
-  el("div", { class: "dots", "aria-hidden": "true" }, el("i"), el("i"), el("i")),
+  el("div", { class: "dots row", "aria-hidden": "true" }, el("i"), el("i"), el("i")),
   el("h2", {}, t("rate.waiting")),
   el("p", {}, state.trouble ?? t("rate.waiting_text")),
 ];

@@ -107,7 +107,7 @@ function drawStarter(now) {
       class: now ? "danger" : "primary",
       onclick: () => (node.getAttribute("aria-disabled") === "true" ? null : now ? cancel() : start()),
     });
-    place.replaceChildren(el("p", { class: "muted why" }), node);
+    place.replaceChildren(el("p", { class: "why muted small" }), node);
     if (focused) node.focus();
   }
   node.textContent = now ? t("train.cancel") : t("train.start", { n: rated });
@@ -124,7 +124,7 @@ function drawNow(round, current) {
   if (!place.childElementCount) {
     place.append(
       el("h2", { id: "now-title" }),
-      el("ol", { class: "steps", "aria-label": t("train.steps") }),
+      el("ol", { class: "steps row", "aria-label": t("train.steps") }),
       el("p", { class: "problem plain" }),
       el(
         "details",
@@ -165,7 +165,7 @@ function drawSteps(list, round, current) {
       return el(
         "li",
         {
-          class: done ? "done" : failed ? "failed" : here ? "here" : "",
+          class: `row ${done ? "done" : failed ? "failed" : here ? "here" : ""}`,
           "aria-current": here ? "step" : null,
         },
         el("span", { class: "mark", "aria-hidden": "true" }, done ? "✓" : failed ? "!" : String(index + 1)),
@@ -201,7 +201,7 @@ function drawCurves(curves) {
       const charts = (chosen) =>
         el(
           "div",
-          { class: "charts small" },
+          { class: "charts fine" },
           chosen.map((name) => chart(stage, name, curves[stage][name])),
         );
       return el(
@@ -242,7 +242,7 @@ function drawRounds(rounds) {
     round.name,
     moment(round.created),
     number(round.ratings),
-    el("span", { class: `state ${round.state}` }, t(`train.state.${round.state}`)),
+    el("span", { class: `pill ${round.state}` }, t(`train.state.${round.state}`)),
     round.ended ? span(round.ended - round.created) : "–",
     talk(round) ?? "–",
   ]);

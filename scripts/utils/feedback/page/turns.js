@@ -8,19 +8,15 @@ const PLUS = "M12 5v14M5 12h14";
 /** One turn; `queue()` puts its prompt into the queue of Rate. */
 export function turnNode(turn, queue) {
   const answers = turn.answers.map((answer) => {
-    answer.node = el("article", { class: "reply", "aria-label": answer.name });
+    answer.node = el("article", { class: "reply card", "aria-label": answer.name });
     drawAnswer(answer);
     return answer.node;
   });
   return el(
     "section",
     { class: "exchange" },
-    el(
-      "div",
-      { class: "asked-turn" },
-      el("p", { class: "sr" }, t("chat.you")),
-      el("div", { class: "bubble plain", dir: "auto" }, turn.text),
-    ),
+    el("p", { class: "sr" }, t("chat.you")),
+    el("div", { class: "bubble plain", dir: "auto" }, turn.text),
     el("div", { class: `replies of-${answers.length}` }, answers),
     el(
       "div",
@@ -40,9 +36,9 @@ export function drawAnswer(answer) {
   answer.node.replaceChildren(
     el(
       "header",
-      {},
+      { class: "row small" },
       el("b", {}, answer.name),
-      notes(answer).map((note) => el("span", { class: "note" }, note)),
+      notes(answer).map((note) => el("span", { class: "pill" }, note)),
     ),
     answer.error ? el("p", { class: "problem" }, answer.error) : body,
   );
