@@ -190,7 +190,7 @@ def test_a_ranking_by_keys_alone_with_ties_and_corrections(person, folder):
     [rating] = stored(folder, page.rater)
     assert rating["ranks"] == ranks(texts, [[3], [1, 4], [2]]) and rating["confidence"] == 2
     press(page, "?")
-    page.get_by_label("Single keys do something").uncheck()
+    page.get_by_label("Single keys are shortcuts").uncheck()
     page.get_by_role("button", name="Close").click()
     press(page, "1b")
     assert page.locator(".chip").count() == 0 and len(stored(folder, page.rater)) == 1
@@ -216,6 +216,8 @@ def test_a_ranking_by_dragging(person, folder):
 def test_a_ranking_by_a_finger_on_a_phone(person, folder):
     page = person(**PHONE)
     texts = shown(page)
+    assert page.locator(".pick .mark").all_inner_texts() == ["1", "2", "3", "4"]  # what the places call them
+    assert page.locator(".pick .mark").first.is_visible()
     for number in (2, 4, 1, 3):
         grip = card(page, number).locator(".grip")
         grip.evaluate("node => node.scrollIntoView({block: 'center'})")
@@ -455,6 +457,7 @@ def test_an_answer_stops_and_two_models_stand_side_by_side(person, folder):
     page.get_by_text("Sampling").click()
     page.get_by_label("Longest answer").fill("4000")
     page.get_by_label("Message").fill("Tell me all.")
+    assert page.locator(".sampling[open]").count() == 0  # it is not in the way
     page.keyboard.press("Enter")
     body = page.locator(".reply").first.locator(".prose")
     until(page, "document.querySelector('.reply.busy .prose')?.textContent.length > 40")
@@ -477,6 +480,7 @@ def test_a_prompt_of_the_chat_is_rated_and_markup_and_hebrew_are_text(person, fo
     page.locator("#toast", has_text="in the queue").wait_for()
     prompt = page.locator(".prompt-text", has_text=HEBREW)
     page.get_by_role("link", name="Rate", exact=True).click()
+    assert page.locator("#toast .message").count() == 0  # it was about the other view
     page.wait_for_selector(".answer")
     for _ in range(3):  # the task that was open comes first, then the prompt once it has its answers
         if prompt.count():

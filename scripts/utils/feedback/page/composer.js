@@ -2,7 +2,11 @@
 import { button, el, icon } from "./dom.js";
 import { t } from "./words.js";
 
-const ICONS = { send: "M5 12h14M13 6l6 6-6 6", stop: "M7 7h10v10H7z" };
+const ICONS = {
+  send: "M5 12h14M13 6l6 6-6 6",
+  stop: "M7 7h10v10H7z",
+  sampling: "M4 7h9M19 7h1M4 17h1M11 17h9M16 4v6M8 14v6",
+};
 const MOST = 220; // pixels of the message field's height
 
 const field = (id, label, node) =>
@@ -39,6 +43,7 @@ function sampling(settings) {
   const input = (name, label, limits) => {
     const node = el("input", {
       type: "number",
+      placeholder: t("chat.own"),
       ...limits,
       oninput: () => {
         settings[name] = node.value === "" || !node.checkValidity() ? null : Number(node.value);
@@ -47,17 +52,31 @@ function sampling(settings) {
     node.value = settings[name] ?? "";
     return field(`chat-${name}`, label, node);
   };
-  return el(
+  const details = el(
     "details",
-    { class: "sampling" },
-    el("summary", { class: "button" }, t("chat.settings")),
+    {
+      class: "sampling",
+      onfocusout: ({ relatedTarget }) => {
+        if (!details.contains(relatedTarget)) details.open = false; // the person is elsewhere
+      },
+      onkeydown: ({ key }) => {
+        if (key === "Escape") details.open = false;
+      },
+    },
+    el(
+      "summary",
+      { class: "button", "aria-label": t("chat.settings") },
+      icon(ICONS.sampling),
+      el("span", {}, t("chat.settings")),
+    ),
     el(
       "div",
-      { class: "popover card" },
-      input("temperature", t("chat.temperature"), { min: 0, max: 2, step: 0.1, placeholder: "1.0" }),
-      input("length", t("chat.length"), { min: 1, max: 4096, step: 1, placeholder: "48" }),
+      { class: "popover card", tabindex: -1 },
+      input("temperature", t("chat.temperature"), { min: 0, max: 2, step: 0.1 }),
+      input("length", t("chat.length"), { min: 1, max: 4096, step: 1 }),
     ),
   );
+  return details;
 }
 
 /** The message field with `text`. acts: typed(text), ask(text), stop(), newChat(), busy(). */

@@ -66,6 +66,9 @@ export function announce(text) {
 
 let fading = null;
 
+/** Takes a message away that is not about an error. */
+export const clearToast = () => document.querySelector(".message:not(.error)")?.remove();
+
 /** Shows a message for a few seconds; `action` is {text, run}. Errors stay until the next message. */
 export function toast(text, { action = null, error = false } = {}) {
   const place = document.getElementById("toast");

@@ -3,7 +3,7 @@ import { getJson } from "./api.js";
 import { intervalChart, lineChart, table } from "./charts.js";
 import { button, el } from "./dom.js";
 import { note, problem } from "./notes.js";
-import { moment, number, percent, t } from "./words.js";
+import { fixed, moment, number, percent, t } from "./words.js";
 
 let visit = 0;
 
@@ -27,7 +27,8 @@ function draw(root, look, rows) {
   const { ranking, all_bad: allBad, skip } = look.kinds;
   const head = el("div", { class: "head" }, el("h1", { class: "grow" }, t("look.title")));
   if (!(ranking + allBad + skip)) {
-    root.replaceChildren(head, el("p", { class: "card ask" }, t("look.none")));
+    const go = el("a", { class: "button primary", href: "#rate" }, t("rate.title"));
+    root.replaceChildren(head, el("div", { class: "card ask" }, el("p", {}, t("look.none")), go));
     return;
   }
   root.replaceChildren(
@@ -138,6 +139,7 @@ function newest(rows) {
   const list = el("ul", { class: "rated" }, rows.map(rating));
   const older = button(
     {
+      class: "older",
       hidden: rows.length < 20,
       onclick: async () => {
         const more = await getJson(`/api/rated?before=${encodeURIComponent(rows.at(-1).id)}`);
@@ -157,12 +159,16 @@ const promptText = (prompt) =>
     ? prompt
     : (prompt.messages ?? prompt).map((message) => message.content).join("\n\n");
 
-/** The beginning of a prompt for a list; of a post in the layout of TL;DR its title. */
-const gist = (text) => text.replace(/^SUBREDDIT: \S+\s+TITLE: /, "").slice(0, 160);
+/** The beginning of a prompt for a list; of a post in the layout of TL;DR its title and how it begins. */
+const gist = (text) =>
+  text
+    .replace(/^SUBREDDIT: \S+\s+TITLE: /, "")
+    .replace(/\s+POST: /, " · ")
+    .slice(0, 160);
 
 function rating({ rater, time, kind, prompt, answers, better }) {
   const text = promptText(prompt);
-  const reward = ({ score }) => (score === null ? [] : [t("chat.score", { score: number(score) })]);
+  const reward = ({ score }) => (score === null ? [] : [t("chat.score", { score: fixed(score) })]);
   const sorted = [...answers].sort((a, b) => (a.rank ?? 0) - (b.rank ?? 0));
   const words = (answer) =>
     el(

@@ -1,6 +1,6 @@
 // The frame around the four views: which one is shown, the language, the theme, the login, who rates.
 import { loadState, postJson, nameRater, state } from "./api.js";
-import { announce, el, icon, store, toast } from "./dom.js";
+import { announce, clearToast, el, icon, store, toast } from "./dom.js";
 import { problem } from "./notes.js";
 import { language, otherLanguage, setLanguage, t } from "./words.js";
 import * as chat from "./chat.js";
@@ -175,6 +175,7 @@ async function start() {
   else show();
 }
 
+document.querySelector(".tabs").addEventListener("click", clearToast);
 document.getElementById("theme").addEventListener("click", nextTheme);
 document.getElementById("who").addEventListener("click", askName);
 document.getElementById("language").addEventListener("click", () => {

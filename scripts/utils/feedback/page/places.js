@@ -59,21 +59,23 @@ function drawPlace(node, answer, ranking) {
 /** The places that have answers, best first; a tie that was asked for shows as a question mark. */
 function madePlaces(task, ranking, acts) {
   const { groups, tie } = ranking;
-  return groups.map((group, place) =>
-    el(
+  return groups.map((group, place) => {
+    const slot = el(
       "li",
-      { class: `slot of-${group.length}${place ? "" : " best"}` },
+      { class: place ? "slot" : "slot best" },
       el("span", { class: "slot-name one-line" }, placeText(ranking, place)),
       el(
         "div",
         { class: "chips" },
         group.map((answer) => chip(task, answer, placeText(ranking, place), acts)),
         tie && place === groups.length - 1
-          ? el("span", { class: "asked", "aria-hidden": "true" }, "?")
+          ? el("span", { class: "mark asked", "aria-hidden": "true" }, "?")
           : null,
       ),
-    ),
-  );
+    );
+    slot.style.flexGrow = group.length;
+    return slot;
+  });
 }
 
 /** One free place for each answer that is left. */

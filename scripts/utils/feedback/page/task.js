@@ -7,7 +7,6 @@ const ICONS = {
   grip: "M9 6h.01M9 12h.01M9 18h.01M15 6h.01M15 12h.01M15 18h.01",
   undo: "M9 14 4 9l5-5M4 9h10a6 6 0 0 1 0 12h-3",
   edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
-  back: "M21 5H9l-6 7 6 7h12zM17 9l-6 6M11 9l6 6",
 };
 
 /** The line above: what to do, how far it is, undo and help. */
@@ -33,7 +32,7 @@ export function head(progress, acts, lead = null) {
         t("undo"),
         hint("u"),
       ),
-      button({ class: "quiet", onclick: acts.help }, t("rate.help"), hint("?")),
+      button({ class: "quiet keys-help", onclick: acts.help }, t("rate.help"), hint("?")),
     ),
   );
 }
@@ -119,7 +118,7 @@ function card({ text, html }, answer, acts) {
       { class: "answer-head row apart" },
       button(
         { class: "pick", onclick: () => acts.toggle(answer) },
-        hint(String(answer + 1)),
+        el("span", { class: "mark", "aria-hidden": "true" }, String(answer + 1)),
         el("span", { class: "where" }),
       ),
       el("span", { class: "grip", title: t("rate.drag"), "aria-hidden": "true" }, icon(ICONS.grip)),
@@ -130,9 +129,10 @@ function card({ text, html }, answer, acts) {
 
 function confidence(acts) {
   return el(
-    "fieldset",
-    { class: "sure" },
-    el("legend", { class: "row" }, t("rate.sure"), hint("c")),
+    "div",
+    { class: "sure row", role: "group", "aria-labelledby": "sure" },
+    el("span", { class: "muted small", id: "sure" }, t("rate.sure")),
+    hint("c"),
     [1, 2, 3].map((level) =>
       button({ "data-level": level, onclick: () => acts.sure(level) }, t(`rate.sure.${level}`)),
     ),
@@ -143,17 +143,16 @@ const editButton = (acts) =>
   button({ class: "edit", onclick: acts.edit }, icon(ICONS.edit), t("rate.edit"), hint("e"));
 
 function buttons(acts) {
-  const one = (name, words, key, run, glyph = null) =>
-    button({ class: name, onclick: run }, glyph, el("span", {}, words), hint(key));
+  const one = (name, words, key, run) => button({ class: name, onclick: run }, words, hint(key));
   return el(
     "div",
     { class: "actions row" },
     one("tie", t("rate.tie"), "=", acts.tie),
-    one("back", t("rate.back"), "⌫", acts.back, icon(ICONS.back)),
+    one("back", t("rate.back"), "⌫", acts.back),
     el("span", { class: "grow status muted small" }),
     one("all-bad", t("rate.all_bad"), "b", () => acts.send("all_bad")),
     one("skip", t("rate.skip"), "s", () => acts.send("skip")),
-    one("send primary", t("rate.send"), "⏎", () => acts.send("ranking")),
+    one("send primary", t("rate.send"), "↵", () => acts.send("ranking")),
   );
 }
 
@@ -162,8 +161,8 @@ export const withoutTask = (waiting) =>
   el("div", { class: "card ask", role: "status" }, waiting ? waitingParts() : doneParts());
 
 const waitingParts = () => [
-  el("div", { class: "dots row", "aria-hidden": "true" }, el("i"), el("i"), el("i")),
   el("h2", {}, t("rate.waiting")),
+  el("progress", { "aria-label": t("rate.waiting") }),
   el("p", {}, state.trouble ?? t("rate.waiting_text")),
 ];
 

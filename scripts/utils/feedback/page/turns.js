@@ -1,6 +1,6 @@
 // How a conversation is drawn: what was asked, and the answers below it, side by side.
 import { button, el, icon, prose } from "./dom.js";
-import { number, t } from "./words.js";
+import { fixed, t } from "./words.js";
 
 const NEAR_END = 80; // pixels: who has scrolled up to read is not pulled down again
 const PLUS = "M12 5v14M5 12h14";
@@ -32,7 +32,7 @@ export function drawAnswer(answer) {
   const follow = innerHeight + scrollY > document.documentElement.scrollHeight - NEAR_END;
   const body = answer.html
     ? prose(answer.html)
-    : el("div", { class: "prose plain", dir: "auto" }, answer.text);
+    : el("div", { class: "prose plain", dir: "auto" }, answer.text.trimStart());
   answer.node.replaceChildren(
     el(
       "header",
@@ -50,7 +50,7 @@ export function drawAnswer(answer) {
 function notes({ score = null, stopped, busy, ended, shortened }) {
   const cut = !stopped && !busy && ended === false;
   return [
-    score === null ? null : t("chat.score", { score: number(score) }),
+    score === null ? null : t("chat.score", { score: fixed(score) }),
     stopped ? t("chat.stopped") : null,
     cut ? t("chat.cut") : null,
     shortened ? t("chat.shortened") : null,

@@ -24,6 +24,9 @@ export function setLanguage(code) {
   store.set("language", code);
 }
 
+/** The language as the person's region writes numbers and times: "en-GB" for 24 hours and the day first. */
+const locale = () => navigator.languages.find((tag) => tag.startsWith(language)) ?? language;
+
 /** The words of a key, with values for its {names}; `n` also chooses between the forms one and other. */
 export function t(key, values = {}) {
   const entry = dictionaries[language][key];
@@ -36,13 +39,17 @@ export function t(key, values = {}) {
 }
 
 export const number = (value, digits = 3) =>
-  new Intl.NumberFormat(language, {
+  new Intl.NumberFormat(locale(), {
     maximumSignificantDigits: Math.max(digits, String(Math.trunc(value)).length),
   }).format(value);
 
+/** A number with two decimals, for what is compared. */
+export const fixed = (value) =>
+  new Intl.NumberFormat(locale(), { minimumFractionDigits: 2, maximumFractionDigits: 2 }).format(value);
+
 export const percent = (value) =>
-  new Intl.NumberFormat(language, { style: "percent", maximumFractionDigits: 0 }).format(value);
+  new Intl.NumberFormat(locale(), { style: "percent", maximumFractionDigits: 0 }).format(value);
 
 /** A time in seconds since 1970 as date and time of day. */
 export const moment = (seconds) =>
-  new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "short" }).format(seconds * 1000);
+  new Intl.DateTimeFormat(locale(), { dateStyle: "medium", timeStyle: "short" }).format(seconds * 1000);
