@@ -176,7 +176,7 @@ from utils.data.prompts import Posts, load_posts
 from utils.data.report import DataReport
 from utils.data.rows import Tokenised
 from utils.judge.gold import GoldJudge
-from utils.judge.held_out import ending, evaluate, outcome_weights
+from utils.judge.held_out import ending, evaluate, fit_lengths, outcome_weights
 from utils.judge.judging import Judge
 from utils.loop import Loop
 from utils.models.outputs import response_logprobs
@@ -330,11 +330,14 @@ def main(config: PPOStageConfig) -> None:
     if config.ema_decay:
         models = models._replace(average=averaged(models.policy, config.ema_decay))
         loop.weights["average"] = outcome_weights(models)
-    loop.carried = {"kl_coef": config.kl_coef, "reward_scales": rewards.scales}
+    loop.carried = {"kl_coef": config.kl_coef, "reward_scales": rewards.scales,
+                    "length_fits": rewards.length_fits}
     judge = Judge(models.ref_policy, rewards, sft.tokenizer, config)
     loop.resume()
     rewards.scales = loop.carried["reward_scales"]
+    rewards.length_fits = loop.carried.get("length_fits", {})  # a run of an older commit has none
     if loop.step == 0:
+        fit_lengths(loop, models, posts.validation, judge)
         evaluate(loop, models, posts.validation, judge, gold, 0)
     began = time.monotonic()
     train(loop, models, posts, judge, gold)

@@ -1058,11 +1058,31 @@ MUTATIONS = [
     *_of("utils/rewards/rewards.py", "kinds:the_sum_scales", [
         ("a reward's weight is left out", None, "Rewards._summed", "entry.weight * warmup", "warmup"),
         ("a reward is clipped before it is divided", None, "Rewards._summed",
-         "column = column / scale", "column = column"),
+         "lengths)) / scale", "lengths))"),
         ("an answer without a score makes the sum NaN", None, "Rewards._summed", "column.isnan()",
          "column.isinf()"),
         ("correlations are not centred", None, "_correlation", "x[both] - x[both].mean()", "x[both]",
          "kinds:figures_against"),
+    ]),
+    *_of("utils/rewards/length.py", "length:the_slope_is", [
+        ("prompts that differ in length and score make the slope", None, "length_fit",
+         "prompts.ravel())", "0 * prompts.ravel())"),
+        ("answers that were cut off make the slope", None, "length_fit", "np.where(ended, scores, np.nan)",
+         "np.asarray(scores)"),
+        ("what a policy is better by at equal length is paid for length", None, "slope_between",
+         "length_slope(difference, np.subtract(lengths_after, lengths_before), np.zeros(len(difference)))",
+         "length_slope(difference, np.subtract(lengths_after, lengths_before), np.arange(len(difference)))",
+         "length:between_two"),
+    ]),
+    *_of("utils/rewards/rewards.py", "length:length_is_taken", [
+        ("length is not taken off", None, "Rewards._summed", "column - self.length_part(entry, lengths)",
+         "column"),
+        ("length is taken off at all lengths alike", None, "Rewards.length_part", "(lengths - centre)",
+         "(centre - centre)"),
+    ]),
+    *_of("utils/judge/held_out.py", "judging:the_score_at_equal", [
+        ("the score at equal length is raised by what length pays", None, "length_figures",
+         "- slope * longer", "+ slope * longer"),
     ]),
     *_of("utils/rewards/service.py", "kinds:a_service_that_is_slow", [
         ("an answer of any size is read", None, "post", "len(content) > MOST_BYTES", "False"),

@@ -73,12 +73,13 @@ def test_rows_of_one_post_do_not_narrow_the_win_rate(rules):
 
 def test_the_table_has_rows_for_what_is_known_of_a_stage():
     gold = {"gold_before": 0.5, "gold_after": 0.75, "gold_win_rate": 0.8, "gold_win_rate_low": 0.7,
-            "gold_win_rate_high": 0.9, "gold_win_rate_greedy": 0.85}
+            "gold_win_rate_high": 0.9, "gold_win_rate_length_controlled": 0.725, "gold_win_rate_greedy": 0.85}
     reward = {"accuracy": 0.6, "label_ceiling": 0.8}
     assert list(table_rows(reward)) == [("  of the labels' ceiling", "", "75%", "")]
     assert list(table_rows(gold)) == [
         ("gold score", "0.500", "0.750", ""),
         ("gold win rate over SFT, sampled", "", "0.800", "0.700 - 0.900"),
+        ("  at equal length", "", "0.725", ""),
         ("gold win rate over SFT, greedy", "", "0.850", "")]
     assert list(table_rows({"accuracy": 0.6, "score_after": 1.0, "kl": 2.0})) == []
 

@@ -16,6 +16,7 @@ from utils.judge.judging import Judge
 from utils.models.heads import Heads
 from utils.models.policy_value import Models, PolicyAndValue
 from utils.rewards.entries import ModelEntry
+from utils.rewards.length import LengthFit
 from utils.rewards.model import ModelReward
 from utils.rewards.rewards import Rewards, Scores
 
@@ -89,7 +90,9 @@ def test_each_head_and_the_guard_judge_greedy_summaries():
     heads = Heads(weight, torch.tensor([1.0, 0.0, -1.0]))
     reward, guard = scalar_model("opt"), scalar_model("opt", 3)
     reward.score = heads
-    rewards = Rewards([ModelReward(ModelEntry(), None, reward)], guard=ModelReward(ModelEntry(), None, guard))
+    rewards = Rewards([ModelReward(ModelEntry(name="model"), None, reward)],
+                      guard=ModelReward(ModelEntry(), None, guard))
+    rewards.length_fits["model"] = LengthFit(0.25, 3.0)
     judge = Judge(policy("opt", 1), rewards, Tokenizer(), CONFIG)
     greedy, sampled = (judge.summaries(policy("opt", seed), POSTS, 2.0, "") for seed in (2, 3))
     judges, means = judge.opinions(POSTS, greedy, sampled)
@@ -97,9 +100,10 @@ def test_each_head_and_the_guard_judge_greedy_summaries():
     for prompt, response, ended in zip(PROMPTS, greedy.tokens, greedy.ended, strict=True):
         row = torch.tensor([prompt + response])
         each = heads.weight @ reward.base_model(row).last_hidden_state[0, -1] + heads.bias
+        controlled = each - 0.25 * (len(response) - 3)  # of the reward's heads, not of the guard
         second = guard(row).logits.item()
         spreads.append(each.std(correction=0).item())
-        for column, score in zip(expected, [second, *each.tolist()], strict=True):
+        for column, score in zip(expected, [second, *controlled.tolist()], strict=True):
             column.append(score if ended else -1.0)
         scores.append(second if ended else -1.0)
     assert any(not ended for ended in greedy.ended) and any(greedy.ended)

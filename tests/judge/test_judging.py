@@ -12,7 +12,8 @@ import torch
 from families import EOS, PAD, policy, random_groups, scalar_model
 from utils.data.rows import Tokenised
 from utils.judge import evaluation
-from utils.judge.held_out import evaluate
+from utils.judge.evaluation import Summaries
+from utils.judge.held_out import evaluate, length_figures
 from utils.judge.judging import Judge
 from utils.models.policy_value import Models, PolicyAndValue
 from utils.rewards.entries import ModelEntry
@@ -95,6 +96,18 @@ def test_an_evaluation_samples_twice_and_asks_each_judge_once(monkeypatch):
     assert list(figures) == ["eval/tokens", "eval/ended", "eval/score", "eval/score_sampled", "eval/kl",
                              "eval/rouge_avg"]
     assert offered == [(3, figures["eval/score"], figures["eval/kl"])]
+
+
+def test_the_score_at_equal_length_by_hand():
+    """Posts of which both summaries ended: the gains are 1, 2 and 3 for 0, 2 and 4 tokens more, so a token
+    pays 1/2. All four posts together: 2 tokens more, of which the gain of 1 in the mean is what they pay.
+    """
+    before = Summaries([[5] * n for n in (3, 4, 5, 4)], [], [True] * 4, [])
+    after = Summaries([[5] * n for n in (3, 6, 9, 6)], [], [True, True, True, False], [])
+    scored = (Scores([0.0, 1.0, 2.0, 3.0], {"own": [0.0, 0.0, math.nan, 0.0]}),
+              Scores([1.0, 3.0, 5.0, 1.0], {"own": [1.0, 2.0, 7.0, 5.0]}))
+    assert length_figures(*scored, before, after) == pytest.approx({
+        "score_slope": 0.5, "score_after_length_controlled": 2.5 - 2 * 0.5, "own_slope": 0.5})
 
 
 class Recorded:

@@ -273,7 +273,7 @@ def test_the_sum_scales_clips_weighs_and_leaves_out_what_is_not_scored():
     for update, share in ((1, 0.1), (5, 0.5), (10, 1.0), (11, 1.0)):
         warmups = [min(1.0, update / max(one.entry.warmup_updates, 1)) for one in rewards.rewards]
         expected = [2 - 3 + 2 * share, 1 + 2 * share, -2 - 0.5]
-        assert rewards._summed(columns, warmups).tolist() == pytest.approx(expected)
+        assert rewards._summed(columns, torch.ones(3), warmups).tolist() == pytest.approx(expected)
 
 
 def test_figures_against_numpy():

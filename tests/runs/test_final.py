@@ -77,8 +77,13 @@ def test_an_earlier_stages_damaged_summary_does_not_stop_the_end(broken, tmp_pat
         (tmp_path / "sft" / "summary.json").write_text(broken)
     (tmp_path / "ppo" / "plots").mkdir()
     (tmp_path / "ppo" / "summary.json").write_text(json.dumps(
-        {"score_before": 0.0, "score_after": 1.0, "kl": 2.0, "seconds": 4.0}))
+        {"score_before": 0.0, "score_after": 1.0, "score_slope": 0.25, "score_after_length_controlled": 0.5,
+         "mine_slope": 0.125, "kl": 2.0, "seconds": 4.0}))
     print_stages({stage: tmp_path / stage for stage in ("sft", "ppo")})
     said = capsys.readouterr().out
     assert "sft: is not in the table" in said
     assert "reward model's score" in said and "ROUGE mean" not in said and "seconds: ppo 4" in said
+    rows = [[cell.strip() for cell in line.split("│")[2:-1]] for line in said.splitlines() if "│" in line]
+    for row in (["at equal length", "0.000", "0.500", ""], ["paid for a token: score", "", "0.250", ""],
+                ["paid for a token: mine", "", "0.125", ""]):
+        assert row in rows

@@ -474,7 +474,8 @@ def torchrun(file, *words):
 
 # what the processes must agree on from update to update
 OPTIONS = ("--whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0.5 --lora_rank 2 "
-           "--value_model shared --target_kl 0.02")
+           "--value_model shared --target_kl 0.02 --reward_model none "
+           '--rewards [{"model":"FOLDER/reward_model","length_control":true,"scale":"std"}]')
 
 
 @pytest.mark.slow
@@ -489,6 +490,7 @@ OPTIONS = ("--whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0
 ])
 def test_two_processes_make_the_run_of_one(stage, split, options, alone, folder):
     run, one = folder / f"two{bool(options)}{len(split)}" / stage, alone(stage)
+    options = options.replace("FOLDER", str(folder))
     if options:
         one = run_main(folder, stage, "options", *options.split())
     status, output = torchrun(PROJECT / "scripts" / f"train_{stage}.py", "--config", folder / f"{stage}.yaml",

@@ -90,6 +90,12 @@ def is_short(completions, number):
 
 def fails(completions):
     raise ValueError("no luck")
+
+def mixed(tokens):
+    return [sum(t) % 8 for t in tokens]
+
+def mixed_and_longer(tokens):
+    return [sum(t) % 8 + 0.25 * len(t) for t in tokens]
 """
 
 
@@ -112,7 +118,8 @@ def every_kind(folder):
 
     with service(lengths) as (address, _):
         yield [{"model": f"{folder}/reward", "scale": "std"}, {"model": f"{folder}/other", "name": "other"},
-               {"python": f"{folder}/own.py:is_short", "warmup_updates": 3}, {"url": address, "weight": 0.5},
+               {"python": f"{folder}/own.py:is_short", "warmup_updates": 3},
+               {"url": address, "weight": 0.5, "length_control": True, "scale": "std"},
                {"length_target": 4}, {"length_limit": 3}, {"length_price": 0.01}, {"repetition": 1},
                {"format": "[a-z ]+"}, {"rouge": "mean"}, {"missing_eos": -1.0, "clip": 0.5}]
 
@@ -156,6 +163,33 @@ def test_ppo_needs_no_reward_model(folder, every_kind, advantage):
     stage = json.loads((made / "final" / "stage.json").read_text())
     assert set(stage["parents"]) == {"model"}
     assert any(name.startswith("value_model") for name in last_trained(made)) == (advantage == "gae")
+
+
+def test_a_price_of_length_in_a_controlled_reward_changes_no_update(folder, every_kind):
+    """The fit takes it off: policy, scores and what is kept are those of the run without it."""
+    runs = {}
+    for name in ("mixed", "mixed_and_longer"):
+        entry = {"python": f"{folder}/own.py:{name}", "name": "own", "length_control": True, "scale": "std"}
+        runs[name] = run(folder, name, "--rewards", json.dumps([entry]), "--eval_rows=6", "--test_rows=6",
+                         "--responses_per_prompt=4", "--advantage=rloo", "--max_new_tokens=12",
+                         "--missing_eos_score=none", "--learning_rate=0.003")
+    plain, longer = (metrics(made) for made in runs.values())
+    [[first], [second]] = [[row["rewards/own/slope"] for row in rows if "rewards/own/slope" in row]
+                           for rows in (plain, longer)]
+    assert second == pytest.approx(first + 0.25) and first != 0
+    for ours, theirs in zip(longer, plain, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            if name.startswith(("policy/", "loss/", "objective/kl")) or name == "eval/kl":
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    before, after = ([row["eval/score"] for row in rows if "eval/score" in row] for rows in (plain, longer))
+    assert [score - after[0] for score in after] == pytest.approx([s - before[0] for s in before], abs=1e-3)
+    log = (runs["mixed"] / "train.log").read_text()
+    assert f"length control: own pays {first:+.4f} a token, which is taken off around " in log
+    summaries = [json.loads((made / "summary.json").read_text()) for made in runs.values()]
+    names = {"own_before", "own_after", "own_slope", "score_slope", "score_after_length_controlled"}
+    assert names <= set(summaries[0])
+    assert summaries[1]["own_before"] > summaries[0]["own_before"], "as the reward gave it"
 
 
 def test_a_function_that_raises_stops_the_run_with_its_row(folder, every_kind):

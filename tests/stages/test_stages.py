@@ -42,7 +42,8 @@ from utils.runs.checkpoints import Best
 SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "tokens_per_second", "best_step"}
 REWARD_KEYS = {"accuracy", "accuracy_low", "accuracy_high", "ece", "label_ceiling", "longest_accuracy",
                "pairs", "pairs_per_second"}
-PPO_KEYS = {"score_before", "score_after", "gold_before", "gold_after", "gold_win_rate", "gold_win_rate_low",
+PPO_KEYS = {"score_before", "score_after", "score_after_length_controlled", "score_slope", "model_slope",
+            "gold_before", "gold_after", "gold_win_rate", "gold_win_rate_low",
             "gold_win_rate_high", "gold_win_rate_greedy", "gold_win_rate_length_controlled", "kl",
             "rouge_avg", "episodes", "episodes_per_second", "best_step"}
 EVERY_STAGE = {"seconds", "peak_memory_mb", "seed"}
@@ -206,8 +207,9 @@ def test_the_glossary_explains_what_is_logged_and_nothing_else(finished, carried
     rewards = {name.replace("NAME", "model") for cell in table for name in re.findall(names, cell)}
     explained = {name for cell in table for name in re.findall(rf"`((?:{kinds})/[a-zA-Z0-9_]+)`", cell)}
     experts = {"sft/router_loss"}  # of models that have some: test_routers.py finds it in their log
+    controlled = {"rewards/model/slope"}  # with length_control: test_rewards.py finds it in their log
     logged = {name for name in logged if not name.startswith("test/")} - {"step"}
-    assert logged | experts == explained | rewards
+    assert logged | experts | controlled == explained | rewards
 
 
 @pytest.mark.parametrize(("stage", "keys"), [("sft", SFT_KEYS), ("reward", REWARD_KEYS), ("ppo", PPO_KEYS)])

@@ -23,22 +23,23 @@ class Summaries(NamedTuple):
     logprobs: list[list[float]]  # of each token, at the temperature it was sampled at
 
 
-def summarise(policy, tokenizer, prompts, config, temperature, title="") -> Summaries:
-    """One summary for each prompt (token ids); the prompts are shared out over the ranks.
+def summarise(policy, tokenizer, prompts, config, temperature, title="", k=1) -> Summaries:
+    """K summaries for each prompt (token ids), one after the other; prompts are shared out over the ranks.
 
-    The seed of a prompt's summary depends on `config.seed` and the prompt's place only.
+    The seed of a summary depends on `config.seed`, the prompt's place and the summary's number only.
     """
     with world().split_between_processes(list(enumerate(prompts))) as numbered:
         samples = sample(
             policy,
             [prompt for _, prompt in numbered],
-            k=1,
+            k=k,
             max_new_tokens=config.max_new_tokens,
             temperature=temperature,
-            seeds=[config.seed * 1_000_003 + number for number, _ in numbered],
+            seeds=[config.seed * 1_000_003 + number + len(prompts) * further
+                   for number, _ in numbered for further in range(k)],
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
-            batch_size=config.eval_batch_size,
+            batch_size=max(1, config.eval_batch_size // k),
             progress=title if world().is_main_process else "",
         )
     rows = gather_object(list(zip(samples.responses, samples.ended, samples.logprobs, strict=True)))

@@ -70,6 +70,8 @@ def table_rows(summary: dict):
     span = f"{summary['gold_win_rate_low']:.3f} - {summary['gold_win_rate_high']:.3f}"
     yield "gold score", f"{summary['gold_before']:.3f}", f"{summary['gold_after']:.3f}", ""
     yield "gold win rate over SFT, sampled", "", f"{summary['gold_win_rate']:.3f}", span
+    at_equal_length = f"{summary['gold_win_rate_length_controlled']:.3f}"
+    yield "  at equal length", "", at_equal_length, ""
     yield "gold win rate over SFT, greedy", "", f"{summary['gold_win_rate_greedy']:.3f}", ""
 
 

@@ -6,15 +6,33 @@ from statistics import fmean
 
 from utils.data.layouts import layout_of
 from utils.data.rows import Tokenised
+from utils.judge.evaluation import Summaries
 from utils.judge.gold import GoldJudge
 from utils.judge.guard import gain
 from utils.judge.judging import Judge
 from utils.judge.plots import plot_ppo
 from utils.loop import Loop
 from utils.models.policy_value import Models
+from utils.rewards.length import slope_between
+from utils.rewards.rewards import Scores
 from utils.runs.checkpoints import trainable_weights
 from utils.runs.ending import Ending
 from utils.runs.run import SHOWN
+
+
+def fit_lengths(loop: Loop, models: Models, validation: Tokenised, judge: Judge) -> None:
+    """Before the first update: what the rewards with `length_control` pay for length."""
+    rewards = judge.rewards
+    if not any(reward.entry.length_control for reward in rewards.rewards):
+        return
+    with loop.accelerator.autocast():
+        judge.fit_lengths(models.outcome, validation)
+    for name, (slope, centre) in rewards.length_fits.items():
+        loop.run.log(f"length control: {name} pays {slope:+.4f} a token, which is taken off around "
+                     f"{centre:.1f} tokens" if slope else
+                     f"length control: {name} stays as it is: no prompt has finished answers of two lengths "
+                     "whose scores differ")
+    loop.run.metrics(0, {f"rewards/{name}/slope": fit.slope for name, fit in rewards.length_fits.items()})
 
 
 def evaluate(loop: Loop, models: Models, validation: Tokenised, judge: Judge, gold: GoldJudge | None,
@@ -74,7 +92,9 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
     lengths = [fmean(map(len, summaries.tokens)) for summaries in (before, after)]
     loop.run.log(f"test: share with EOS {fmean(after.ended):.3f}, length {lengths[0]:.1f} -> "
                  f"{lengths[1]:.1f} tokens")
-    figures = gold.compare(test.examples, written, config.seed) if gold is not None else {}
+    figures = length_figures(scored_before, scored_after, before, after)
+    if gold is not None:
+        figures |= gold.compare(test.examples, written, config.seed)
     texts = zip(test.examples[:20], written["before", "greedy"].texts, written["after", "greedy"].texts,
                 strict=False)
     return Ending(
@@ -90,3 +110,18 @@ def ending(loop: Loop, models: Models, test: Tokenised, judge: Judge, gold: Gold
         plot=partial(plot_ppo, kept=best_step, kl_budget=config.kl_budget),
         compared=("sft", "ppo"),
     )
+
+
+def length_figures(scored_before: Scores, scored_after: Scores, before: Summaries,
+                    after: Summaries) -> dict[str, float]:
+    """What the score and each reward pay for a token, measured between SFT's and PPO's summaries of the same
+    posts; and what PPO would score if its summaries were as long as SFT's.
+    """
+    lengths = [list(map(len, summaries.tokens)) for summaries in (before, after)]
+    ended = [a and b for a, b in zip(before.ended, after.ended, strict=True)]
+    slope = slope_between(scored_before.total, scored_after.total, *lengths, ended)
+    longer = fmean(lengths[1]) - fmean(lengths[0])
+    return {"score_slope": slope,
+            "score_after_length_controlled": fmean(scored_after.total) - slope * longer,
+            **{f"{name}_slope": slope_between(values, scored_after.by_reward[name], *lengths, ended)
+               for name, values in scored_before.by_reward.items()}}

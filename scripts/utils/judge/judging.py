@@ -23,6 +23,17 @@ class Judge:
         """One summary of each post; the same seeds for every policy."""
         return summarise(policy, self.tokenizer, posts.prompts, self.config, temperature, title)
 
+    def fit_lengths(self, policy, posts: Tokenised) -> None:
+        """Fit what rewards with `length_control` pay for length, to as many samples of the policy for each
+        post as an update has, but at least two.
+        """
+        k, config = max(2, self.config.responses_per_prompt), self.config
+        sampled = summarise(policy, self.tokenizer, posts.prompts, config, config.temperature,
+                            "validation, length", k)
+        written = [Summaries(*(column[number::k] for column in sampled)) for number in range(k)]
+        self.rewards.fit_lengths(posts, written, self.tokenizer, max(1, config.eval_batch_size // k),
+                                 "validation, length, scores")
+
     def scores(self, posts: Tokenised, written: list[Summaries], title: str) -> list[Scores]:
         """The scores of each policy's summaries: those of one post are one prompt group.
 
@@ -53,6 +64,8 @@ class Judge:
                 continue
             found = np.array(score_groups(reward.model, self.tokenizer, posts.prompts, completions,
                                           self.config.eval_batch_size, "validation, judges", head_scores))
+            lengths = np.array([[len(tokens) for tokens in group] for group in completions])
+            found -= self.rewards.length_part(reward.entry, lengths)[..., None]
             name, figures = "spread", found.std(-1)  # found: (posts, 2, heads)
             if self.config.missing_eos_score is not None:
                 found[~np.array([greedy.ended, sampled.ended]).T] = self.config.missing_eos_score

@@ -83,6 +83,9 @@ class Entry:
     scale: str | None = key(None, "Its score is divided by this number; std: by the standard deviation of "
                                   "its scores of what the SFT model writes in the first evaluation (1 where "
                                   "these are all equal).", parse=_scale)
+    length_control: bool = key(False, "What it pays for length is taken off its score, before `scale`: a "
+                                      "line, fitted to answers of the SFT model to the validation prompts.",
+                               source="Huang 2024, 2409.17407")
     clip: float | None = key(None, "Its score, once divided, is clipped to plus or minus this; none: it "
                                     "is not.",
                              unit="score", low=1e-6, high=1e6)
@@ -171,7 +174,16 @@ class JudgeEntry(ServiceEntry):
 
 
 @dataclasses.dataclass
-class LengthTargetEntry(Entry):
+class LengthEntry(Entry):
+    """A reward of length itself."""
+
+    def __post_init__(self):
+        if self.length_control:
+            raise UserError("'length_control' would take back what it pays; leave it out")
+
+
+@dataclasses.dataclass
+class LengthTargetEntry(LengthEntry):
     """Closeness to a length."""
 
     length_target: int | None = key(None, "A length: minus the distance from it, as a share of it.",
@@ -179,7 +191,7 @@ class LengthTargetEntry(Entry):
 
 
 @dataclasses.dataclass
-class LengthLimitEntry(Entry):
+class LengthLimitEntry(LengthEntry):
     """A limit of the length."""
 
     length_limit: int | None = key(None, "A length: 0 up to it, beyond it minus the tokens too many, as a "
@@ -187,7 +199,7 @@ class LengthLimitEntry(Entry):
 
 
 @dataclasses.dataclass
-class LengthPriceEntry(Entry):
+class LengthPriceEntry(LengthEntry):
     """A price of each token."""
 
     length_price: float | None = key(None, "Minus this for each token, EOS included.", unit="score a token",

@@ -1,9 +1,9 @@
 """The rewards of a PPO run, and the one score that they make of an answer.
 
-    score of an answer = sum over the rewards of weight x clip(score of the reward / scale)
+    score of an answer = sum over the rewards of weight x clip((score of the reward - length part) / scale)
 
-Shapes: N answers of this rank, E rewards. NaN in a tensor (N, E) stands for an answer that a reward does not
-score; it then adds nothing to the sum.
+The length part is 0 without `length_control`. Shapes: N answers of this rank, E rewards. NaN in a tensor
+(N, E) stands for an answer that a reward does not score; it then adds nothing to the sum.
 """
 
 import math
@@ -30,6 +30,7 @@ from utils.rewards.entries import (
     UrlEntry,
     entries_of,
 )
+from utils.rewards.length import length_fit
 from utils.rewards.model import ModelReward, RenderedReward
 from utils.rewards.python import PythonReward
 from utils.rewards.rules import RuleReward
@@ -44,11 +45,12 @@ class Scores(NamedTuple):
 
     total: list[float]
     by_reward: dict[str, list[float]]  # as the reward gave it; NaN: not scored
+    listed: bool = True  # whether the rewards' means say more than that of the total
 
     def means(self, called: str) -> dict[str, float]:
-        """The mean of each reward, under `called.format(its name)`; none of a single one, which is the total.
+        """The mean of each reward, under `called.format(its name)`; none of a single one that is the total.
         """
-        if len(self.by_reward) == 1:
+        if not self.listed:
             return {}
         return {called.format(name): torch.tensor(values).nanmean().item()
                 for name, values in self.by_reward.items()}
@@ -59,10 +61,12 @@ class Rewards:
 
     Attributes:
         scales: of the rewards with `scale: std`, by name; the first `judge` fills it.
+        length_fits: of the rewards with `length_control`, by name; `fit_lengths` fills it.
     """
 
     def __init__(self, rewards: Sequence, tokenizer=None, guard: ModelReward | None = None):
-        self.rewards, self.tokenizer, self.scales = list(rewards), tokenizer, {}
+        self.rewards, self.tokenizer = list(rewards), tokenizer
+        self.scales, self.length_fits = {}, {}
         self.guard = guard  # it scores held-out answers only
 
     @property
@@ -111,9 +115,10 @@ class Rewards:
                     column = torch.tensor(_numbers(scored_texts(reward, answers)))
                     columns[place] = column.to(episodes.ended.device)
         columns = torch.stack(columns, 1)
-        figures = reward_figures(columns, episodes.response_mask.sum(1), self.names)
+        lengths = episodes.response_mask.sum(1)
+        figures = reward_figures(columns, lengths, self.names)
         warmups = [min(1.0, update / max(reward.entry.warmup_updates, 1)) for reward in self.rewards]
-        return self._summed(columns, warmups), figures
+        return self._summed(columns, lengths, warmups), figures
 
     def judge(self, posts: Tokenised, written: list[Summaries], tokenizer, batch_size: int,
               title: str = "") -> list[Scores]:
@@ -121,33 +126,57 @@ class Rewards:
 
         The summaries of one post are one prompt group; the posts are shared out over the ranks.
         """
-        completions = [list(group) for group in zip(*(one.tokens for one in written), strict=True)]
-        ended = [list(group) for group in zip(*(one.ended for one in written), strict=True)]
-        columns = []  # for each reward a list for each post
-        for reward in self.rewards:
-            if reward.reads_text:
-                columns.append(_shared_out(reward, posts.examples, completions, ended, tokenizer))
-            else:
-                columns.append(measure_groups(reward.measure, tokenizer, posts.prompts, completions,
-                                              batch_size, reward.model.device, title))
-        columns = torch.tensor(columns, dtype=torch.float64).permute(2, 1, 0)  # (policies, posts, E)
-        for place, reward in enumerate(self.rewards):
+        columns, lengths = _measured(self.rewards, posts, written, tokenizer, batch_size, title)
+        for reward, column in zip(self.rewards, columns.unbind(-1), strict=True):
             if reward.entry.scale == "std":
-                self.scales.setdefault(reward.entry.name, _deviation(columns[..., place]))
-        return [Scores(self._summed(of_policy, [1.0] * len(self.rewards)).tolist(),
-                       dict(zip(self.names, of_policy.T.tolist(), strict=True))) for of_policy in columns]
+                controlled = column - self.length_part(reward.entry, lengths)
+                self.scales.setdefault(reward.entry.name, _deviation(controlled))
+        listed = len(self.rewards) > 1 or self.rewards[0].entry.length_control
+        return [Scores(self._summed(of_policy, tokens, [1.0] * len(self.rewards)).tolist(),
+                       dict(zip(self.names, of_policy.T.tolist(), strict=True)), listed)
+                for of_policy, tokens in zip(columns, lengths, strict=True)]
 
-    def _summed(self, columns: Tensor, warmups: list[float]) -> Tensor:
-        """The weighted sum (N,) of the rewards' scores (N, E)."""
+    def fit_lengths(self, posts: Tokenised, written: list[Summaries], tokenizer, batch_size: int,
+                    title: str = "") -> None:
+        """Fit what the rewards with `length_control` pay for length, to several summaries of each post."""
+        controlled = [reward for reward in self.rewards if reward.entry.length_control]
+        columns, lengths = _measured(controlled, posts, written, tokenizer, batch_size, title)
+        for reward, column in zip(controlled, columns.unbind(-1), strict=True):
+            self.length_fits[reward.entry.name] = length_fit(column.numpy(), lengths.numpy(),
+                                                             [one.ended for one in written])
+
+    def length_part(self, entry: Entry, lengths):
+        """What a reward pays answers of these lengths above or below the usual one; 0 without a fit."""
+        slope, centre = self.length_fits.get(entry.name, (0.0, 0.0))
+        return slope * (lengths - centre)
+
+    def _summed(self, columns: Tensor, lengths: Tensor, warmups: list[float]) -> Tensor:
+        """The weighted sum (N,) of the rewards' scores (N, E) of answers of these lengths (N,)."""
         parts = []
         for reward, warmup, column in zip(self.rewards, warmups, columns.unbind(1), strict=True):
             entry = reward.entry
             scale = self.scales.get(entry.name, 1.0) if entry.scale in (None, "std") else entry.scale
-            column = column / scale
+            column = (column - self.length_part(entry, lengths)) / scale
             if entry.clip is not None:
                 column = column.clamp(-entry.clip, entry.clip)
             parts.append(torch.where(column.isnan(), 0.0, column * (entry.weight * warmup)))
         return sum(parts[1:], parts[0])
+
+
+def _measured(rewards: Sequence, posts: Tokenised, written: list[Summaries], tokenizer, batch_size: int,
+              title: str) -> tuple[Tensor, Tensor]:
+    """What rewards give to summaries, as many of each post, and their lengths: (K, P, E) and (K, P)."""
+    completions = [list(group) for group in zip(*(one.tokens for one in written), strict=True)]
+    ended = [list(group) for group in zip(*(one.ended for one in written), strict=True)]
+    columns = []  # for each reward a list for each post
+    for reward in rewards:
+        if reward.reads_text:
+            columns.append(_shared_out(reward, posts.examples, completions, ended, tokenizer))
+        else:
+            columns.append(measure_groups(reward.measure, tokenizer, posts.prompts, completions, batch_size,
+                                          reward.model.device, title))
+    lengths = torch.tensor([list(map(len, one.tokens)) for one in written])
+    return torch.tensor(columns, dtype=torch.float64).permute(2, 1, 0), lengths
 
 
 def reward_figures(columns: Tensor, lengths: Tensor, names: list[str]) -> dict[str, float]:

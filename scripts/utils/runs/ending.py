@@ -132,6 +132,11 @@ def _stage_rows(summaries):
         yield from (("", *row) for row in table_rows(reward))
     if ppo := summaries.get("ppo"):
         yield "ppo", "reward model's score", _f(ppo["score_before"]), _f(ppo["score_after"]), ""
+        if "score_slope" in ppo:
+            controlled = _f(ppo["score_after_length_controlled"])
+            yield "", "  at equal length", _f(ppo["score_before"]), controlled, ""
+            yield from (("", f"  paid for a token: {name.removesuffix('_slope')}", "", _f(slope), "")
+                        for name, slope in ppo.items() if name.endswith("_slope"))
         yield from (("", *row) for row in table_rows(ppo))
         yield "", "KL to SFT [nats a summary]", "", _f(ppo["kl"]), ""
 
