@@ -1,6 +1,7 @@
 """Each kind of reward against a definition by hand, and what it does when its function or service fails."""
 
 import math
+import re
 import time
 
 import numpy as np
@@ -11,11 +12,12 @@ from reward_service import drip, send, service
 from utils.config import PROJECT, UserError
 from utils.rewards import service as services
 from utils.rewards.answers import Answers
-from utils.rewards.entries import KINDS, _entry_of
+from utils.rewards.entries import KINDS, _entry_of, parse_rewards
 from utils.rewards.python import PythonReward
 from utils.rewards.rewards import Rewards, reward_figures
 from utils.rewards.rules import RuleReward
 from utils.rewards.service import MOST_BYTES, JudgeReward, UrlReward
+from utils.yaml_files import parse_yaml
 
 TEXTS = ["a b c", "a b a b a b", "", "x"]
 ANSWERS = Answers(
@@ -291,6 +293,14 @@ def test_figures_against_numpy():
     assert made == pytest.approx(expected, abs=1e-5)
     same = reward_figures(torch.ones(4, 1), torch.arange(4), ["a"])
     assert same["rewards/a/std"] == 0 and math.isnan(same["rewards/a/r_tokens"])
+
+
+def test_the_examples_of_the_documents_are_lawful():
+    text = (PROJECT / "docs" / "rewards.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == text.count("```yaml") > 2
+    for block in map(parse_yaml, blocks):
+        assert parse_rewards(block["rewards"]) == block["rewards"]
 
 
 def test_every_kind_has_its_key_and_a_row_in_the_documents():

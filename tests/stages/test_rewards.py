@@ -101,7 +101,7 @@ def mixed_and_longer(tokens):
 
 @pytest.fixture(scope="module")
 def every_kind(folder):
-    """`rewards` with an entry of each kind but judge, and the services behind it."""
+    """`rewards` with an entry of each kind, and the services behind it."""
     (folder / "own.py").write_text(OWN)
     for part in ("train", "validation", "test"):
         rows = [json.loads(row) for row in (folder / f"{part}.jsonl").read_text().splitlines()]
@@ -114,12 +114,16 @@ def every_kind(folder):
     for saved in (tokenizer, model):
         saved.save_pretrained(folder / "other")
     def lengths(asked, handler):
-        return {"scores": [len(text) / 10 for text in asked["completions"]]}
+        if "messages" not in asked:
+            return {"scores": [len(text) / 10 for text in asked["completions"]]}
+        answer = asked["messages"][1]["content"].partition("<answer>\n")[2].removesuffix("\n</answer>")
+        return {"choices": [{"message": {"content": f"{len(answer) / 10}"}}]}
 
     with service(lengths) as (address, _):
         yield [{"model": f"{folder}/reward", "scale": "std"}, {"model": f"{folder}/other", "name": "other"},
                {"python": f"{folder}/own.py:is_short", "warmup_updates": 3},
                {"url": address, "weight": 0.5, "length_control": True, "scale": "std"},
+               {"judge": address, "judge_model": "m", "rubric": "Be long.", "weight": 0.1},
                {"length_target": 4}, {"length_limit": 3}, {"length_price": 0.01}, {"repetition": 1},
                {"format": "[a-z ]+"}, {"rouge": "mean"}, {"missing_eos": -1.0, "clip": 0.5}]
 
@@ -129,12 +133,13 @@ def test_every_kind_is_logged_by_its_name_and_goes_on_after_a_stop(folder, every
     words = ["--rewards", json.dumps(every_kind), "--missing_eos_score", "none"]
     whole = run(folder, "whole", *words)
     rows = [row for row in metrics(whole) if "objective/kl" in row]
-    names = ["model", "other", "is_short", "url", "length_target", "length_limit", "length_price",
+    names = ["model", "other", "is_short", "url", "judge", "length_target", "length_limit", "length_price",
              "repetition", "format", "rouge", "missing_eos"]
     for row in rows:
         assert {name.split("/")[1] for name in row if name.startswith("rewards/")} == set(names)
         assert row["rewards/length_price"] == pytest.approx(-0.01 * row["objective/length"])
         assert row["rewards/missing_eos"] == pytest.approx(row["objective/ended"] - 1)
+        assert row["rewards/judge"] == pytest.approx(row["rewards/url"]) and row["rewards/judge"] > 0
         assert row["rewards/length_price/r_tokens"] in (None, pytest.approx(-1))
     for row in metrics(whole):  # of nearly greedy answers, which are no random pieces of words
         if "eval/kl" in row:
