@@ -77,6 +77,7 @@ SCRIPTS = {"scripts/train_sft.py": ("train_sft", "SFTStageConfig", DEFAULTS / "s
            "scripts/prepare_data.py": ("prepare_data", "PrepareConfig", None),
            "scripts/studies/benchmark.py": ("studies.benchmark", "BenchmarkConfig", None),
            "scripts/studies/gpu_check.py": ("studies.gpu_check", "CheckConfig", None),
+           "scripts/studies/sampling.py": ("studies.sampling", "SamplingConfig", None),
            "scripts/studies/measure_memory.py": ("studies.measure_memory", "MeasureConfig", None),
            "scripts/plan_memory.py": ("plan_memory", "PlanConfig", None),
            "scripts/chat.py": ("chat", "ChatConfig", None),
