@@ -322,7 +322,7 @@ def test_the_kl_coefficient_adapts_from_update_to_update(config, monkeypatch):
         assert figures["objective/rlhf_reward"] == pytest.approx(penalised, abs=1e-4)
         kl_coef *= 1 + max(-0.2, min(0.2, figures["objective/kl"] / 1.0 - 1)) * 21 / 100
     assert logged[1]["objective/kl_coef"] != logged[2]["objective/kl_coef"] and len(logged) == 3
-    assert loop.carried == {"kl_coef": pytest.approx(kl_coef), "reward_scales": {}}
+    assert loop.carried == {"kl_coef": pytest.approx(kl_coef), "reward_scales": {}, "length_fits": {}}
 
 
 def test_held_out_posts_never_get_into_ptx(config, tmp_path):

@@ -100,11 +100,10 @@ def times_of(events) -> tuple[dict[str, float], list, str]:
     On a card a call of torch's has the time of the kernels that it launched, and each kernel has an event of
     its own. A part counts by the former, kernels by the latter. On a CPU a call is its own kernel.
     """
-    place = "device" if ON_CARD else "cpu"
+    total, own = (("device_time_total", "self_device_time_total") if ON_CARD else
+                  ("cpu_time_total", "self_cpu_time_total"))
     calls = [one for one in events if one.device_type == DeviceType.CPU]
-    times = {name: sum(getattr(one, f"{place}_time_total") for one in calls if one.key == name)
-             for name in PARTS}
-    own = f"self_{place}_time_total"
+    times = {name: sum(getattr(one, total) for one in calls if one.key == name) for name in PARTS}
     launched = [one for one in events if one.device_type != DeviceType.CPU] if ON_CARD else calls
     return times, [one for one in launched if one.key not in PARTS and getattr(one, own) > 0], own
 
