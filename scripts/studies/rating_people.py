@@ -41,6 +41,8 @@ class Visitor:
                     said = error.read().decode(errors="replace")
                     raise UserError(f"{path}: {error.code}, {said}") from None
                 time.sleep(1)
+            except urllib.error.URLError as error:
+                raise UserError(f"{self.address}: the rating page does not answer ({error.reason})") from None
 
 
 def rate_posts(address: str, person: Person, count: int, facts: dict[str, dict]) -> None:
@@ -75,6 +77,7 @@ def rating_page(models: list[str], posts: Path, k: int, seed: int, folder: Path)
              # every person sees all posts with the same answers, once
              "--repeat_share", "0.0", "--overlap_share", "1.0"]
     log = folder / "page.log"
+    log.unlink(missing_ok=True)  # an earlier page's has another address
     with process("feedback.py", words, log) as (running, _):
         until = time.monotonic() + WAIT
         while not (found := re.search(r"open (http://[^/\s]+)/", log.read_text() if log.exists() else "")):

@@ -12,7 +12,7 @@ import kill_test
 from file_operations import HOW, KILLED, POWER, TORN, Operation
 from kill_test import Kill
 
-KILLS = 28  # of each stage
+KILLS = 32  # of each stage
 # what is left to go on from must be all of this at least once
 STATES = {"no configuration", "no checkpoint", "a checkpoint", "a checkpoint that is being written",
           "a checkpoint that is being removed", "metrics of later steps", "final/ in part", "final/",

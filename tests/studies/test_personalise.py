@@ -3,12 +3,15 @@
 import gzip
 import json
 import math
+import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
-from studies import personalise
+from studies import personalise, rating_people
 from studies.tastes import TASTES, Person, dislikes
 from tiny_models import save_opt
 from utils.config import PROJECT, UserError, parse_config
@@ -125,6 +128,23 @@ def test_the_minutes_end_a_cell(tmp_path, monkeypatch):
         with pytest.raises(personalise.OutOfTime):
             personalise.measure(config, personalise.cells_of(config)[0], time.monotonic() + left)
     assert time.monotonic() - began < 30
+
+
+def test_a_session_goes_on_at_the_address_of_its_new_page(tmp_path, monkeypatch):
+    """The log of the page of an earlier call is still there; that page is not."""
+    @contextmanager
+    def started_later(script, words, log):
+        writer = threading.Timer(0.3, log.write_text, ["open http://127.0.0.1:2/ in a browser"])
+        writer.start()
+        yield SimpleNamespace(is_alive=lambda: True), None
+        writer.join()
+
+    monkeypatch.setattr(rating_people, "process", started_later)
+    (tmp_path / "page.log").write_text("open http://127.0.0.1:1/ in a browser")
+    with rating_people.rating_page(["m"], tmp_path / "posts", 4, 0, tmp_path) as address:
+        assert address == "http://127.0.0.1:2"
+    with pytest.raises(UserError, match="^http://127.0.0.1:2: the rating page does not answer"):
+        rating_people.Visitor(address, "somebody")
 
 
 @pytest.mark.slow
