@@ -79,6 +79,16 @@ def test_the_loss_with_an_added_answer_by_hand(tmp_path, monkeypatch):
 
 
 
+def test_raters_who_contradict_each_other_leave_a_best_answer_too():
+    """Of one prompt each answer loses a pair; [8] wins two."""
+    torn = {"prompt": [1], "completions": [[7], [8], [9]], "margins": None, "length": 4,
+            "pairs": [[0, 1], [1, 0], [1, 2], [1, 2], [2, 1]]}
+    other = {"prompt": [2], "completions": [[5], [6]], "margins": None, "length": 3,
+             "pairs": [[0, 1], [1, 0]]}
+    rows = OtherAnswers(Dataset.from_list([torn, other]), 1, seed=0)([torn, other], [0, 1], 0)
+    assert [row["completions"][-1] for row in rows] == [[5], [8]]
+
+
 def test_too_few_prompts_are_said(table):
     with pytest.raises(UserError, match="^other_answers: 3 answers .* has 3 prompts; take at most 2$"):
         OtherAnswers(table, 3, seed=0)

@@ -55,6 +55,11 @@ class OtherAnswers:
 
 
 def _best(row: dict) -> list[int]:
-    """An answer that no other one of its row beats."""
-    beaten = {worse for _, worse in row["pairs"]}
-    return next(answer for place, answer in enumerate(row["completions"]) if place not in beaten)
+    """The answer that wins most pairs beyond those that it loses: raters who contradict each other leave none
+    that always wins.
+    """
+    balance = [0] * len(row["completions"])
+    for better, worse in row["pairs"]:
+        balance[better] += 1
+        balance[worse] -= 1
+    return row["completions"][balance.index(max(balance))]
