@@ -37,7 +37,7 @@ def refuse_contradictions(config) -> None:
         raise UserError("target_kl: it leaves out later passes, but ppo_epochs is 1; raise that, or "
                         "leave target_kl out")
     if config.kl_target is not None:
-        episodes = config.prompts_per_update * config.responses_per_prompt
+        episodes = config.episodes_per_update
         if not config.kl_coef:
             raise UserError("kl_coef: 0 never adapts to kl_target; give a first value above 0")
         if episodes >= 5 * config.kl_horizon:  # the factor 1 - .2 episodes / horizon
