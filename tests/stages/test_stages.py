@@ -42,7 +42,7 @@ from utils.runs.checkpoints import Best
 SFT_KEYS = {"rouge1", "rouge2", "rougeL", "rouge_avg", "base_rouge_avg", "tokens_per_second", "best_step"}
 REWARD_KEYS = {"accuracy", "accuracy_low", "accuracy_high", "ece", "label_ceiling", "longest_accuracy",
                "pairs", "pairs_per_second"}
-PPO_KEYS = {"score_before", "score_after", "score_after_length_controlled", "score_slope", "model_slope",
+PPO_KEYS = {"score_before", "score_after", "score_after_length_controlled", "score_slope",
             "gold_before", "gold_after", "gold_win_rate", "gold_win_rate_low",
             "gold_win_rate_high", "gold_win_rate_greedy", "gold_win_rate_length_controlled", "kl",
             "rouge_avg", "episodes", "episodes_per_second", "best_step"}

@@ -124,4 +124,4 @@ def length_figures(scored_before: Scores, scored_after: Scores, before: Summarie
     return {"score_slope": slope,
             "score_after_length_controlled": fmean(scored_after.total) - slope * longer,
             **{f"{name}_slope": slope_between(values, scored_after.by_reward[name], *lengths, ended)
-               for name, values in scored_before.by_reward.items()}}
+               for name, values in scored_before.by_reward.items() if scored_before.listed}}
