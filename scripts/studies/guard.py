@@ -9,7 +9,8 @@ of its own; the guard's model learnt from other rankings. All runs have `guard: 
 and nothing else, so that one run tells what every rule would have kept. A run that the time limit ends goes
 on in the next call. A finished cell is one line of `results`, with all its evaluations.
 
-The rules read no gold score. The first seed is the one that the rule was found on: the table leaves it out.
+The rules read no gold score. `guard: 1` was found on a run of seed 0, so that seed is not among those here;
+the KL budget of 3 was read off the gold score of the demo.
 """
 
 import json
@@ -47,10 +48,10 @@ class GuardStudyConfig:
                               "from: rankings that no other reward model has seen.")
     arms: list[str] = key(list(ARMS), f"Of {', '.join(ARMS)}.")
     kl_coefs: list[float] = key([0.0, 0.04, 0.12], "KL coefficients.")
-    seeds: list[int] = key([100, 0, 1, 2, 3, 4], "Seeds; the rules were found on the first.")
+    seeds: list[int] = key([1, 2, 3, 4, 5], "Seeds: of the reward models and of PPO.")
     ensemble_coef: float = key(5.0, "Of the arm `uncertainty`.", low=0.0, high=1e6)
     reward: str = key("", "More options of train_reward.py.")
-    ppo: str = key("--total_episodes 8192 --eval_steps 2 --eval_rows 200", "More options of train_ppo.py.")
+    ppo: str = key("--total_episodes 8192 --eval_steps 2 --eval_rows 128", "More options of train_ppo.py.")
     workers: int = key(1, "Runs at once, one thread each.", low=1, high=1000)
     minutes: float = key(60.0, "No run goes on after this.", unit="minutes", low=0.01, high=1e5)
     folder: str = key("outputs/guard", "Folder of the runs.")
@@ -149,8 +150,14 @@ def highest(measure: str):
     return lambda points: max(reversed(points), key=lambda point: point[measure])
 
 
-RULES = {"the highest score": highest("score"), "the last policy": lambda points: points[-1],
-         "the highest score of the guard's model": highest("guard_score"), "guard: 1": kept_by_guard}
+def within_budget(points: list[dict], budget: float = 3.0) -> dict:
+    """The highest score among the evaluations whose KL is within the demo's `kl_budget`."""
+    return highest("score")([point for point in points if point["kl"] <= budget])
+
+
+RULES = {"the last policy": lambda points: points[-1], "the highest score": highest("score"),
+         "kl_budget: 3": within_budget, "the highest score of the guard's model": highest("guard_score"),
+         "guard: 1": kept_by_guard}
 
 
 def share_kept(points: list[dict], rule, measure: str = "gold") -> float:
@@ -158,18 +165,18 @@ def share_kept(points: list[dict], rule, measure: str = "gold") -> float:
     return rule(points)[measure] / max(point[measure] for point in points)
 
 
-def print_table(config: GuardStudyConfig, cells: list[dict]) -> None:
-    """Mean over the reported seeds, and the lowest, of the share that each rule keeps; and the gold peak."""
-    table = Table(title="Share of the gold peak that is kept, nearly greedy summaries", title_justify="left")
+def print_table(config: GuardStudyConfig, cells: list[dict], measure: str, what: str) -> None:
+    """Mean over the seeds, and the lowest, of the share that each rule keeps; and the gold peak."""
+    table = Table(title=f"Share of the gold peak that is kept, {what}", title_justify="left")
     for column in ("kl_coef", "arm", "runs", "gold peak", *RULES):
         table.add_column(column, overflow="fold")
     for coef, arm in product(config.kl_coefs, config.arms):
         runs = [cell["points"] for cell in cells if (cell["kl_coef"], cell["arm"]) == (coef, arm)
-                and cell["seed"] in config.seeds[1:]]
+                and cell["seed"] in config.seeds]
         if not runs:
             continue
-        peak = fmean(max(point["gold"] for point in points) for points in runs)
-        shares = [[share_kept(points, rule) for points in runs] for rule in RULES.values()]
+        peak = fmean(max(point[measure] for point in points) for points in runs)
+        shares = [[share_kept(points, rule, measure) for points in runs] for rule in RULES.values()]
         table.add_row(str(coef), arm, str(len(runs)), f"{peak:.3f}",
                       *(f"{fmean(kept):.3f} ({min(kept):.3f})" for kept in shares))
     show_table(table)
@@ -195,7 +202,8 @@ def main(config: GuardStudyConfig) -> None:
                 job.result()
     done = read_whole_rows(results) if results.exists() else []
     print(f"{len(done)} of {len(cells_of(config))} cells are finished: {results}")
-    print_table(config, done)
+    print_table(config, done, "gold", "nearly greedy summaries")
+    print_table(config, done, "gold_sampled", "sampled summaries")
 
 
 if __name__ == "__main__":

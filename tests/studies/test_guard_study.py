@@ -18,15 +18,16 @@ from studies.guard import (
 )
 from utils.config import PROJECT, UserError, parse_config
 
-# update, score, gold, the guard's score, gain over the kept policy
-CURVE = [(0, 0.2, 0.6, -0.3, None), (2, 0.7, 0.8, 0.1, 4.0), (4, 0.9, 0.9, 0.4, 2.0),
-         (6, 1.1, 0.72, 0.4, 0.5), (8, 1.3, 0.45, 0.3, -1.0)]
-POINTS = [dict(zip(("update", "score", "gold", "guard_score", "gain"), row, strict=True)) for row in CURVE]
+# update, KL, score, gold, the guard's score, gain over the kept policy
+CURVE = [(0, 0.0, 0.2, 0.6, -0.3, None), (2, 2.5, 0.7, 0.8, 0.1, 4.0), (4, 3.1, 0.9, 0.9, 0.4, 2.0),
+         (6, 5.0, 1.1, 0.72, 0.4, 0.5), (8, 9.0, 1.3, 0.45, 0.3, -1.0)]
+POINTS = [dict(zip(("update", "kl", "score", "gold", "guard_score", "gain"), row, strict=True))
+          for row in CURVE]
 
 
 def test_what_each_rule_keeps_of_hand_made_evaluations():
     kept = {name: rule(POINTS)["update"] for name, rule in RULES.items()}
-    assert kept == {"the highest score": 8, "the last policy": 8, "guard: 1": 4,
+    assert kept == {"the highest score": 8, "the last policy": 8, "guard: 1": 4, "kl_budget: 3": 2,
                     "the highest score of the guard's model": 6}  # of equal ones the later, as `Best`
     assert share_kept(POINTS, kept_by_guard) == 1.0
     assert share_kept(POINTS, RULES["the highest score"]) == pytest.approx(0.45 / 0.9)
