@@ -56,6 +56,8 @@ class FeedbackConfig:
     reward_config: str = key("configs/personal/reward.yaml", "Configuration of a round's reward stage.")
     ppo_config: str = key("configs/personal/ppo.yaml", "Configuration of a round's PPO.")
     least_ratings: int = key(10, "Rated prompts that a round needs.", unit="prompts", low=4, high=10**6)
+    ppo_ratings: int = key(30, "Rated prompts from which a round has a reward stage and PPO; with fewer it "
+                           "is SFT on the best answers alone.", unit="prompts", low=4, high=10**6)
     host: str = key("127.0.0.1", "Address to serve on; one that others reach needs `token_file`.")
     port: int = key(8017, "Port to serve on; 0: any that is free.", low=0, high=65_535)
     names: list[str] = key([], "Names under which browsers reach the page, beside this machine's own: that "
@@ -92,7 +94,7 @@ from utils.data.rows import load_examples
 from utils.feedback.application import Application, Shares
 from utils.feedback.database import Ratings
 from utils.feedback.exports import export_file
-from utils.feedback.rounds import Rounds, script
+from utils.feedback.rounds import SFT_ALONE, Rounds, policy_of, script
 from utils.feedback.sampling import Ahead, Models, Precedence, policy_name
 from utils.feedback.security import Sessions, installation_key, read_token
 from utils.models.parents import Parent
@@ -156,7 +158,7 @@ def load_models(config: FeedbackConfig, ratings: Ratings) -> Models:
     models.rated = list(dict.fromkeys(numbers[: len(config.model)]))
     finished = [row for row in ratings.rounds() if row["state"] == "finished"]
     for row in finished[-2:]:
-        policy = Path(row["folder"]) / "ppo" / "final"
+        policy = policy_of(Path(row["folder"]))
         if policy.is_dir():
             models.promote(models.add(row["name"], str(policy)))
         else:
@@ -179,18 +181,21 @@ def add_prompts(config: FeedbackConfig, ratings: Ratings) -> None:
                         "--prompts")
 
 
-def stages_of(config: FeedbackConfig, folder: Path) -> dict[str, list[str]]:
+def stages_of(config: FeedbackConfig, folder: Path, rated: int) -> dict[str, list[str]]:
     """The commands of a round of training. Each round begins with the first model and all ratings.
 
-    The model first learns from the best answers, so that PPO begins near to what the person likes.
+    The model first learns from the best answers, so that PPO begins near to what the person likes. Fewer than
+    `ppo_ratings` rated prompts make no reward model that PPO could learn from, so SFT is all then.
     """
     prompts = config.prompts or str(folder / "ratings.db")
     prompts = prompts if isinstance(prompts, str) else json.dumps(prompts)
     seed = ["--seed", str(config.seed)]
+    sft = [script("train_sft.py"), "--config", config.sft_config, "--model", config.model[0],
+           "--actor_training_data", str(folder / "ratings.db"), "--output_dir", str(folder / "sft"), *seed]
+    if rated < config.ppo_ratings:
+        return {"sft": [*sft, *SFT_ALONE]}
     return {
-        "sft": [script("train_sft.py"), "--config", config.sft_config, "--model", config.model[0],
-                "--actor_training_data", str(folder / "ratings.db"),
-                "--output_dir", str(folder / "sft"), *seed],
+        "sft": sft,
         "reward": [script("train_reward.py"), "--config", config.reward_config,
                    "--model", config.reward_model or config.base or config.model[0],
                    "--reward_training_data", str(folder / "ratings.db"),
@@ -223,8 +228,9 @@ class Page:
         claim(output)
         add_prompts(config, self.ratings)
         self.models = load_models(config, self.ratings)
-        self.rounds = Rounds(self.ratings, output, lambda folder: stages_of(config, folder), self.offer,
-                             why_no_training(config), config.least_ratings)
+        self.rounds = Rounds(self.ratings, output,
+                             lambda folder: stages_of(config, folder, self.queue()["rated"]), self.offer,
+                             why_no_training(config), config.least_ratings, config.ppo_ratings)
         precedence = Precedence()
         self.ahead = Ahead(self.models, precedence, config.k, config.temperature, config.ahead,
                            self.rounds.is_running)
@@ -238,8 +244,12 @@ class Page:
         self.models.promote(self.models.add(name, str(policy)))
         self.ahead.wake()
 
+    def queue(self) -> dict:
+        """How many prompts there are, and how many of them are rated."""
+        return self.ratings.queue(self.models.rated, self.config.k)
+
     def say_what_is_served(self) -> None:
-        queue = self.ratings.queue(self.models.rated, self.config.k)
+        queue = self.queue()
         host, port = self.config.host, self.socket.getsockname()[1]
         if host in ("0.0.0.0", "::"):  # all addresses of this machine
             host = socket.gethostname()

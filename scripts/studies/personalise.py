@@ -52,8 +52,6 @@ ARMS = ("rankings", "pairs", "best")
 PICKS = ("random", "unsure")
 WAYS = ("rankings/100", "best/100", "pairs/100", "rankings/30", "rankings/10", "rankings/0", "best/30",
         "rankings/100/unsure", "rankings/300", "best/300", "best/10", "pairs/30", "pairs/10", "pairs/300")
-# added to SFT where it is the only stage; chosen as the other two ways were, with other seeds and posts
-ALONE = ["--num_train_epochs", "6"]
 # quantiles of Student's t for a 95 % interval, by the number of runs
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
 
@@ -113,6 +111,7 @@ if __name__ == "__main__":  # before the libraries, which take seconds to import
 
 from studies.rating_people import rate_posts, rated, rating_page
 from utils.data.tokens import prompt_tokens
+from utils.feedback.rounds import SFT_ALONE
 from utils.judge.evaluation import score_groups, summarise
 from utils.judge.gold import gold_score, load_rules, words_of
 from utils.judge.metrics import win_rate
@@ -243,7 +242,7 @@ def train(config: PersonaliseConfig, cell: Cell, rankings: list[dict]) -> tuple[
 
     took = {}
     policy = stage("sft", "train_sft.py", config.sft_config, "--model", config.model,
-                   "--actor_training_data", data("best"), *(ALONE if cell.arm == "best" else []))
+                   "--actor_training_data", data("best"), *(SFT_ALONE if cell.arm == "best" else []))
     if cell.arm == "best":
         return policy, took
     reward_model = stage("reward", "train_reward.py", config.reward_config, "--model", config.reward_model,

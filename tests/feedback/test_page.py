@@ -50,7 +50,7 @@ def server(folder):
     words = ("--model {0}/first --compare {0}/endless --reward_model {0}/reward "
              "--prompts {0}/posts.jsonl --sft_config {0}/sft.yaml "
              "--reward_config {0}/reward.yaml --ppo_config {0}/ppo.yaml "
-             "--least_ratings 4 --repeat_share 0 --overlap_share 0 --ahead 30")
+             "--least_ratings 4 --ppo_ratings 4 --repeat_share 0 --overlap_share 0 --ahead 30")
     with page_server(folder, words.format(folder).split()) as address:
         yield address
 

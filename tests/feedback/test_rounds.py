@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import feedback
+import train_sft
 from browser import Browser
 from rated import database, next_task, rate
 from served import served, wait_until, words_of, write_models
-from utils.config import PROJECT
+from utils.config import PROJECT, parse_config
 from utils.feedback.database import Ratings
-from utils.feedback.rounds import Rounds, RunningError
+from utils.feedback.rounds import Rounds, RunningError, policy_of
 
 STAGE = """import json, pathlib, signal, sys, time
 kind, folder = sys.argv[1], pathlib.Path(sys.argv[2])
@@ -54,11 +56,12 @@ def ratings(tmp_path):
     ratings.close()
 
 
-def rounds_of(ratings, script, finished=lambda name, folder: None, reward="ends", ppo="ends", least=1):
+def rounds_of(ratings, script, finished=lambda name, folder: None, reward="ends", ppo="ends",
+              names=("sft", "reward", "ppo")):
     def stages(folder):
-        return {stage: [str(script), kind, str(folder / stage)]
-                for stage, kind in (("sft", "ends"), ("reward", reward), ("ppo", ppo))}
-    return Rounds(ratings, script.parent / "out", stages, finished, None, least)
+        kinds = {"sft": "ends", "reward": reward, "ppo": ppo}
+        return {stage: [str(script), kinds[stage], str(folder / stage)] for stage in names}
+    return Rounds(ratings, script.parent / "out", stages, finished, None, least=1, full=1)
 
 
 def ended(rounds) -> dict:
@@ -94,6 +97,31 @@ def test_a_round_runs_the_stages_on_a_copy_of_the_ratings(ratings, script):
     for curves in current["curves"].values():
         assert list(curves) == ["loss"] and 100 <= len(curves["loss"]) <= 400
         assert all(value == 1 / step for step, value in curves["loss"])
+
+
+def test_a_round_of_sft_alone_offers_the_policy_of_sft(ratings, script):
+    offered = []
+    rounds = rounds_of(ratings, script, lambda *given: offered.append(given), names=("sft",))
+    rounds.start()
+    assert ended(rounds)["state"] == "finished"
+    folder = script.parent / "out" / "round-1"
+    assert offered == [("round-1", folder / "sft" / "final")] and policy_of(folder).is_dir()
+    assert rounds.state()["current"]["stages"] == ["sft"]
+    assert policy_of(folder / "none") == folder / "none" / "ppo" / "final"
+
+
+def test_the_reward_model_and_ppo_join_when_there_are_enough_ratings(tmp_path):
+    configs = PROJECT / "configs" / "personal"
+    config = feedback.FeedbackConfig(model=["policy"], reward_model="reward", prompts="prompts.jsonl")
+    few, enough = (feedback.stages_of(config, tmp_path, rated) for rated in (29, 30))
+    assert list(few) == ["sft"] and list(enough) == ["sft", "reward", "ppo"]
+
+    def made(words):
+        return parse_config(train_sft.SFTStageConfig, configs / "sft.yaml", words[1:])
+
+    alone, first = made(few["sft"]), made(enough["sft"])
+    assert (alone.num_train_epochs, first.num_train_epochs) == (6, 3)
+    assert alone.model == first.model == "policy"
 
 
 def test_the_one_line_of_a_stage_that_failed_is_shown(ratings, script):
@@ -196,7 +224,8 @@ def test_the_page_starts_watches_and_cancels_a_round(folder, tmp_path, script, m
             stage: [str(script), kind, str(folder / stage)] for stage, kind in kinds.items()})
         browser = Browser(port).rater("Ann")
         assert browser.open()["training"] == {
-            "possible": False, "why": "0 of the 4 rated prompts that a round needs", "least": 4}
+            "possible": False, "why": "0 of the 4 rated prompts that a round needs", "least": 4,
+            "full": 30}
         assert browser.post("/api/train")[0] == 400
         for _ in range(4):
             wait_until(lambda: browser.get("/api/task")[1]["task"])

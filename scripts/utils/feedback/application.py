@@ -104,7 +104,8 @@ class Application:
             why = "a round is running" if self.rounds.is_running() else self.rounds.possible(queue["rated"])
             state |= {"models": [{"id": number, "name": name} for number, name in self.models.names.items()],
                       "reward_model": self.models.scorer is not None, "queue": queue,
-                      "training": {"possible": why is None, "why": why, "least": self.rounds.least},
+                      "training": {"possible": why is None, "why": why, "least": self.rounds.least,
+                                   "full": self.rounds.full},
                       "trouble": self.ahead.trouble}
         return JSONResponse(state)
 

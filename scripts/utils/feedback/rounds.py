@@ -21,6 +21,9 @@ from utils.feedback.database import Ratings
 from utils.runs.records import read_whole_rows
 
 _LOG, _PROCESS = "log.txt", "process.json"
+_STAGES = ("sft", "reward", "ppo")
+# words of SFT where it is a round's only stage: six passes won more than three on validation posts
+SFT_ALONE = ["--num_train_epochs", "6"]
 _LINES = 200  # of the log that are shown
 _TAIL = 1 << 16  # bytes of the log that are read
 _POINTS = 200  # of a curve
@@ -48,13 +51,15 @@ class Rounds:
         stages: of a round's folder: the name of each stage with the words of its command, in their order.
         finished: called with a round's name and the folder of its policy.
         why_not: why no round can be started at all; None: one can.
-        least: ratings that a round needs.
+        least: rated prompts that a round needs.
+        full: rated prompts from which it has all stages.
     """
 
     def __init__(self, ratings: Ratings, folder: Path, stages: Callable[[Path], dict[str, list[str]]],
-                 finished: Callable[[str, Path], None], why_not: str | None, least: int):
+                 finished: Callable[[str, Path], None], why_not: str | None, least: int,
+                 full: int):
         self.ratings, self.folder, self.stages = ratings, folder, stages
-        self.finished, self.why_not, self.least = finished, why_not, least
+        self.finished, self.why_not, self.least, self.full = finished, why_not, least, full
         self._lock, self._thread, self._process = threading.Lock(), None, None
         self._stage, self._cancelled = None, threading.Event()
         for row in ratings.rounds():
@@ -139,18 +144,19 @@ class Rounds:
 
     def _train(self, name: str, folder: Path) -> str:
         """Run the stages one after the other; the state in which the round ends."""
-        for stage, words in self.stages(folder).items():
+        stages = self.stages(folder)
+        for stage, words in stages.items():
             if self._cancelled.is_set():
                 return "cancelled"
             self._stage = stage
-            if self._status_of(words, folder):
+            if self._status_of(words, folder, list(stages)):
                 return "cancelled" if self._cancelled.is_set() else "failed"
         if self._cancelled.is_set():
             return "cancelled"
-        self.finished(name, folder / "ppo" / "final")
+        self.finished(name, policy_of(folder))
         return "finished"
 
-    def _status_of(self, words: list[str], folder: Path) -> int:
+    def _status_of(self, words: list[str], folder: Path, stages: list[str]) -> int:
         """Run a command to its end, and return its exit status."""
         command = [sys.executable, "-c", _TIED, str(os.getpid()), *words]
         with (folder / _LOG).open("ab") as log:
@@ -158,7 +164,7 @@ class Rounds:
             log.flush()
             self._process = subprocess.Popen(command, cwd=Path.cwd(), stdin=subprocess.DEVNULL, stdout=log,
                                              stderr=subprocess.STDOUT, start_new_session=True)
-        (folder / _PROCESS).write_text(json.dumps({"process": self._process.pid}))
+        (folder / _PROCESS).write_text(json.dumps({"process": self._process.pid, "stages": stages}))
         if self._cancelled.is_set():  # in between
             self._signal(signal.SIGTERM)
         until = None  # when a cancelled stage has had its time
@@ -182,11 +188,29 @@ class Rounds:
             folder, running = Path(newest["folder"]), newest["state"] == "running"
             log = _tail(folder / _LOG)
             error = next((line for line in reversed(log) if line.startswith("error:")), None)
-            current = {"stage": self._stage if running else None, "log": log,
-                       "curves": {stage: _curves(folder / stage / "metrics.jsonl")
-                                  for stage in ("sft", "reward", "ppo")},
+            current = {"stage": self._stage if running else None, "stages": _stages(folder), "log": log,
+                       "curves": {stage: _curves(folder / stage / "metrics.jsonl") for stage in _STAGES},
                        "error": error or "the log says no more" if newest["state"] == "failed" else None}
         return {"rounds": [{name: row[name] for name in shown} for row in rounds], "current": current}
+
+
+def policy_of(folder: Path) -> Path:
+    """The policy of a finished round: that of its last stage."""
+    return folder / _stages(folder)[-1] / "final"
+
+
+def _stages(folder: Path) -> list[str]:
+    """The stages of a round; all, before the first has begun."""
+    return _noted(folder).get("stages", list(_STAGES))
+
+
+def _noted(folder: Path) -> dict:
+    """What a round's folder says of its processes; nothing, if it says nothing that can be read."""
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / _PROCESS).read_text())
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _append(path: Path, line: str) -> None:
@@ -218,10 +242,10 @@ def _curves(path: Path) -> dict[str, list[list[float]]]:
 
 def _kill_left_over(folder: Path) -> None:
     """Kill the process that a round's folder names, if it is still that one."""
+    number = _noted(folder).get("process")
     try:
-        number = json.loads((folder / _PROCESS).read_text())["process"]
         words = Path(f"/proc/{number}/cmdline").read_bytes()
-    except (OSError, ValueError, LookupError, TypeError):
+    except OSError:
         return  # it is gone
     if os.fsencode(folder) in words:
         with suppress(ProcessLookupError, PermissionError):

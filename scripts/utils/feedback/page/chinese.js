@@ -173,6 +173,7 @@ export default {
   "train.lead": "模型从你的最佳回答中学习，奖励模型从你的排序中学习，然后模型从奖励模型中学习。",
   "train.start": { other: "用 {n} 个评分训练" },
   "train.least": "训练至少需要 {n} 个评分；现有 {have} 个。",
+  "train.few": "少于 {n} 个已评分提示时，模型只从你的最佳回答中学习；达到 {n} 个后，奖励模型和 PPO 也会加入。",
   "train.cancel": "取消训练",
   "train.cancelling": "训练正在结束 …",
   "train.started": "{name} 已开始。",

@@ -182,6 +182,8 @@ export default {
     "The model learns from your best answers, the reward model from your rankings, then the model from the reward model.",
   "train.start": { one: "Train on {n} rating", other: "Train on {n} ratings" },
   "train.least": "Training needs at least {n} ratings; there are {have}.",
+  "train.few":
+    "With fewer than {n} rated prompts the model only learns from your best answers. From {n} on the reward model and PPO join.",
   "train.cancel": "Cancel the training",
   "train.cancelling": "The training is ending …",
   "train.started": "{name} has started.",

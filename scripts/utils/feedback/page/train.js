@@ -4,7 +4,6 @@ import { lineChart, table } from "./charts.js";
 import { announce, button, el, toast } from "./dom.js";
 import { moment, number, t } from "./words.js";
 
-const STAGES = ["copy", "sft", "reward", "ppo", "done"];
 const MAIN_CURVES = {
   // names of docs/metrics.md
   sft: ["sft/loss"],
@@ -96,7 +95,7 @@ function draw({ rounds, current }) {
 /** The one button: start, or cancel while a round runs. The node stays, so that the focus does. */
 function drawStarter(now) {
   const place = root.querySelector(".starter");
-  const { possible, why, least } = state.training;
+  const { possible, why, least, full } = state.training;
   const { rated } = state.queue;
   const name = now ? "cancel" : "start";
   let node = place.querySelector("button");
@@ -113,7 +112,11 @@ function drawStarter(now) {
   node.textContent = now ? t("train.cancel") : t("train.start", { n: rated });
   node.setAttribute("aria-disabled", String(!now && !possible));
   place.querySelector(".why").textContent =
-    now || possible ? "" : (why ?? t("train.least", { n: least, have: rated }));
+    !now && !possible
+      ? (why ?? t("train.least", { n: least, have: rated }))
+      : !now && rated < full
+        ? t("train.few", { n: full })
+        : "";
 }
 
 /** The running or the last round: its stages, its log, its curves. */
@@ -156,9 +159,10 @@ function heading(round) {
 }
 
 function drawSteps(list, round, current) {
-  const at = round.state === "finished" ? STAGES.length - 1 : Math.max(STAGES.indexOf(current?.stage), 0);
+  const stages = ["copy", ...(current?.stages ?? []), "done"];
+  const at = round.state === "finished" ? stages.length - 1 : Math.max(stages.indexOf(current?.stage), 0);
   list.replaceChildren(
-    ...STAGES.map((stage, index) => {
+    ...stages.map((stage, index) => {
       const done = index < at || round.state === "finished";
       const here = index === at && !done;
       const failed = here && !running(round);
