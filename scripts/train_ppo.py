@@ -69,8 +69,8 @@ class PPOStageConfig(StageConfig):
                               low=1, high=1_000_000)
     temperature: float = key(0.7, "Divides the logits in every log-probability.", source="detail 25",
                              low=1e-3, high=100.0)
-    rollout_engine: str = key("own", "What samples the responses: our sampler, or transformers' continuous "
-                                     "batching.", choices=["own", "transformers"])
+    rollout_engine: str = key("own", "What samples the responses: our sampler, transformers' continuous "
+                                     "batching, or vLLM.", choices=["own", "transformers", "vllm"])
     importance_limit: float = key(2.0, "Largest weight of a token that another engine sampled, in the "
                                        "policy loss.", source="Yao et al. 2025", low=1e-3, high=1e6)
     kl_coef: float = key(0.05, "Weight of the KL penalty; with kl_target its first value.",

@@ -659,6 +659,18 @@ MUTATIONS = [
         ("the policy keeps another engine's attention", None, "_stock_attention",
          "in_blocks(policy)", "pass"),
     ]),
+    *_of("utils/rollouts/vllm_engine.py", "vllm:each_response_has", [
+        ("vLLM keeps what it has cached of older weights", None, "sample_by_vllm",
+         "engine.reset_prefix_cache()", "pass"),
+        ("every prompt's responses by vLLM have the same seeds", None, "sample_by_vllm",
+         "seed + i * k", "seed"),
+        ("adapters do not reach vLLM", None, "stock_weights", "name in adapted", "False",
+         "vllm:a_policy_with_adapters"),
+    ]),
+    *_of("utils/rollouts/advantages.py", "ppo_options:an_engine_that_computes", [
+        ("an engine that computes another model goes unnoticed", None, "correct_engine",
+         "not drift < MOST_DRIFT", "False"),
+    ]),
     *_of("utils/models/cuda_graphs.py", "cuda_graphs", [
         ("a step that cannot be recorded is left out", None, "Replayed.__call__",
          "            if self.model in _unrecordable:\n                self.step()\n", ""),

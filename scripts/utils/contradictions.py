@@ -1,5 +1,7 @@
 """Keys of PPO that make no sense together."""
 
+from importlib.util import find_spec
+
 from utils.distributed import world
 from utils.errors import UserError
 
@@ -22,12 +24,18 @@ def refuse_contradictions(config) -> None:
     if bool(config.ptx_coef) != bool(config.actor_training_data):
         raise UserError("actor_training_data: it is for ptx_coef; give both or neither (the data that "
                         "train_sft.py learnt from)")
-    if config.rollout_engine != "own" and config.compile_trunk:
-        raise UserError("rollout_engine: 'transformers' does not work on compiled layers; take 'own', or "
+    if (engine := config.rollout_engine) != "own" and config.compile_trunk:
+        raise UserError(f"rollout_engine: '{engine}' does not work on compiled layers; take 'own', or "
                         "leave compile_trunk out")
-    if config.rollout_engine != "own" and config.deepspeed:
-        raise UserError("rollout_engine: 'transformers' does not work on weights that DeepSpeed holds; take "
+    if engine != "own" and config.deepspeed:
+        raise UserError(f"rollout_engine: '{engine}' does not work on weights that DeepSpeed holds; take "
                         "'own', or leave deepspeed out")
+    if engine == "vllm" and config.load_in_4bit:
+        raise UserError("rollout_engine: 'vllm' does not take weights in 4 bits; take 'own', or leave "
+                        "load_in_4bit out")
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise UserError("rollout_engine: vLLM is not installed; requirements-vllm.txt installs it, in an "
+                        "environment of its own")
     if config.ema_decay and config.load_in_4bit:
         raise UserError("ema_decay: it averages whole models, which weights in 4 bits do not allow; leave "
                         "ema_decay or load_in_4bit out")

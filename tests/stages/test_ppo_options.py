@@ -355,6 +355,9 @@ CONTRADICTIONS = {
     "value_model: advantage 'rloo' has none": {"advantage": "rloo", "value_model": "shared"},
     "target_kl: it leaves out later passes": {"target_kl": 0.1, "ppo_epochs": 1},
     "rollout_engine: 'transformers' does not work": {"rollout_engine": "transformers", "deepspeed": "zero2"},
+    "rollout_engine: 'vllm' does not work on weights that": {"rollout_engine": "vllm", "deepspeed": "zero3"},
+    "rollout_engine: 'vllm' does not work on compiled": {"rollout_engine": "vllm", "compile_trunk": True},
+    "rollout_engine: 'vllm' does not take weights in 4": {"rollout_engine": "vllm", "load_in_4bit": True},
     "kl_coef: 0 never adapts": {"kl_target": 1.0, "kl_coef": 0.0},
     "kl_horizon: with 21 episodes an update it must be above 4.2": {"kl_target": 1.0, "kl_horizon": 4},
 }
@@ -379,19 +382,32 @@ def test_responses_of_transformers_are_trained_on_as_ours(config):
     assert figures["policy/ratio"] == pytest.approx(1, abs=1e-5) and figures["policy/grad_norm"] > 0
 
 
-@pytest.mark.parametrize(("drift", "limit", "weight"), [(-0.5, 2.0, math.exp(0.5)), (-1.0, 2.0, 2.0),
-                                                        (0.5, 2.0, math.exp(-0.5)), (-1.0, 1.5, 1.5)])
-def test_tokens_of_an_engine_that_drifts_are_weighted_in_the_policy_loss(drift, limit, weight, config,
-                                                                         monkeypatch):
-    """Here the engine is ours with log-probs that are off by `drift`. rloo has no other loss."""
-    config = replace(config, advantage="rloo")
-
+def drifting_by(drift):
+    """An engine that is ours with log-probs that are off."""
     def off(policy, queries, seed, **settings):
         seeds = [seed + i for i in range(len(queries) * settings["k"])]
         found = sample(policy, queries, seeds=seeds, **settings)
         return found._replace(logprobs=[[value + drift for value in row] for row in found.logprobs])
 
-    monkeypatch.setattr(episodes_module, "sample_continuously", off)
+    return off
+
+
+@pytest.mark.parametrize("drift", [-3.0, math.nan])
+def test_an_engine_that_computes_another_model_ends_the_run(drift, config, monkeypatch):
+    """Weights that never reach an engine would go unnoticed: the limit of importance weights hides them."""
+    monkeypatch.setattr(episodes_module, "sample_continuously", drifting_by(drift))
+    message = "^rollout_engine: the log-probs of 'transformers' are (3.00|nan) nats a token from those of a"
+    with pytest.raises(UserError, match=message):
+        rolled_out(*ppo_loop(replace(config, rollout_engine="transformers")))
+
+
+@pytest.mark.parametrize(("drift", "limit", "weight"), [(-0.5, 2.0, math.exp(0.5)), (-1.0, 2.0, 2.0),
+                                                        (0.5, 2.0, math.exp(-0.5)), (-1.0, 1.5, 1.5)])
+def test_tokens_of_an_engine_that_drifts_are_weighted_in_the_policy_loss(drift, limit, weight, config,
+                                                                         monkeypatch):
+    """rloo has no other loss."""
+    config = replace(config, advantage="rloo")
+    monkeypatch.setattr(episodes_module, "sample_continuously", drifting_by(drift))
     *_, (ours,), _ = updated(config)
     drifting = replace(config, rollout_engine="transformers", importance_limit=limit)
     loop, models = ppo_loop(drifting)

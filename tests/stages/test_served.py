@@ -6,8 +6,6 @@
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,10 +17,9 @@ import train_sft
 from chat_models import CONFIGS, TEMPLATE, messages_of, save_chat_model, write_rows
 from utils.config import PROJECT, parse_config
 from utils.data.rows import load_examples
+from vllm_environment import NEEDS_VLLM, run
 
-PYTHON = Path(os.environ.get("VLLM_PYTHON", PROJECT / ".venv-vllm" / "bin" / "python"))
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    not PYTHON.is_file(), reason="vLLM is not installed: requirements-vllm.txt says how")]
+pytestmark = NEEDS_VLLM
 SHORT = ("--logging_steps 1 --eval_steps 100 --save_steps 100 --eval_rows 4 --test_rows 4 "
          "--per_device_batch_size 8 --warmup_steps 0")
 COUNT, LONGEST = 8, 24
@@ -102,10 +99,7 @@ def served(finals, asked, tmp_path_factory):
         jobs.append({"model": str(final), "prompts": asked[name], "sampling": {
             "temperature": 0, "max_tokens": LONGEST, "logit_bias": dict.fromkeys(map(str, unused), -100.0)}})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    # its Python is of another environment: what this one has set is not for it
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    subprocess.run([PYTHON, PROJECT / "tests/helpers/vllm_answers.py", folder / "jobs.json",
-                    folder / "answers.json"], check=True, env=environment, cwd=folder)
+    run("tests/helpers/vllm_answers.py", f"{folder}/jobs.json", f"{folder}/answers.json")
     return dict(zip(finals, json.loads((folder / "answers.json").read_text()), strict=True))
 
 

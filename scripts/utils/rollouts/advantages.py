@@ -8,6 +8,7 @@ response.
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.loop import Loop
 from utils.ppo import (
     gae,
@@ -19,6 +20,8 @@ from utils.ppo import (
     whiten,
 )
 from utils.rollouts.episodes import Episodes
+
+MOST_DRIFT = 1.5  # nats a token; 16 bits make .01, weights that an engine did not take several
 
 
 def estimate_advantages(loop: Loop, rewards: Tensor, values: Tensor | None,
@@ -41,10 +44,17 @@ def whitened(loop: Loop, x: Tensor, mask: Tensor, shift_mean: bool = True) -> Te
 def correct_engine(loop: Loop, episodes: Episodes) -> tuple[Tensor | None, dict]:
     """Weights (N, R) of tokens that another engine sampled, None for our own; and how far it drifts: the mean
     |log-prob of the engine - log-prob of our forward pass| over all tokens.
+
+    Raises:
+        UserError: when it drifts so far that it computes another model.
     """
     if episodes.engine_logprobs is None:
         return None, {}
     weights = importance_weights(episodes.logprobs, episodes.engine_logprobs, loop.config.importance_limit)
     apart = (episodes.logprobs - episodes.engine_logprobs).abs()[episodes.response_mask]
-    drift = loop.total(apart.sum()) / loop.total(episodes.response_mask.sum())
-    return weights, {"policy/sampling_drift": drift.item()}
+    drift = (loop.total(apart.sum()) / loop.total(episodes.response_mask.sum())).item()
+    if not drift < MOST_DRIFT:
+        raise UserError(f"rollout_engine: the log-probs of '{loop.config.rollout_engine}' are {drift:.2f} "
+                        "nats a token from those of a forward pass here, so it computes another model; take "
+                        "rollout_engine 'own'")
+    return weights, {"policy/sampling_drift": drift}

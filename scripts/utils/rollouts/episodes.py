@@ -18,6 +18,7 @@ from utils.models.outputs import response_logprobs
 from utils.models.prompt_groups import PromptGroups, micro_batches, pack
 from utils.ppo import Rollout
 from utils.rollouts.continuous import sample_continuously
+from utils.rollouts.vllm_engine import sample_by_vllm
 
 
 class Pass(NamedTuple):
@@ -66,13 +67,16 @@ def sample_episodes(loop: Loop, policy, queries: list[list[int]], update: int) -
     config, tokenizer, k = loop.config, loop.tokenizer, loop.config.responses_per_prompt
     first = ((update - 1) * config.prompts_per_update + own_prompts(loop).start) * k
     settings = {"k": k, "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
-                "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+                "eos_id": tokenizer.eos_token_id}
     seed = config.seed * 1_000_003 + first
     if config.rollout_engine == "transformers":
-        samples = sample_continuously(policy, queries, seed=seed, **settings)
+        samples = sample_continuously(policy, queries, seed=seed, pad_id=tokenizer.pad_token_id, **settings)
+    elif config.rollout_engine == "vllm":
+        samples = sample_by_vllm(policy, queries, seed=seed, longest_prompt=config.max_prompt_tokens,
+                                 batch_size=config.eval_batch_size, **settings)
     else:
         samples = sample(policy, queries, seeds=[seed + i for i in range(len(queries) * k)],
-                         batch_size=config.eval_batch_size, **settings)
+                         batch_size=config.eval_batch_size, pad_id=tokenizer.pad_token_id, **settings)
     logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in samples.logprobs],
                                                batch_first=True)
     lengths = torch.tensor([len(response) for response in samples.responses])
