@@ -357,7 +357,8 @@ CONTRADICTIONS = {
     "rollout_engine: 'transformers' does not work": {"rollout_engine": "transformers", "deepspeed": "zero2"},
     "rollout_engine: 'vllm' does not work on weights that": {"rollout_engine": "vllm", "deepspeed": "zero3"},
     "rollout_engine: 'vllm' does not work on compiled": {"rollout_engine": "vllm", "compile_trunk": True},
-    "rollout_engine: 'vllm' does not take weights in 4": {"rollout_engine": "vllm", "load_in_4bit": True},
+    "rollout_engine: 'vllm' does not take weights in 4": {
+        "rollout_engine": "vllm", "load_in_4bit": True, "lora_rank": 2},
     "kl_coef: 0 never adapts": {"kl_target": 1.0, "kl_coef": 0.0},
     "kl_horizon: with 21 episodes an update it must be above 4.2": {"kl_target": 1.0, "kl_horizon": 4},
 }
