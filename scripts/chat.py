@@ -9,11 +9,15 @@
 A model with a chat template holds a conversation. A model that was trained on posts summarises what you type:
 write it as it is, the layout is added. In a conversation these words are commands:
 
-    /new            forget the conversation        /k 4              four answers to each prompt
-    /system TEXT    instructions for the model     /temperature 0.7  0: the likeliest token each time
-    /help           this list                      /quit             or Ctrl-D
+    /new              forget the conversation
+    /system TEXT      instructions for the model; without a text: none
+    /k 4              four answers to each prompt
+    /temperature 0.7  0: the likeliest token each time
+    /help             this list
+    /quit             or Ctrl-D
 
-A line with three double quotes begins and ends a text of several lines.
+A text of several lines can be pasted. Else a line of three double quotes begins
+it, and another one ends it.
 """
 
 import sys
@@ -21,6 +25,8 @@ from dataclasses import dataclass
 
 from utils.config import PROJECT, UserError, key
 from utils.launch import read_config, start
+
+_ALL_EQUAL = "at temperature 0 all answers to a prompt are the same; ask for one, or raise the temperature"
 
 
 @dataclass
@@ -48,25 +54,31 @@ class ChatConfig:
                 raise UserError(f"{one}: stands beside {other}; give one of them")
         if bool(self.prompts) != bool(self.output):
             raise UserError("output: --prompts and --output go together; give both")
+        if self.k > 1 and self.temperature == 0:
+            raise UserError(f"k: {_ALL_EQUAL}")
 
 
 if __name__ == "__main__":
     CONFIG = read_config(ChatConfig, None, __doc__, notes=sys.stderr)
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import TextStreamer
 
+from utils.console import progress_bar
 from utils.data.rows import load_examples
 from utils.models.parents import Parent
-from utils.models.talk import Answer, Scorer, Talker, last_model, share_layout
+from utils.models.talk import Answer, Pieces, Scorer, Talker, last_model, share_layout, short_names
 
 DEMO = PROJECT / "outputs" / "tldr_mini"
 _QUOTES = '"""'
+_NOT_TEXT = "this is not text in UTF-8"
+_WHAT = {"tldr": "Write or paste a post: it is summarised.",
+         "plain": "What you write is continued. Each text stands alone."}
 
 
 class Chat:
@@ -77,6 +89,7 @@ class Chat:
         key = "compare" if config.compare else "model"
         self.config = config
         self.talkers = [Talker(Parent(key, name, config.chat_template)) for name in names]
+        self.names = short_names(names)  # of the talkers, as they are shown
         share_layout(self.talkers)
         self.scorer = Scorer(Parent("reward_model", config.reward_model)) if config.reward_model else None
         for talker in self.talkers if self.scorer else ():
@@ -89,7 +102,18 @@ class Chat:
     def ask(self, text: str, streams: bool = False) -> list[list[Answer]]:
         """Each model's answers to the conversation with one more message."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, *self.turns, {"role": "user", "content": text}]
+        return self.answers([*system, *self.turns, {"role": "user", "content": text}], streams)
+
+    def answers(self, messages: list[dict], streams: bool = False) -> list[list[Answer]]:
+        """Each model's answers to a conversation.
+
+        Raises:
+            UserError: when it does not fit into a model, or holds bytes that are no text.
+        """
+        try:
+            json.dumps(messages, ensure_ascii=False).encode()
+        except UnicodeError:  # what the terminal sent was no UTF-8
+            raise UserError(f"prompt: {_NOT_TEXT}") from None
         found = []
         for talker in self.talkers:
             longest = self.config.max_new_tokens or talker.max_new_tokens
@@ -98,21 +122,25 @@ class Chat:
             if talker.shortens(text, longest):
                 print(f"note: '{talker.parent.name}' cannot read all of this prompt; it got a part",
                       file=sys.stderr)
-            streamer = TextStreamer(talker.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            answers = talker.answers(prompt, self.k, longest, self.temperature, streamer if streams else None)
+            streamer = Pieces(talker.tokenizer, _write) if streams else None
+            answers = talker.answers(prompt, self.k, longest, self.temperature, streamer)
             found.append(self.scorer.scored(prompt, answers) if self.scorer else answers)
         return found
 
     def talk(self) -> None:
         """Read messages until the end of the input."""
-        names = ", ".join(talker.parent.name for talker in self.talkers)
-        print(f"{names}\n/help lists the commands; Ctrl-D ends")
-        while (text := _message()) is not None:
+        with suppress(ImportError):  # not in every Python: lines can be edited, and a pasted post is one text
+            import readline
+            readline.parse_and_bind("set enable-bracketed-paste on")
+        what = {_WHAT.get(talker.layout, "A conversation: each answer knows what came before it.")
+                for talker in self.talkers}
+        print(", ".join(self.names), *sorted(what), "/help lists the commands; Ctrl-D ends", sep="\n")
+        while True:
             try:
-                if text.startswith("/"):
-                    if self.command(text):
-                        return
-                elif text:
+                text = _message()
+                if text is None or text.startswith("/") and self.command(text):
+                    return
+                if text and not text.startswith("/"):
                     self.answer(text)
             except UserError as error:  # a prompt that is too long, say
                 print(f"error: {error}")
@@ -124,44 +152,79 @@ class Chat:
         alone = len(self.talkers) == 1 and self.k == 1
         found = self.ask(text, streams=alone)
         if not alone:
-            show(self.talkers, found)
-        elif found[0][0].score is not None:
-            print(f"(score {found[0][0].score:.3f})")
-        elif self.scorer:
-            print("(did not end, so it has no score)")
+            show(self.names, found, self.scorer)
+        else:
+            print()
+            if self.scorer:
+                print(score_text(found[0][0]))
         if len(self.talkers) == 1:
             self.turns += [{"role": "user", "content": text},
                            {"role": "assistant", "content": found[0][0].text}]
 
     def command(self, text: str) -> bool:
-        """Do what a command says; True: end."""
+        """Do what a command says, and say what holds now; True: end."""
         name, _, value = text.partition(" ")
+        value = value.strip()
         if name == "/quit":
             return True
-        if name == "/new":
-            self.turns = []
-        elif name == "/system":
-            self.system = value.strip() or None
-        elif name == "/k" and value.strip().isdecimal() and 1 <= int(value) <= 1000:
-            self.k = int(value)
-        elif name == "/temperature" and (number := _number(value)) is not None:
-            self.temperature = number
-        elif name == "/help":
+        if name == "/help":
             print(__doc__[__doc__.index("    /new"):].rstrip())
+        elif name == "/new":
+            self.turns = []
+            print("a new conversation")
+        elif name == "/system":
+            self.instruct(value)
+        elif name == "/k":
+            self.set_k(value)
+        elif name == "/temperature":
+            self.set_temperature(value)
         else:
-            print(f"error: no command '{text[:60]}'; /help lists them")
+            raise UserError(f"no command '{text[:60]}'; /help lists them")
         return False
 
+    def instruct(self, value: str) -> None:
+        if all(talker.layout in _WHAT for talker in self.talkers):
+            raise UserError("/system: this model reads one text alone, and no instructions")
+        self.system = value or None
+        print(f"instructions: {value or 'none'}")
 
-def show(talkers: list[Talker], found: list[list[Answer]]) -> None:
+    def set_k(self, value: str) -> None:
+        if not (value.isdecimal() and 1 <= int(value) <= 1000):
+            raise UserError("/k: a whole number from 1 to 1000 is needed, as in /k 4")
+        if int(value) > 1 and self.temperature == 0:
+            raise UserError(f"/k: {_ALL_EQUAL}")
+        self.k = int(value)
+        print(f"answers to each prompt: {self.k}")
+
+    def set_temperature(self, value: str) -> None:
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= 100:
+            raise UserError("/temperature: a number from 0 to 100 is needed, as in /temperature 0.7")
+        if number == 0 and self.k > 1:
+            raise UserError(f"/temperature: {_ALL_EQUAL} (/k 1 asks for one)")
+        self.temperature = number
+        print(f"temperature: {number:g}")
+
+
+def score_text(answer: Answer) -> str:
+    return "(did not end, so it has no score)" if answer.score is None else f"(score {answer.score:.3f})"
+
+
+def show(names: list[str], found: list[list[Answer]], scored: bool) -> None:
     """The answers of several models side by side, or several of one."""
-    table = Table(show_lines=True, show_header=len(talkers) > 1)
-    for talker in talkers:
-        table.add_column(talker.parent.name, overflow="fold")
+    table = Table(show_lines=True, show_header=len(names) > 1)
+    for name in names:
+        table.add_column(name, overflow="fold")
     for row in zip(*found, strict=True):
-        table.add_row(*(answer.text + ("" if answer.score is None else f"\n(score {answer.score:.3f})")
-                        for answer in row))
+        table.add_row(*(f"{answer.text}\n{score_text(answer)}" if scored else answer.text for answer in row))
     Console(markup=False, highlight=False).print(table)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _message() -> str | None:
@@ -174,15 +237,10 @@ def _message() -> str | None:
         while (line := input(". ")).strip() != _QUOTES:
             lines.append(line)
         return "\n".join(lines).strip()
+    except UnicodeError:
+        raise UserError(f"prompt: {_NOT_TEXT}") from None
     except (EOFError, KeyboardInterrupt):
         print()
-        return None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return number if 0 <= (number := float(text)) <= 100 else None
-    except ValueError:
         return None
 
 
@@ -193,33 +251,51 @@ def answer_file(chat: Chat, config: ChatConfig) -> None:
         raise UserError(f"output: '{output}' must be a .jsonl file in a folder that exists")
     if output.exists():
         raise UserError(f"output: '{output}' is there already; name a new file")
-    examples = load_examples(config.prompts, "rlhf_training_data", need_completion=False)
+    rows = load_examples(config.prompts, "prompts", need_completion=False)
     with output.open("w", encoding="utf-8") as file:
-        for example in examples:
-            found = chat.ask(example.prompt)
+        for index in progress_bar(range(len(rows)), desc="prompts"):
+            prompt = rows[index].prompt
+            found = chat.answers(rows.messages(index) or [{"role": "user", "content": prompt}])
             answers = {talker.parent.name: [answer._asdict() for answer in each]
                        for talker, each in zip(chat.talkers, found, strict=True)}
             for each in answers.values():
                 for answer in each:
                     del answer["tokens"]
-            file.write(json.dumps({"prompt": example.prompt, "answers": answers}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False) + "\n")
+            file.flush()  # what is answered stays, whatever comes
+    print(f"prompts: {len(rows)}; their answers are in '{output}'")
+
+
+def _prompt_of(config: ChatConfig) -> str:
+    """The one prompt that was asked for.
+
+    Raises:
+        UserError: when there is none, or it is no text.
+    """
+    try:
+        text = (sys.stdin.read() if config.prompt == "-" else config.prompt).strip()
+    except UnicodeError:
+        raise UserError(f"prompt: {_NOT_TEXT}") from None
+    if not text:
+        raise UserError("prompt: is empty; text is needed")
+    return text
 
 
 def main(config: ChatConfig) -> None:
     torch.manual_seed(config.seed)
+    text = None if config.prompt is None else _prompt_of(config)
     chat = Chat(config)
     if config.prompts:
         return answer_file(chat, config)
-    if config.prompt is None:
+    if text is None:
         return chat.talk()
-    text = (sys.stdin.read() if config.prompt == "-" else config.prompt).strip()
-    if not text:
-        raise UserError("prompt: is empty; text is needed")
     found = chat.ask(text)
     if len(chat.talkers) > 1:
-        return show(chat.talkers, found)
+        return show(chat.names, found, chat.scorer)
     for answer in found[0]:
         print(answer.text)
+        if chat.scorer:  # beside the answer, which may go into a pipe
+            print(score_text(answer), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -95,10 +95,10 @@ from utils.feedback.application import Application, Shares
 from utils.feedback.database import Ratings
 from utils.feedback.exports import export_file
 from utils.feedback.rounds import SFT_ALONE, Rounds, policy_of, script
-from utils.feedback.sampling import Ahead, Models, Precedence, policy_name
+from utils.feedback.sampling import Ahead, Models, Precedence
 from utils.feedback.security import Sessions, installation_key, read_token
 from utils.models.parents import Parent
-from utils.models.talk import Scorer, last_model, share_layout
+from utils.models.talk import Scorer, last_model, share_layout, short_names
 from utils.paths import find_local
 from utils.runs.folder import claim
 
@@ -150,10 +150,8 @@ def load_models(config: FeedbackConfig, ratings: Ratings) -> Models:
     scorer = Scorer(Parent("reward_model", config.reward_model)) if config.reward_model else None
     models = Models(ratings, scorer, config.max_new_tokens)
     paths = [*config.model, *config.compare]
-    short = [policy_name(path) for path in paths]
-    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     numbers = [models.add(name, path, "model" if place < len(config.model) else "compare")
-               for place, (name, path) in enumerate(zip(names, paths, strict=True))]
+               for place, (name, path) in enumerate(zip(short_names(paths), paths, strict=True))]
     share_layout([models.talker(number) for number in numbers])
     models.rated = list(dict.fromkeys(numbers[: len(config.model)]))
     finished = [row for row in ratings.rounds() if row["state"] == "finished"]
@@ -173,9 +171,9 @@ def add_prompts(config: FeedbackConfig, ratings: Ratings) -> None:
         UserError: when there is none at all.
     """
     if config.prompts:
-        rows = load_examples(config.prompts, "rlhf_training_data", need_completion=False)
+        rows = load_examples(config.prompts, "prompts", need_completion=False)
         chosen = random.Random(config.seed).sample(range(len(rows)), min(len(rows), config.prompt_count))
-        ratings.add_prompts((rows[index].prompt for index in chosen), "prompts")
+        ratings.add_prompts(map(rows.stored_prompt, chosen), "prompts")
     elif not ratings.queue([], config.k)["prompts"]:
         raise UserError(f"prompts: none are given, and '{config.ratings}' has none; name a file with "
                         "--prompts")

@@ -1011,6 +1011,16 @@ MUTATIONS = [
         ("the plan's peak adds up what is never there at once", None, "peak",
          "and phase in item.alive", "", "plan_memory:all_of_it"),
     ]),
+    *_of("chat.py", "talk:conversations_of_a_file", [
+        ("a conversation of a file is put to the model as one text", None, "answer_file",
+         "rows.messages(index) or [", "["),
+        ("a pasted text is sent line by line", None, "Chat.talk", "enable-bracketed-paste on",
+         "enable-bracketed-paste off", "talk:a_post_that_is_pasted"),
+    ]),
+    *_of("feedback.py", "application:conversations_of_a_file", [
+        ("a conversation of a file loses its turns", None, "add_prompts", "map(rows.stored_prompt, chosen)",
+         "(rows[index].prompt for index in chosen)"),
+    ]),
     *_of("utils/feedback/statistics.py", "statistics:two_policies_by_hand", [
         ("a tie is no half win", None, "_wins", "0.5 * (rank == other)", "0"),
         ("intervals of agreement are over pairs", None, "_share",

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from utils.feedback.database import Ratings
-from utils.feedback.sampling import policy_name
+from utils.models.talk import short_names
 
 K = 4
 
@@ -47,7 +47,7 @@ K = 4
 def prepare(path: Path, model: str, prompts: int) -> None:
     """A database with answers to more prompts than will be rated."""
     ratings = Ratings(path)
-    policy = ratings.add_policy(policy_name(model), model)
+    policy = ratings.add_policy(short_names([model])[0], model)
     ratings.add_prompts((f"What grows on balcony number {n}?" for n in range(prompts)), "load")
     for prompt, _, missing in ratings.to_sample([policy], K, prompts):
         texts = [(f"Answer {n} to it, in a sentence of some words.", True) for n in range(missing[policy])]

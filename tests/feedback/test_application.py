@@ -20,6 +20,7 @@ from browser import Browser
 from rated import database
 from served import served, start_process, wait_until, words_of, write_models
 from utils.config import UserError, parse_config
+from utils.data.conversations import messages_of
 from utils.feedback.sampling import CHATS, BusyError, Precedence
 from utils.models.talk import Talker
 
@@ -403,7 +404,7 @@ def damaged_database(path):
     ("--model {0}/reward", None, "model: '.*' is a reward model"),
     ("--model {0}/first --reward_model {0}/second", None, "reward_model: '.*' is no reward model"),
     ("--model {0}/first --prompts none", None, "prompts: none are given, and '.*' has none; name a file"),
-    ("--model {0}/first --prompts {0}/empty.jsonl", None, "rlhf_training_data: "),
+    ("--model {0}/first --prompts {0}/empty.jsonl", None, "prompts: "),
     ("--model {0}/first --ratings {1}/a.db", other_database, "{1}/a.db: is a database of another program"),
     ("--model {0}/first --ratings {1}/a.db", damaged_database, "{1}/a.db: is damaged"),
     ("--model {0}/first --ratings {1}/a.db", lambda path: path.write_text("text"),
@@ -451,6 +452,17 @@ def test_the_demo_is_the_default(tmp_path, monkeypatch, folder):
 
 
 @pytest.mark.slow
+def test_conversations_of_a_file_keep_their_turns(tmp_path):
+    """So they get the template of a model that has one, as in training."""
+    turns = [*said("Hi"), {"role": "assistant", "content": "Hello"}, *said("My cat?")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": turns}))
+    config = parse_config(feedback.FeedbackConfig, None, ["--prompts", str(tmp_path / "rows.jsonl")])
+    ratings = database(tmp_path / "r.db", prompts=())
+    feedback.add_prompts(config, ratings)
+    [(_, text, _)] = ratings.to_sample([1], 4, 9)
+    assert messages_of(text) == turns
+
+
 def test_a_signal_ends_the_process_and_a_restart_knows_the_session(folder, tmp_path):
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)

@@ -19,7 +19,7 @@ from browser import Browser
 from rated import database
 from served import wait_until, words_of, write_models
 from utils.config import PROJECT
-from utils.feedback.sampling import policy_name
+from utils.models.talk import short_names
 
 KILLS, PROMPTS = 50, 700
 
@@ -69,7 +69,7 @@ class Rater(threading.Thread):
 def test_no_confirmed_rating_is_lost_by_kills(tmp_path):
     write_models(tmp_path, "first")
     output = tmp_path / "out"
-    policy = policy_name(str(tmp_path / "first"))
+    [policy] = short_names([str(tmp_path / "first")])
     database(output / "ratings.db", [f"post {n}" for n in range(PROMPTS)], [policy], k=3).close()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -2,21 +2,26 @@
 
 import io
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chat
+from chat_models import TEMPLATE, save_chat_model, write_rows
 from tiny_models import mini_tokenizer, save_opt
 from utils.config import PROJECT, UserError, parse_config
 from utils.data.layouts import TLDR_TEMPLATE
 from utils.models.outputs import scores
 from utils.models.parents import Parent
 from utils.models.prompt_groups import pack
-from utils.models.talk import Scorer, Talker, as_post, share_layout
+from utils.models.talk import Scorer, Talker, as_post, share_layout, short_names
 
 POST = "My balcony faces north. What grows there?"
 
@@ -108,7 +113,63 @@ def test_a_conversation_obeys_its_commands(folder, monkeypatch, capsys):
         (text, len(self.turns), self.k, self.temperature)) or ask(self, text, streams))
     out = run(f"--model {folder}/first", monkeypatch, capsys, typed)
     assert asked == [("Hello", 0, 1, None), ("Again", 2, 2, 0.5), ("two\nlines", 4, 2, 0.5)]
-    assert out.count("error: no command") == 2 and "/system TEXT" in out
+    assert out.count("error: no command") == 1 and out.count("error: /k: a whole number") == 1
+    assert "/system TEXT" in out and max(map(len, out.splitlines()[4:12])) <= 80
+
+
+def test_a_conversation_outlives_its_mistakes(folder, monkeypatch, capsys):
+    typed = ("/k 2\n/temperature 0\nHello\n/k 1\n/temperature 0\n/k 2\n/temperature x\n/system Be kind\n"
+             "b\udcffd\nAgain\n")
+    asked = []
+    monkeypatch.setattr(chat, "show", lambda names, found, scored: asked.append(len(found[0])))
+    out = run(f"--model {folder}/first", monkeypatch, capsys, typed)
+    assert asked == [2]  # the second one streams
+    words = ["error: /temperature: at temperature 0 all", "answers to each prompt: 1", "temperature: 0\n",
+             "error: /k: at temperature 0 all", "error: /temperature: a number", "error: /system: this model",
+             "error: prompt: this is not text in UTF-8"]
+    places = [out.index(word) for word in words]
+    assert places == sorted(places) and out.rstrip().endswith(">") and len(out[places[-1]:].splitlines()) > 2
+
+
+def test_the_scores_of_one_prompt_stand_beside_the_pipe(folder, monkeypatch, capsys):
+    words = f"--model {folder}/first --reward_model {folder}/reward --temperature 1 --k 3 --prompt -"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(POST))
+    chat.main(parse_config(chat.ChatConfig, None, words.split()))
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 3 == len(re.findall(r"^\((?:score -?\d|did not end)", said.err, re.M))
+    assert "score" not in said.out
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of a UTF-8 and of a C locale
+def test_bytes_that_are_no_text_are_refused(errors, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors))
+    with pytest.raises(UserError, match="^prompt: this is not text in UTF-8$"):
+        chat.main(parse_config(chat.ChatConfig, None, f"--model {folder}/first --prompt -".split()))
+
+
+def test_conversations_of_a_file_get_the_models_template(tmp_path, monkeypatch, capsys):
+    model = save_chat_model(tmp_path / "model", "llama")
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+             {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "My cat?"}]
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": turns}, {"prompt": "A dog"}])
+    run(f"--model {model} --chat_template {model}/template.jinja --prompts {tmp_path}/rows.jsonl "
+        f"--output {tmp_path}/answers.jsonl --temperature 0 --max_new_tokens 12", monkeypatch, capsys)
+    tokenizer, stock = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    for line, asked in zip(lines, (turns, [{"role": "user", "content": "A dog"}]), strict=True):
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt",
+                                            return_dict=True)["input_ids"]
+        row = stock.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1]:]
+        [answer] = json.loads(line)["answers"][str(model)]
+        assert answer["text"] == tokenizer.decode(row, skip_special_tokens=True).strip()
+
+
+def test_models_have_short_names_that_differ():
+    assert short_names(["outputs/mine/ppo/final", "../outputs/mine/sft/final", "facebook/opt-125m", "x"]) == [
+        "mine/ppo", "mine/sft", "facebook/opt-125m", "x"]
+    alike = ["a/mine/ppo/final", "b/mine/ppo/final"]
+    assert short_names([*alike, "mine/sft"]) == [*alike, "mine/sft"]
 
 
 def test_a_file_of_prompts_is_answered(folder, tmp_path, monkeypatch, capsys):
@@ -130,7 +191,8 @@ def test_a_file_of_prompts_is_answered(folder, tmp_path, monkeypatch, capsys):
     ("--model {0}/first --max_new_tokens 384 --prompt x", "max_new_tokens: 384 tokens leave no room"),
     ("--model {0}/first --compare {0}/second --prompt x", ".*model: stands beside compare"),
     ("--model {0}/first --prompts x", ".*output: --prompts and --output go together"),
-    ("--model {0}/first --prompts none.jsonl --output {0}/a.jsonl", "rlhf_training_data: 'none.jsonl'"),
+    ("--model {0}/first --prompts none.jsonl --output {0}/a.jsonl", "prompts: 'none.jsonl'"),
+    ("--model {0}/first --k 2 --temperature 0 --prompt x", ".*k: at temperature 0 all answers"),
     ("--model {0}/first --prompts none.jsonl --output {0}/no/a.jsonl", "output: .* must be a .jsonl file"),
 ])
 def test_a_mistake_is_one_line(words, message, folder, monkeypatch, capsys):
@@ -151,3 +213,26 @@ def test_a_pipe_gets_the_answer_and_nothing_else(folder):
                            "--temperature", "0", "--prompt", "-"], input=POST, capture_output=True, text=True,
                           check=True)
     assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_post_that_is_pasted_into_a_terminal_is_one_message(folder):
+    """The terminal marks what is pasted; so line breaks in it do not send it."""
+    typed = b"\x1b[200~My cat sleeps.\n\nMy dog does not.\x1b[201~\r/quit\r"
+    ours, theirs = pty.openpty()
+    command = [sys.executable, PROJECT / "scripts" / "chat.py", "--model", folder / "first",
+               "--reward_model", folder / "reward"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                          env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(theirs)
+        seen = b""
+        while not seen.rstrip().endswith(b">"):
+            seen += os.read(ours, 65536)
+        asked_for_marks, seen = b"\x1b[?2004h" in seen, b""
+        os.write(ours, typed)
+        with suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 65536):
+                seen += part
+    os.close(ours)
+    assert asked_for_marks and process.returncode == 0
+    assert len(re.findall(rb"\((?:score -?\d|did not end)", seen)) == 1

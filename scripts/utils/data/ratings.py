@@ -146,8 +146,8 @@ def read_database(path: Path, field: str, most: int) -> tuple[str, Iterator[tupl
 
     Args:
         field: the data key. The reward stage's take pairs, the SFT stage's the edited or best answers,
-            `centring_data` the edited ones, PPO's the prompts, rated or not. `data` (prepare_data.py) takes
-            pairs.
+            `centring_data` the edited ones, PPO's and `prompts` (chat.py, feedback.py) the prompts, rated or
+            not. `data` (prepare_data.py) takes pairs.
         most: bytes of a row (`max_row_bytes`).
 
     Returns:
@@ -162,7 +162,7 @@ def read_database(path: Path, field: str, most: int) -> tuple[str, Iterator[tupl
                         "reward_training_data")
     with database_errors(path), _read_only(path) as connection:
         refuse_foreign(connection, path)
-        if field.startswith("rlhf_"):
+        if field == "prompts" or field.startswith("rlhf_"):
             rows = [(number, prompt_row(text)) for number, text in
                     connection.execute("SELECT id, text FROM prompts ORDER BY id")]
             what = "prompt"

@@ -103,6 +103,11 @@ class Rows(Sequence):
         stored, row = self._find(index)
         return stored.messages(row)
 
+    def stored_prompt(self, index: int) -> str:
+        """A row's prompt as `utils/data/conversations.py` stores it."""
+        stored, row = self._find(index)
+        return stored.prompt(row)
+
     def prompts(self) -> np.ndarray:
         """(N,) 16 bytes that stand for each row's prompt."""
         marks = [mark for stored in self.sets for mark in stored.table.column("digest").to_pylist()]

@@ -175,7 +175,11 @@ class StoredSet:
 
     def messages(self, index: int) -> list[dict] | None:
         """The conversation that a row's prompt is; None: it is plain text."""
-        return messages_of(self.text(self.table.column("prompt")[index].as_py()))
+        return messages_of(self.prompt(index))
+
+    def prompt(self, index: int) -> str:
+        """A row's prompt as `utils/data/conversations.py` stores it."""
+        return self.text(self.table.column("prompt")[index].as_py())
 
     def rejected(self) -> Iterator[dict]:
         """The rejected rows: `place` (`file:line`), `reason`, `row`."""

@@ -8,15 +8,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from transformers import TextStreamer
 
 from utils.errors import UserError, one_line
 from utils.feedback.database import Ratings
 from utils.feedback.security import safe_html
 from utils.models.parents import Parent
-from utils.models.talk import Answer, Scorer, Talker
+from utils.models.talk import Answer, Pieces, Scorer, Talker
 
 CHATS = 4  # at once
 _PAUSE = 1.0  # seconds until an idle thread looks again
@@ -223,18 +220,6 @@ class Ahead(threading.Thread):
         return self.precedence.is_taken() or self._end.is_set()
 
 
-class _Pieces(TextStreamer):
-    """Hands on the text of an answer as it grows, a word at a time."""
-
-    def __init__(self, tokenizer, say: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._say = say
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._say(text)
-
-
 def chat(models: Models, numbers: list[int], messages: list[dict], temperature: float | None,
          max_new_tokens: int | None, stop: threading.Event, say: Callable[[dict], None]) -> None:
     """Answers of several models at once. Returns when all have ended, or `stop` is set.
@@ -258,7 +243,7 @@ def _chat(models: Models, number: int, messages, temperature, max_new_tokens, st
         longest = max_new_tokens or models.longest(talker)
         text = talker.text(messages)
         prompt = talker.tokens(text, longest)
-        pieces = _Pieces(talker.tokenizer, lambda text: say({"model": number, "text": text}))
+        pieces = Pieces(talker.tokenizer, lambda text: say({"model": number, "text": text}))
         [answer] = talker.answers(prompt, 1, longest, temperature, pieces, stop.is_set)
         if models.scorer and not stop.is_set():
             [answer] = models.scorer.scored(prompt, [answer])
@@ -269,9 +254,3 @@ def _chat(models: Models, number: int, messages, temperature, max_new_tokens, st
         say({"model": number, "error": str(error)})
     except Exception as error:  # no memory on the GPU, say: the page shows it
         say({"model": number, "error": one_line(f"{type(error).__name__}: {error}")})
-
-
-def policy_name(path: str) -> str:
-    """A short name of a model: outputs/mine/ppo/final is mine/ppo."""
-    parts = [part for part in Path(path).parts if part not in ("outputs", "final", "/", "..", ".")]
-    return "/".join(parts[-2:]) or path

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from utils.config import UserError
 from utils.data.chat import Chat
@@ -135,6 +135,20 @@ def share_layout(talkers: list[Talker]) -> None:
             talker.layout, talker.max_new_tokens = trained.layout, trained.max_new_tokens
 
 
+class Pieces(TextStreamer):
+    """Hands on the text of an answer as it grows, a word at a time, without the space that it begins with."""
+
+    def __init__(self, tokenizer, say: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._say, self._begun = say, False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self._begun else text.lstrip()
+        if text:
+            self._begun = True
+            self._say(text)
+
+
 class _Stop(StoppingCriteria):
     """Ends all rows of a batch when somebody asks for it."""
 
@@ -171,6 +185,17 @@ def as_post(text: str) -> str:
     has_title = rest.strip() and len(first) <= _TITLE
     return TLDR_TEMPLATE.format(subreddit="AskReddit", title=first[:_TITLE].strip(),
                                 post=rest.strip() if has_title else text)
+
+
+def short_names(names: list[str]) -> list[str]:
+    """What models are called where there is little room: outputs/mine/ppo/final is mine/ppo.
+
+    Those that would be called alike keep their whole names.
+    """
+    ends = [[part for part in Path(name).parts if part not in ("outputs", "final", "/", "..", ".")]
+            for name in names]
+    short = ["/".join(parts[-2:]) or name for parts, name in zip(ends, names, strict=True)]
+    return [name if short.count(name) == 1 else whole for name, whole in zip(short, names, strict=True)]
 
 
 def last_model(demo: Path) -> str:
