@@ -327,8 +327,8 @@ def main(config: RewardStageConfig) -> None:
     refuse_unfit(model, base, base.tokenizer, config.max_prompt_tokens + config.max_completion_tokens,
                  "max_prompt_tokens + max_completion_tokens")
     rehearse_saving(model, base.tokenizer, config)
-    give_heads(model, base, config)
     model = trainable(model, config)
+    give_heads(model, base, config)
 
     run = Run(config, "reward", report, [base])
     schedule = config.schedule(len(rankings))

@@ -1126,6 +1126,18 @@ MUTATIONS = [
         ("uncertainty is rewarded", None, "ensemble_score", "mean - coef *", "mean + coef *"),
         ("all heads draw the same posts", None, "bootstrap_draws",
          "poisson(1.0, heads)", "poisson(1.0, 1).repeat(heads)", "heads:the_bootstrap_draws"),
+        ("final/ has one of the heads, not their mean", None, "take_heads",
+         "weight.mean(0, keepdim=True)", "weight[:1]", "heads:final_has_the_mean"),
+        ("the head that waits for the end is trained", None, "Heads.__init__",
+         "replaced.requires_grad_(False)", "replaced", "heads:each_heads_gradient"),
+    ]),
+    *_of("utils/rewards/model.py", "rendered:each_answer", [
+        ("a model that reads the text sees an end that is not there", None, "RenderedReward._group",
+         "list(one[:-1]) or list(one)", "list(one)"),
+        ("a model that reads the text sees the last question alone", None, "RenderedReward._group",
+         "self.chat.cut(asked, self.most)", "asked[-1:]"),
+        ("the scores of a pass go to the first answers", None, "RenderedReward.of_answers",
+         "for i in part: measured[i]", "for i in range(len(part)): measured[i]"),
     ]),
     *_of("studies/verifiable.py", "verifiable:an_arm_gets", [
         ("the update that warms up counts as the others", None, "updates_in_time", "seconds[1:]", "seconds"),

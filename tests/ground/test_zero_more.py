@@ -1,6 +1,9 @@
-"""DeepSpeed beside test_zero.py's table: adapters, parts, shared trunks, bfloat16, best weights, resume."""
+"""DeepSpeed beside test_zero.py's table: adapters, parts, shared trunks, bfloat16, best weights, resume; and
+several reward heads.
+"""
 
 import gzip
+import os
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from run_folders import furthest, metrics, weights
 from utils.config import PROJECT
-from zero_cases import STAGES, launch, losses, make_models, weights_of, words_of
+from zero_cases import STAGES, launch, losses, make_models, make_rewards, weights_of, words_of
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -18,6 +21,20 @@ IN_PARTS = {"sft": "--micro_batch_tokens 200 --actor_training_data {0}/actor_tra
             "reward": "--micro_batch_tokens 200 --reward_training_data {0}/reward_train.jsonl",
             "ppo": "--value_model shared"}
 ENGINES = {"lora": ["zero2", "zero3"], "350m": ["zero3"], "bf16": ["zero2", "zero3"]}
+# stage with several heads, rank of the adapters, engine, processes: the strongest, or with ALL_SPLITS=1 all
+SEVERAL = [("reward", 0, "zero3", 1), ("reward", 0, "zero2", 2), ("reward", 4, "zero3", 2),
+           ("ppo", 0, "zero2", 1), ("ppo", 0, "zero3", 2), ("ppo", 4, "zero3", 2)]
+if os.environ.get("ALL_SPLITS"):
+    SEVERAL = [(stage, rank, engine, processes) for stage in ("reward", "ppo") for rank in (0, 4)
+               for engine in ("zero2", "zero3") for processes in (1, 2)]
+FAILS = """
+import os
+
+def fails(completions):
+    if os.environ["RANK"] == "1":
+        raise ValueError("no luck")
+    return [0.0] * len(completions)
+"""
 RESUMED = [("zero1", 2), ("zero2_offload", 1), ("zero3_offload", 1), ("zero3", 2)]
 
 
@@ -83,9 +100,21 @@ def test_the_best_weights_come_back_exactly(others, stage, kind, engine):
 
 @pytest.fixture(scope="module")
 def stopped(models):
-    """Each run undisturbed, and once more stopped by a signal in its middle and resumed."""
+    """Each run undisturbed, and once more stopped by a signal in its middle and resumed. And those with
+    several heads, which share the processes: each start of Python takes seconds.
+    """
+    more = {"reward": ["--reward_heads", "3"], "ppo": make_rewards(models)}
+    (models / "own.py").write_text(FAILS)
+    failing = [*words_of(models, "ppo", 4, 1, None, STEPS), "--reward_model", "none", "--rewards",
+               f"[{{python: '{models}/own.py:fails'}}]"]
     for processes in (1, 2):
-        cases = []
+        plain = [(stage, rank, None, 2) for stage in more for rank in (0, 4)]
+        cases = [(stage, models / f"several-{stage}-{rank}-{engine}-{processes}",
+                  [*words_of(models, stage, 8 // processes, 1, engine, STEPS), *more[stage],
+                   *(["--lora_rank", f"{rank}"] if rank else [])], None)
+                 for stage, rank, engine, count in [*plain, *SEVERAL] if count == processes]
+        if processes == 2:
+            cases.insert(0, ("ppo", models / "failing", failing, None))
         for stage in STAGES:
             for engine in [engine for engine, count in RESUMED if count == processes]:
                 words = words_of(models, stage, 8 // processes, 1, engine, STEPS)
@@ -103,3 +132,26 @@ def test_stop_and_resume_end_like_an_undisturbed_run(stopped, stage, engine):
     assert "stopped; go on with" in (ours / "train.log").read_text()
     assert metrics(ours) == metrics(whole)
     assert furthest(weights_of(ours / "final"), weights_of(whole / "final")) == 0
+
+
+@pytest.mark.parametrize(("stage", "rank", "engine", "processes"), SEVERAL)
+def test_several_heads_end_like_a_run_without_an_engine(stopped, stage, rank, engine, processes):
+    """PPO: worst, mean and uncertainty, of the policy's tokens and of the text; a process without a row."""
+    plain, ours = (stopped / f"several-{stage}-{rank}-{kind}" for kind in ("None-2", f"{engine}-{processes}"))
+    for now, then in zip(metrics(ours), metrics(plain), strict=True):
+        assert now == pytest.approx(then, abs=1e-4, nan_ok=True)
+    assert furthest(weights_of(ours / "final"), weights_of(plain / "final")) < 1e-4
+    if stage == "reward":
+        heads = [weights(run / "final", "reward_heads") for run in (ours, plain)]
+        assert furthest(*heads) < 1e-4
+        own = weights_of(ours / "final")["score.weight"]
+        assert torch.allclose(own, heads[0]["weight"].mean(0, keepdim=True), atol=1e-6)
+        assert (heads[0]["weight"] - own).abs().max() > 0.1
+    else:
+        row = next(row for row in metrics(ours) if "rewards/worst" in row)
+        assert row["rewards/worst"] < row["rewards/mean"] != row["rewards/other"]
+
+
+def test_a_function_that_raises_on_one_process_stops_both_with_its_line(stopped):
+    """Before the next runs, which are those of the other tests."""
+    assert (stopped / "output2.txt").read_text().count("own.py:fails' raised ValueError: no luck, for ") == 2

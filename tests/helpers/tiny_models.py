@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig
 
 from utils.config import PROJECT
+from utils.models.heads import FILE
 
 KINDS = {"policy": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
 
@@ -48,4 +50,26 @@ def save_opt(folder: Path, kind: str = "policy", seed: int = 0, eos_logit: float
             model.base_model.decoder.final_layer_norm.bias += eos_logit * eos / eos.square().sum()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_heads(folder: Path, count: int = 3) -> Path:
+    """Give the reward model in `folder` so many heads, whose mean is its own one; returns the folder."""
+    own = load_file(folder / "model.safetensors")["score.weight"]
+    apart = torch.randn(count, own.shape[1], generator=torch.Generator().manual_seed(count)) * own.std()
+    save_file({"weight": own + apart - apart.mean(0), "bias": torch.zeros(count)}, folder / FILE)
+    return folder
+
+
+def save_other_vocabulary(source: Path, folder: Path) -> Path:
+    """Write the reward model in `source` with one word more to `folder`, and return it.
+
+    The mini data has the same tokens in both vocabularies, but the stage cannot know that.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["zzzz"])
+    model = KINDS["reward"].from_pretrained(source)
+    model.resize_token_embeddings(len(tokenizer))
+    for saved in (tokenizer, model):
+        saved.save_pretrained(folder)
     return folder

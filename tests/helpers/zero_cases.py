@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from run_folders import Tensors, metrics, weights
-from tiny_models import save_opt
+from tiny_models import save_heads, save_opt, save_other_vocabulary
 from utils import zero
 from utils.config import PROJECT
 
@@ -30,6 +31,19 @@ def make_models(folder: Path) -> None:
                      dropout=0.0, do_layer_norm_before=before, enable_bias=not before)
 
 
+def make_rewards(folder: Path) -> list[str]:
+    """The words with which PPO has three ensembles, two of one model's heads, and one of a model with a
+    vocabulary of its own, which reads the text; and a guard. The second process has no test prompt.
+    """
+    several = save_heads(Path(shutil.copytree(folder / "usual" / "reward", folder / "several")))
+    other = save_heads(save_other_vocabulary(several, folder / "other"))
+    rewards = [{"model": f"{several}", "name": "worst", "ensemble": "worst"},
+               {"model": f"{several}", "name": "mean"},
+               {"model": f"{other}", "name": "other", "ensemble": "uncertainty"}]
+    return ["--rewards", json.dumps(rewards), "--reward_model", "none", "--test_rows", "1", "--guard", "0.5",
+            "--guard_model", f"{folder}/350m/reward", "--missing_eos_score", "none"]
+
+
 def words_of(folder: Path, stage: str, rows: int, accumulation: int, engine: str | None, steps: int,
              model: str = "usual") -> list[str]:
     """The command line of a stage: `rows` in a micro-batch of one process."""
@@ -48,7 +62,8 @@ def words_of(folder: Path, stage: str, rows: int, accumulation: int, engine: str
 
 
 def launch(folder: Path, processes: int, cases: list[tuple]) -> None:
-    """Run (stage, output folder, words, step to stop at or None), one after the other, in so many processes.
+    """Run (stage, output folder, words, step to stop at or None), one after the other, in so many processes;
+    what they print goes to output<processes>.txt.
 
     Those without an engine come first: one that was there leaves traces.
     """
@@ -59,6 +74,7 @@ def launch(folder: Path, processes: int, cases: list[tuple]) -> None:
     done = subprocess.run([sys.executable, *words],
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
                           check=False, timeout=1800)
+    (folder / f"output{processes}.txt").write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

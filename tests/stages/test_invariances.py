@@ -30,7 +30,7 @@ import train_sft
 from families import FAMILIES, PAD, VOCAB, draw, policy, random_groups, scalar_model
 from oracle import TEMPERATURE, each_row, stock_logprobs, stock_scores
 from run_folders import furthest, last_trained, metrics, weights
-from tiny_models import save_opt
+from tiny_models import save_opt, save_other_vocabulary
 from utils.config import PROJECT, UserError, parse_config
 from utils.distributed import world
 from utils.loop import Loop
@@ -331,6 +331,8 @@ def folder(tmp_path_factory):
     # responses end, and differ in length
     save_opt(folder / "base", eos_logit=6.0, **sizes)
     save_opt(folder / "reward_model", "reward", seed=1, **sizes)
+    save_other_vocabulary(folder / "reward_model", folder / "other")
+    (folder / "own.py").write_text(OWN)
     write_data(folder)
     for stage, more in STAGES.items():
         shared = {"adam_eps": 1.0, "learning_rate": 0.3, "per_device_batch_size": 8, "eval_rows": 5,
@@ -475,7 +477,13 @@ def torchrun(file, *words):
 # what the processes must agree on from update to update
 OPTIONS = ("--whiten_rewards true --kl_target 0.05 --kl_horizon 50 --ema_decay 0.5 --lora_rank 2 "
            "--value_model shared --target_kl 0.02 --reward_model none "
-           '--rewards [{"model":"FOLDER/reward_model","length_control":true,"scale":"std"}]')
+           '--rewards [{"model":"FOLDER/reward_model","length_control":true,"scale":"std"},'
+           '{"model":"FOLDER/other","name":"other"},'
+           '{"python":"FOLDER/own.py:mixed","processes":"main"},{"python":"FOLDER/own.py:mixed","name":"each"}]')
+OWN = """
+def mixed(prompts, completions):
+    return [(len(prompt) + 3 * len(text)) % 7 for prompt, text in zip(prompts, completions)]
+"""
 
 
 @pytest.mark.slow

@@ -5,12 +5,11 @@ import json
 import signal
 
 import pytest
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import train_ppo
 from reward_service import service
 from run_folders import furthest, last_trained, metrics, weights
-from tiny_models import save_opt
+from tiny_models import save_heads, save_opt, save_other_vocabulary
 from utils.config import PROJECT, UserError, parse_config
 
 DATA = PROJECT / "data" / "tldr_mini"
@@ -85,11 +84,19 @@ def test_a_mistake_in_the_list_is_one_line_with_place_and_key(words, message, tm
 
 
 OWN = """
+from pathlib import Path
+
 def is_short(completions, number):
     return [float(len(text.split()) < n) if n else None for text, n in zip(completions, number)]
 
 def fails(completions):
     raise ValueError("no luck")
+
+def brittle(completions, calls=[]):
+    calls.append(1)
+    if len(calls) > 2 and (Path(__file__).parent / "broken").exists():
+        raise ValueError("no luck")
+    return [len(text) / 10 for text in completions]
 
 def mixed(tokens):
     return [sum(t) % 8 for t in tokens]
@@ -107,12 +114,9 @@ def every_kind(folder):
         rows = [json.loads(row) for row in (folder / f"{part}.jsonl").read_text().splitlines()]
         (folder / f"{part}.jsonl").write_text("".join(
             json.dumps(row | {"number": place}) + "\n" for place, row in enumerate(rows)))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "reward")
-    tokenizer.add_tokens(["zzzz"])  # the same tokens for all of these texts, but another vocabulary
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
-    model.resize_token_embeddings(len(tokenizer))
-    for saved in (tokenizer, model):
-        saved.save_pretrained(folder / "other")
+    save_other_vocabulary(folder / "reward", folder / "other")
+    save_heads(save_opt(folder / "several", "reward", seed=1, head_scale=30.0))
+
     def lengths(asked, handler):
         if "messages" not in asked:
             return {"scores": [len(text) / 10 for text in asked["completions"]]}
@@ -121,6 +125,7 @@ def every_kind(folder):
 
     with service(lengths) as (address, _):
         yield [{"model": f"{folder}/reward", "scale": "std"}, {"model": f"{folder}/other", "name": "other"},
+               {"model": f"{folder}/several", "name": "worst", "ensemble": "worst"},
                {"python": f"{folder}/own.py:is_short", "warmup_updates": 3},
                {"url": address, "weight": 0.5, "length_control": True, "scale": "std"},
                {"judge": address, "judge_model": "m", "rubric": "Be long.", "weight": 0.1},
@@ -133,8 +138,8 @@ def test_every_kind_is_logged_by_its_name_and_goes_on_after_a_stop(folder, every
     words = ["--rewards", json.dumps(every_kind), "--missing_eos_score", "none"]
     whole = run(folder, "whole", *words)
     rows = [row for row in metrics(whole) if "objective/kl" in row]
-    names = ["model", "other", "is_short", "url", "judge", "length_target", "length_limit", "length_price",
-             "repetition", "format", "rouge", "missing_eos"]
+    names = ["model", "other", "worst", "is_short", "url", "judge", "length_target", "length_limit",
+             "length_price", "repetition", "format", "rouge", "missing_eos"]
     for row in rows:
         assert {name.split("/")[1] for name in row if name.startswith("rewards/")} == set(names)
         assert row["rewards/length_price"] == pytest.approx(-0.01 * row["objective/length"])
@@ -144,6 +149,7 @@ def test_every_kind_is_logged_by_its_name_and_goes_on_after_a_stop(folder, every
     for row in metrics(whole):  # of nearly greedy answers, which are no random pieces of words
         if "eval/kl" in row:
             assert row["eval/rewards/other"] == pytest.approx(row["eval/rewards/model"], abs=1e-4)
+            assert row["eval/rewards/worst"] < row["eval/rewards/model"] and row["eval/spread"] > 0.01
     summary = json.loads((whole / "summary.json").read_text())
     assert all(f"{name}_{when}" in summary for name in names for when in ("before", "after"))
 
@@ -163,7 +169,7 @@ def test_every_kind_is_logged_by_its_name_and_goes_on_after_a_stop(folder, every
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
 def test_ppo_needs_no_reward_model(folder, every_kind, advantage):
-    words = ["--total_episodes=8", "--rewards", json.dumps(every_kind[2:3]), f"--advantage={advantage}"]
+    words = ["--total_episodes=8", "--rewards", json.dumps(every_kind[3:4]), f"--advantage={advantage}"]
     made = run(folder, f"none-{advantage}", *words)
     stage = json.loads((made / "final" / "stage.json").read_text())
     assert set(stage["parents"]) == {"model"}
@@ -201,6 +207,19 @@ def test_a_function_that_raises_stops_the_run_with_its_row(folder, every_kind):
     with pytest.raises(UserError, match=r"^rewards.fails: '.*own.py:fails' raised ValueError: no luck, for "
                                         r"the answer '.*' to .*validation.jsonl:1$"):
         run(folder, "fails", "--rewards", f"[{{python: '{folder}/own.py:fails'}}]")
+
+
+def test_a_mended_function_goes_on_where_it_has_failed(folder, every_kind):
+    """It fails in the second update: the first one's checkpoint is intact."""
+    words = ["--rewards", f"[{{python: '{folder}/own.py:brittle'}}]", "--advantage=rloo"]
+    whole = run(folder, "mended-whole", *words)
+    (folder / "broken").touch()
+    with pytest.raises(UserError, match="raised ValueError: no luck"):
+        run(folder, "mended", *words)
+    (folder / "broken").unlink()
+    run(folder, "mended", *words, "--resume")
+    assert metrics(folder / "mended") == metrics(whole)
+    assert furthest(last_trained(folder / "mended"), last_trained(whole)) == 0
 
 
 def test_a_mistake_in_a_file_names_its_line(tmp_path):

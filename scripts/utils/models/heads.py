@@ -32,9 +32,11 @@ class Heads(ScalarHead):
     So whatever reads a reward model's first label reads the score of the ensemble.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, ensemble: str = "mean", coef: float = 0.0):
+    def __init__(self, weight: Tensor, bias: Tensor | None, ensemble: str = "mean", coef: float = 0.0,
+                 replaced: ScalarHead | None = None):
         super().__init__(weight.shape[1], len(weight), bias=bias is not None, device=weight.device)
         self.ensemble, self.coef = ensemble, coef
+        self.replaced = replaced and replaced.requires_grad_(False)  # not read: `take_heads` puts it back
         with torch.no_grad():
             self.weight.copy_(weight)
             if bias is not None:
@@ -78,8 +80,8 @@ def bootstrap_draws(prompt: list[int], heads: int, seed: int) -> list[float]:
 
 
 def give_heads(model, parent: Parent, config) -> None:
-    """Put `config.reward_heads` heads into a model that is going to be trained: those of a reward model that
-    goes on learning, or new ones with weights N(0, 1/sqrt(D+1)) each (detail 15).
+    """Put `config.reward_heads` heads into a model that is going to be trained, behind its adapters: those of
+    a reward model that goes on learning, or new ones with weights N(0, 1/sqrt(D+1)) each (detail 15).
 
     Raises:
         UserError: when the reward model has another number of them.
@@ -96,19 +98,22 @@ def give_heads(model, parent: Parent, config) -> None:
     else:
         generator, width = torch.Generator().manual_seed(config.seed), model.score.in_features
         weight = torch.empty(count, width).normal_(std=1 / math.sqrt(width + 1), generator=generator)
-    model.score = Heads(weight.to(model.device), None)
+    model.score = Heads(weight.to(model.device), None, replaced=model.score)
 
 
 def take_heads(model) -> Heads | None:
     """Put the mean of the heads into the model as its one head; returns the heads, None where there are none.
+
+    Their mean goes into the head that `give_heads` took out, since ZeRO-3 cannot compute a module that was
+    not there when its engine was made.
     """
     heads = model.score
     if not isinstance(heads, Heads):
         return None
     with gathered_weights(heads):
         weight = heads.weight.detach().clone()
-    model.score = ScalarHead(heads.in_features, 1, bias=False, device=weight.device)
-    with torch.no_grad():
+    model.score = heads.replaced.to(weight.device)
+    with gathered_weights(model.score, change=True), torch.no_grad():
         model.score.weight.copy_(weight.mean(0, keepdim=True))
     return Heads(weight, torch.zeros(len(weight), device=weight.device)).eval()
 

@@ -1,10 +1,13 @@
 """A reward model as one of the rewards of a run."""
 
+from itertools import pairwise
+
 import torch
 
 from utils.config import UserError
 from utils.data.chat import Chat
 from utils.data.tokens import completion_tokens, prompt_tokens
+from utils.distributed import max_over_ranks, on_all
 from utils.models.outputs import scores
 from utils.models.parents import Parent
 from utils.models.prompt_groups import micro_batches, pack
@@ -46,13 +49,20 @@ class RenderedReward(ModelReward):
 
     @torch.no_grad()
     def of_answers(self, answers: Answers) -> list[float | None]:
-        """The model's score of each answer."""
-        groups = [self._group(answers, first, last) for first, last in _groups(answers)]
-        sizes = [len(prompt) + sum(map(len, texts)) for prompt, texts in groups]
+        """The model's score of each answer. Every rank must call it, also one without answers.
+
+        Raises:
+            UserError: on every rank, when a prompt of one does not fit.
+        """
+        groups = on_all(lambda: [self._group(answers, first, last) for first, last in _groups(answers)])
+        passes = micro_batches([len(prompt) + sum(map(len, texts)) for prompt, texts in groups],
+                               self.batch_size)
         measured: list[list[float]] = [[] for _ in groups]
-        for part in micro_batches(sizes, self.batch_size):
-            packed = pack([groups[i][0] for i in part], [groups[i][1] for i in part],
-                          self.tokenizer.pad_token_id)
+        # pad: every rank must run the same number of forward passes under ZeRO-3
+        spare = [[]] * ((max_over_ranks(len(passes)) or 0) - len(passes))
+        for part in [*passes, *spare]:
+            texts = [groups[i] for i in part] or [([0], [[0]])]
+            packed = pack(*zip(*texts, strict=True), self.tokenizer.pad_token_id)
             values = iter(self.measure(packed.to(self.model.device)).tolist())
             for i in part:
                 measured[i] = [next(values) for _ in groups[i][1]]
@@ -80,6 +90,6 @@ def _groups(answers: Answers) -> list[tuple[int, int]]:
     """(first, last) of the answers that share a prompt."""
     count = len(answers.prompts)
     starts = [i for i in range(count) if not i or answers.places[i] != answers.places[i - 1]]
-    return list(zip(starts, [*starts[1:], count], strict=True))
+    return list(pairwise([*starts, count]))
 
 

@@ -230,7 +230,8 @@ def scored_texts(reward, answers: Answers) -> list[float | None]:
     With `processes: main` the first process of each node scores those of all of its node.
     """
     if getattr(reward.entry, "processes", "each") == "each" or world().num_processes == 1:
-        return on_all(lambda: reward.of_answers(answers) if answers.prompts else [])
+        called = answers.prompts or isinstance(reward, ModelReward)  # whose forward passes all ranks share
+        return on_all(lambda: reward.of_answers(answers) if called else [])
     rank, local = world().process_index, world().local_process_index
     everything = gather_object([(rank, answers)])
     mine = [(other, theirs) for other, theirs in everything
