@@ -219,10 +219,11 @@ def train(loop: Loop, models: Models, posts: Posts, judge: Judge, gold: GoldJudg
         # block is short: autocast keeps the weights it has cast until its end, and a step makes them old.
         with torch.no_grad(), loop.accelerator.autocast():
             episodes = sample_episodes(loop, models.policy, queries, update)
-            score, reward_figures = models.rewards.score(episodes, posts.rows(mine), update)  # (N,)
+            asked = models.rewards.ask(episodes, posts.rows(mine))  # services answer meanwhile
             reference = partial(response_logprobs, models.ref_policy, temperature=config.temperature)
             ref_logprobs = episodes.measure(reference)  # (N, R)
             values = episodes.measure(models.trained.values)  # (N, R), of the state before each token
+            score, reward_figures = models.rewards.score(episodes, asked, update)  # (N,)
         mask, logprobs = episodes.response_mask, episodes.logprobs
         # a response that does not end gets a fixed score, or length would be free (detail 26)
         score = missing_eos_penalty(score, episodes.ended, config.missing_eos_score)

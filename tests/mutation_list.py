@@ -1078,6 +1078,8 @@ MUTATIONS = [
          "hashlib.sha256(path.read_bytes()).hexdigest()", "ratings:rows_are_those_of_now"),
     ]),
     *_of("utils/rewards/rewards.py", "kinds:the_sum_scales", [
+        ("services are asked when there is nothing left to compute", None, "Rewards.ask",
+         "isinstance(reward, ServiceReward)", "False", "rewards:services_answer"),
         ("a reward's weight is left out", None, "Rewards._summed", "entry.weight * warmup", "warmup"),
         ("a reward is clipped before it is divided", None, "Rewards._summed",
          "lengths)) / scale", "lengths))"),

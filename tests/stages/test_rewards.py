@@ -3,6 +3,7 @@
 import gzip
 import json
 import signal
+import threading
 
 import pytest
 
@@ -207,6 +208,26 @@ def test_a_function_that_raises_stops_the_run_with_its_row(folder, every_kind):
     with pytest.raises(UserError, match=r"^rewards.fails: '.*own.py:fails' raised ValueError: no luck, for "
                                         r"the answer '.*' to .*validation.jsonl:1$"):
         run(folder, "fails", "--rewards", f"[{{python: '{folder}/own.py:fails'}}]")
+
+
+def test_services_answer_while_the_reference_is_computed(folder, every_kind, monkeypatch):
+    """In updates. This one waits for the reference's log-probs to be asked for, and says if it saw that."""
+    sampled, asked = threading.Event(), threading.Event()
+
+    def then(event, function):
+        return lambda *given, **more: event.set() or function(*given, **more)
+
+    def reply(request, handler):
+        seen = not sampled.is_set() or asked.wait(20)
+        return {"scores": [float(seen) + len(text) / 100 for text in request["completions"]]}
+
+    monkeypatch.setattr(train_ppo, "sample_episodes", then(sampled, train_ppo.sample_episodes))
+    monkeypatch.setattr(train_ppo, "response_logprobs", then(asked, train_ppo.response_logprobs))
+    with service(reply) as (address, _):
+        made = run(folder, "meanwhile", "--rewards", f"[{{url: '{address}'}}]", "--advantage=rloo",
+                   "--total_episodes=8")
+    [row] = [row for row in metrics(made) if "rewards/url" in row]
+    assert row["rewards/url"] >= 1
 
 
 def test_a_mended_function_goes_on_where_it_has_failed(folder, every_kind):

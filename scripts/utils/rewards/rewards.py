@@ -9,6 +9,7 @@ The length part is 0 without `length_control`. Shapes: N answers of this rank, E
 import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from utils.rewards.length import length_fit
 from utils.rewards.model import ModelReward, RenderedReward
 from utils.rewards.python import PythonReward
 from utils.rewards.rules import RuleReward
-from utils.rewards.service import JudgeReward, UrlReward
+from utils.rewards.service import JudgeReward, ServiceReward, UrlReward
 from utils.rollouts.episodes import Episodes
 
 _KINDS = {PythonEntry: PythonReward, UrlEntry: UrlReward, JudgeEntry: JudgeReward}  # RuleReward: all others
@@ -54,6 +55,13 @@ class Scores(NamedTuple):
             return {}
         return {called.format(name): torch.tensor(values).nanmean().item()
                 for name, values in self.by_reward.items()}
+
+
+class Asked(NamedTuple):
+    """What text rewards are asked in an update."""
+
+    answers: Answers | None  # of this rank; None: no reward reads text
+    replies: dict[str, Future]  # of services, by the reward's name: the scores of these answers
 
 
 class Rewards:
@@ -98,22 +106,35 @@ class Rewards:
         """The reward models' folders or hub names."""
         return [reward.parent for reward in self.all_models]
 
-    def score(self, episodes: Episodes, rows: Sequence[Example], update: int) -> tuple[Tensor, dict]:
-        """What this rank's episodes score in an update, float32 (N,); and metrics over all ranks, by name.
+    def ask(self, episodes: Episodes, rows: Sequence[Example]) -> Asked:
+        """Send this rank's episodes to the services among the rewards, and wait for none.
 
         Args:
             rows: those of the prompts, K episodes for each.
+        """
+        if not any(reward.reads_text for reward in self.rewards):
+            return Asked(None, {})
+        answers = answers_of(rows, episodes.responses, episodes.ended.tolist(), self.tokenizer)
+        services = [reward for reward in self.rewards if isinstance(reward, ServiceReward)]
+        pool = ThreadPoolExecutor(max(len(services), 1))
+        replies = {reward.entry.name: pool.submit(reward.of_answers, answers) for reward in services}
+        pool.shutdown(wait=False)  # its threads end when they have answered
+        return Asked(answers, replies)
+
+    def score(self, episodes: Episodes, asked: Asked, update: int) -> tuple[Tensor, dict]:
+        """What this rank's episodes score in an update, float32 (N,); and metrics over all ranks, by name.
 
         Raises:
             UserError: on every rank, when a reward fails on one.
         """
-        columns = [None if reward.reads_text else episodes.measure(reward.measure) for reward in self.rewards]
-        if None in columns:
-            answers = answers_of(rows, episodes.responses, episodes.ended.tolist(), self.tokenizer)
-            for place, reward in enumerate(self.rewards):
-                if reward.reads_text:
-                    column = torch.tensor(_numbers(scored_texts(reward, answers)))
-                    columns[place] = column.to(episodes.ended.device)
+        columns = []
+        for reward in self.rewards:
+            if not reward.reads_text:
+                columns.append(episodes.measure(reward.measure))
+                continue
+            reply = asked.replies.get(reward.entry.name)
+            scores = scored_texts(reward, asked.answers) if reply is None else on_all(reply.result)
+            columns.append(torch.tensor(_numbers(scores)).to(episodes.ended.device))
         columns = torch.stack(columns, 1)
         lengths = episodes.response_mask.sum(1)
         figures = reward_figures(columns, lengths, self.names)
