@@ -179,18 +179,18 @@ def add_prompts(config: FeedbackConfig, ratings: Ratings) -> None:
                         "--prompts")
 
 
-def stages_of(config: FeedbackConfig, folder: Path, rated: int) -> dict[str, list[str]]:
+def stages_of(config: FeedbackConfig, folder: Path, ranked: int) -> dict[str, list[str]]:
     """The commands of a round of training. Each round begins with the first model and all ratings.
 
     The model first learns from the best answers, so that PPO begins near to what the person likes. Fewer than
-    `ppo_ratings` rated prompts make no reward model that PPO could learn from, so SFT is all then.
+    `ppo_ratings` ranked prompts make no reward model that PPO could learn from, so SFT is all then.
     """
     prompts = config.prompts or str(folder / "ratings.db")
     prompts = prompts if isinstance(prompts, str) else json.dumps(prompts)
     seed = ["--seed", str(config.seed)]
     sft = [script("train_sft.py"), "--config", config.sft_config, "--model", config.model[0],
            "--actor_training_data", str(folder / "ratings.db"), "--output_dir", str(folder / "sft"), *seed]
-    if rated < config.ppo_ratings:
+    if ranked < config.ppo_ratings:
         return {"sft": [*sft, *SFT_ALONE]}
     return {
         "sft": sft,
@@ -226,9 +226,8 @@ class Page:
         claim(output)
         add_prompts(config, self.ratings)
         self.models = load_models(config, self.ratings)
-        self.rounds = Rounds(self.ratings, output,
-                             lambda folder: stages_of(config, folder, self.queue()["rated"]), self.offer,
-                             why_no_training(config), config.least_ratings, config.ppo_ratings)
+        self.rounds = Rounds(self.ratings, output, self.stages, self.offer, why_no_training(config),
+                             config.least_ratings, config.ppo_ratings)
         precedence = Precedence()
         self.ahead = Ahead(self.models, precedence, config.k, config.temperature, config.ahead,
                            self.rounds.is_running)
@@ -237,17 +236,18 @@ class Page:
             Sessions(installation_key(output / "session.key"), token),
             Shares(config.k, config.repeat_share, config.overlap_share), PAGE)
 
+    def stages(self, folder: Path) -> dict[str, list[str]]:
+        """The commands of a round with what is rated now."""
+        _, ranked = self.ratings.learnable()
+        return stages_of(self.config, folder, ranked)
+
     def offer(self, name: str, policy: Path) -> None:
         """Offer the policy of a round that has finished."""
         self.models.promote(self.models.add(name, str(policy)))
         self.ahead.wake()
 
-    def queue(self) -> dict:
-        """How many prompts there are, and how many of them are rated."""
-        return self.ratings.queue(self.models.rated, self.config.k)
-
     def say_what_is_served(self) -> None:
-        queue = self.queue()
+        queue = self.ratings.queue(self.models.rated, self.config.k)
         host, port = self.config.host, self.socket.getsockname()[1]
         if host in ("0.0.0.0", "::"):  # all addresses of this machine
             host = socket.gethostname()

@@ -1044,6 +1044,8 @@ MUTATIONS = [
     *_of("utils/feedback/database.py", "database:the_same_key", [
         ("the same key is another rating", None, "Ratings.rate",
          "if row:", "if False:"),
+        ("a round begins on what was skipped", None, "Ratings.learnable",
+         "WHERE ordered OR edit IS NOT NULL", "WHERE true", "database:only_what_says"),
         ("ranks are dense", None, "_checked",
          "better_ones += len(level)", "better_ones += 1", "database:a_rating_is_what"),
         ("undo takes back what another rater said", None, "Ratings.undo",
@@ -1069,6 +1071,8 @@ MUTATIONS = [
     ]),
     *_of("utils/data/ratings.py", "ratings:a_ranking_with_a_tie", [
         ("a tie is a pair", None, "pair_rows", "rank < other_rank", "rank <= other_rank"),
+        ("an empty answer makes a pair", None, "pair_rows", "and chosen.strip() and rejected.strip()", "",
+         "ratings:an_empty_answer_makes"),
         ("SFT learns from the worst answer", None, "example_rows", "rank == min(ranks)",
          "rank == max(ranks)", "ratings:the_best_answers_are"),
         ("ratings that were undone are trained on", None, "", "WHERE undone IS NULL AND", "WHERE",

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from rated import TALK, database, next_task, rank_all, rate
-from utils.data.ratings import example_rows
+from utils.data.ratings import example_rows, pair_rows
 from utils.data.rows import load_examples, load_rankings, split_off
 from utils.errors import UserError
 
@@ -120,6 +120,13 @@ def test_the_best_answers_are_examples_unless_a_better_one_was_written(tmp_path)
 def test_an_empty_answer_is_no_example(completions, ranks, found):
     rating = {"prompt": "a", "better": None, "completions": completions, "ranks": ranks}
     assert [row["completion"] for row in example_rows(rating)] == found
+
+
+def test_an_empty_answer_makes_no_pair():
+    """Else a round on a model that often says nothing would be refused for what its reward stage drops."""
+    rating = {"prompt": "a", "completions": ["x", " ", "y", ""], "ranks": [2, 1, 1, 3], "rater": "Ann",
+              "policies": ["old"] * 4, "time": 0.0, "confidence": None}
+    assert [(row["chosen"], row["rejected"]) for row in pair_rows(rating)] == [("y", "x")]
 
 
 def test_rows_are_those_of_now_and_equal_content_is_read_once(tmp_path):

@@ -539,3 +539,25 @@ def test_a_kill_at_any_moment_loses_no_confirmed_rating(tmp_path):
         assert not halves and not without.fetchall()
         assert len(stored) - len(confirmed) <= run + 1  # at most the one that was under way at each kill
         db.close()
+
+
+def test_only_what_says_which_answer_is_better_counts_for_training(tmp_path):
+    ratings = database(tmp_path / "r.db", [f"post {n}" for n in range(8)])
+    assert ratings.learnable() == (0, 0)
+
+    def add(levels=None, kind="ranking", **more):
+        task = next_task(ratings, "Ann")
+        order = levels and [[task.answers[place] for place in level] for level in levels]
+        return rate(ratings, "Ann", task, order, kind, **more)
+
+    add(kind="skip")
+    add(kind="all_bad")
+    add([[0, 1, 2, 3]])  # all alike
+    assert ratings.learnable() == (0, 0)
+    add(kind="all_bad", better="mine")
+    assert ratings.learnable() == (1, 0)
+    add([[0], [1, 2, 3]])
+    add([[3], [2], [1], [0]], better="mine")
+    assert ratings.learnable() == (3, 2)
+    ratings.undo(ratings.rater("Ann"))
+    assert ratings.learnable() == (2, 1)

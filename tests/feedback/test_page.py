@@ -448,6 +448,9 @@ def test_a_conversation_goes_on_after_an_error(person):
         page.get_by_role("button", name="Send").wait_for()
     assert page.locator(".reply").first.inner_text().endswith("too many chats")
     assert page.locator(".reply .problem").count() == 1 and "429" in page.problems.pop()
+    page.get_by_role("button", name="Answer again").click()
+    page.get_by_role("button", name="Answer again").wait_for()  # it is the last one's alone
+    assert page.locator(".bubble").all_inner_texts() == ["My dog ate my book.", "And my cat?"]
 
 
 def test_an_answer_stops_and_two_models_stand_side_by_side(person, folder):
@@ -455,6 +458,9 @@ def test_an_answer_stops_and_two_models_stand_side_by_side(person, folder):
     page.get_by_label("Model", exact=True).select_option(label=f"{folder.name}/endless")
     page.get_by_label("Beside it").select_option(label=f"{folder.name}/first")
     page.get_by_text("Sampling").click()
+    page.get_by_label("Temperature").fill("50")
+    assert page.locator("[aria-invalid=true]").get_attribute("id") == "chat-temperature"
+    page.get_by_label("Temperature").fill("")
     page.get_by_label("Longest answer").fill("4000")
     page.get_by_label("Message").fill("Tell me all.")
     assert page.locator(".sampling[open]").count() == 0  # it is not in the way
@@ -524,6 +530,7 @@ def test_the_figures_are_those_of_the_database(person, folder):
     tiles = dict(page.locator(".tile").evaluate_all(
         "tiles => tiles.map(tile => ['dt', 'b'].map(part => tile.querySelector(part).textContent))"))
     assert tiles["Rankings"] == str(counts["ranking"])
+    page.get_by_text("do not compare two models").wait_for()
     assert page.locator(".rated > li").first.inner_text().count(page.rater) == 1
     assert page.get_by_role("row", name=page.rater).count() == 1
 
@@ -623,8 +630,10 @@ def test_what_was_rated_is_trained_on_and_the_new_model_answers(person, folder):
     page.get_by_role("link", name="Train", exact=True).click()
     start = page.get_by_role("button", name="Train on")
     start.click()
+    page.locator(".logtext", has_text="train_sft.py").wait_for()
     page.get_by_role("button", name="Cancel the training").click()
     page.locator(".rounds .cancelled").wait_for(timeout=60_000)
+    assert page.locator(".steps .failed").inner_text().endswith("Best answers")
     start.click()
     page.get_by_role("button", name="Cancel the training").wait_for()
     page.locator(".logtext", has_text="train_sft.py").wait_for()
@@ -634,6 +643,7 @@ def test_what_was_rated_is_trained_on_and_the_new_model_answers(person, folder):
     assert page.locator(".rounds .pill").first.inner_text() == "finished", log
     page.get_by_role("heading", name="eval/accuracy").wait_for()
     page.get_by_role("heading", name="objective/score").wait_for()
+    assert page.locator(".now .next a").all_inner_texts() == ["Talk to round-2", "Rate its answers"]
     talk.click()
     assert page.locator("#chat-model option:checked").inner_text() == "round-2"
     page.get_by_label("Message").fill("My cat sleeps on my book.")

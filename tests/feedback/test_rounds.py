@@ -92,7 +92,7 @@ def test_a_round_runs_the_stages_on_a_copy_of_the_ratings(ratings, script):
     assert [row["rater"] for row in copy.rated()] == ["Ann"] * 5
     copy.close()
     current = rounds.state()["current"]
-    assert current["stage"] is None and current["error"] is None
+    assert current["stage"] == "ppo" and current["error"] is None
     assert [line for line in current["log"] if not line.startswith("$")] == ["loading 100%", "done"] * 3
     for curves in current["curves"].values():
         assert list(curves) == ["loss"] and 100 <= len(curves["loss"]) <= 400
@@ -128,6 +128,7 @@ def test_the_one_line_of_a_stage_that_failed_is_shown(ratings, script):
     rounds = rounds_of(ratings, script, reward="fails")
     rounds.start()
     assert ended(rounds)["state"] == "failed"
+    assert rounds.state()["current"]["stage"] == "reward"  # the page marks the one that failed
     # nothing in it is for a terminal
     assert rounds.state()["current"]["error"] == "error: --learning_rate: too high\\x1b[31m"
     assert not (script.parent / "out" / "round-1" / "ppo").exists()
@@ -154,6 +155,7 @@ def test_a_cancelled_stage_may_save_and_the_next_one_does_not_begin(ratings, scr
         rounds.start()
     assert rounds.cancel() is True
     assert ended(rounds)["state"] == "cancelled"
+    assert rounds.state()["current"]["stage"] == "reward"
     assert rounds.state()["current"]["log"][-1] == "saved" and rounds.state()["current"]["error"] is None
     assert not (script.parent / "out" / "round-1" / "ppo").exists()
 
@@ -224,8 +226,7 @@ def test_the_page_starts_watches_and_cancels_a_round(folder, tmp_path, script, m
             stage: [str(script), kind, str(folder / stage)] for stage, kind in kinds.items()})
         browser = Browser(port).rater("Ann")
         assert browser.open()["training"] == {
-            "possible": False, "why": "0 of the 4 rated prompts that a round needs", "least": 4,
-            "full": 30}
+            "possible": False, "why": None, "rated": 0, "ranked": 0, "least": 4, "full": 30}
         assert browser.post("/api/train")[0] == 400
         for _ in range(4):
             wait_until(lambda: browser.get("/api/task")[1]["task"])
@@ -233,7 +234,7 @@ def test_the_page_starts_watches_and_cancels_a_round(folder, tmp_path, script, m
         assert browser.open()["training"]["possible"] is True
         assert browser.post("/api/train") == (202, {"round": "round-1"})
         assert browser.post("/api/train")[0] == 409
-        assert browser.open()["training"]["why"] == "a round is running"
+        assert browser.open()["training"]["possible"] is False
         wait_until(lambda: "ready" in browser.get("/api/train")[1]["current"]["log"])
         assert browser.post("/api/train/cancel")[0] == 202
         wait_until(lambda: not page.rounds.is_running())

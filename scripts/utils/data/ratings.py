@@ -207,7 +207,10 @@ def _kinds(rated: list[dict]) -> str:
 
 
 def pair_rows(rating: dict) -> Iterator[dict]:
-    """The pairs of a ranking as rows with the columns of NOTES; `worker` is the rater, `batch` the day."""
+    """The pairs of a ranking as rows with the columns of NOTES; `worker` is the rater, `batch` the day.
+
+    An empty answer makes none: the stages drop such pairs, and would refuse a database with many.
+    """
     if rating["ranks"] is None:
         return
     asked = _question(rating["prompt"], "conversations")
@@ -216,7 +219,7 @@ def pair_rows(rating: dict) -> Iterator[dict]:
         known["confidence"] = str(rating["confidence"])
     answers = list(zip(rating["ranks"], rating["completions"], rating["policies"], strict=True))
     for (rank, chosen, policy), (other_rank, rejected, other) in itertools.product(answers, repeat=2):
-        if rank < other_rank:
+        if rank < other_rank and chosen.strip() and rejected.strip():
             yield asked | {"chosen": chosen, "rejected": rejected,
                            "policies": " and ".join(sorted([policy, other]))} | known
 

@@ -101,11 +101,12 @@ class Application:
                  "queue": None, "training": None, "trouble": None}
         if not state["login"]:  # before it, nothing is told of what is here
             queue = self.ratings.queue(self.models.rated, self.shares.k)
-            why = "a round is running" if self.rounds.is_running() else self.rounds.possible(queue["rated"])
+            rated, ranked = self.ratings.learnable()
+            possible = not self.rounds.is_running() and self.rounds.possible(rated) is None
             state |= {"models": [{"id": number, "name": name} for number, name in self.models.names.items()],
                       "reward_model": self.models.scorer is not None, "queue": queue,
-                      "training": {"possible": why is None, "why": why, "least": self.rounds.least,
-                                   "full": self.rounds.full},
+                      "training": {"possible": possible, "why": self.rounds.why_not, "rated": rated,
+                                   "ranked": ranked, "least": self.rounds.least, "full": self.rounds.full},
                       "trouble": self.ahead.trouble}
         return JSONResponse(state)
 
@@ -225,8 +226,7 @@ class Application:
 
     def train(self, request: Request) -> Response:
         _body(request)
-        queue = self.ratings.queue(self.models.rated, self.shares.k)
-        if why := self.rounds.possible(queue["rated"]):
+        if why := self.rounds.possible(self.ratings.learnable()[0]):
             raise HTTPError(400, why)
         try:
             return JSONResponse({"round": self.rounds.start()}, status_code=202)

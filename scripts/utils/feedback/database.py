@@ -133,6 +133,19 @@ class Ratings:
             prompts, rated = db.execute("SELECT count(*), count(nullif(rated, 0)) FROM prompts").fetchone()
             return {"prompts": prompts, "ready": ready_prompts(db, policies, k), "rated": rated}
 
+    def learnable(self) -> tuple[int, int]:
+        """What a round of training can learn from: how many prompts have a best or a written answer, and how
+        many of them a ranking in which one answer is better than another. "All bad" and "skip" alone say
+        nothing.
+        """
+        with self._reading() as db:
+            return db.execute(f"""SELECT count(DISTINCT prompt_id),
+                                         count(DISTINCT iif(ordered, prompt_id, NULL))
+                                  FROM (SELECT prompt_id, edits.id AS edit, {_ORDERED} AS ordered
+                                        FROM ratings JOIN tasks ON tasks.id = task_id
+                                        LEFT JOIN edits ON rating_id = ratings.id WHERE undone IS NULL)
+                                  WHERE ordered OR edit IS NOT NULL""").fetchone()
+
     # -------------------------------------------------------------------------------------------------- tasks
 
     def rater(self, name: str) -> int:
@@ -302,6 +315,8 @@ class Ratings:
 
 
 # `prompts.rated`: the ratings of a prompt that count, repetitions left out, so that nobody has to count them
+# a rating in which not all answers are tied
+_ORDERED = "EXISTS (SELECT 1 FROM ranks WHERE rating_id = ratings.id AND rank > 1)"
 _COUNT = """UPDATE prompts SET rated = rated + :by
             WHERE id = (SELECT prompt_id FROM tasks WHERE id = :task AND repeat_of IS NULL)"""
 

@@ -77,12 +77,12 @@ class Rounds:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def possible(self, rankings: int) -> str | None:
-        """Why no round can begin with so many rated prompts; None: one can."""
+    def possible(self, rated: int) -> str | None:
+        """Why no round can begin with so many prompts to learn from; None: one can."""
         if self.why_not:
             return self.why_not
-        if rankings < self.least:
-            return f"{rankings} of the {self.least} rated prompts that a round needs"
+        if rated < self.least:
+            return f"{rated} of the {self.least} rated prompts that a round needs"
         return None
 
     def start(self) -> str:
@@ -164,7 +164,8 @@ class Rounds:
             log.flush()
             self._process = subprocess.Popen(command, cwd=Path.cwd(), stdin=subprocess.DEVNULL, stdout=log,
                                              stderr=subprocess.STDOUT, start_new_session=True)
-        (folder / _PROCESS).write_text(json.dumps({"process": self._process.pid, "stages": stages}))
+        (folder / _PROCESS).write_text(json.dumps(
+            {"process": self._process.pid, "stage": self._stage, "stages": stages}))
         if self._cancelled.is_set():  # in between
             self._signal(signal.SIGTERM)
         until = None  # when a cancelled stage has had its time
@@ -188,7 +189,8 @@ class Rounds:
             folder, running = Path(newest["folder"]), newest["state"] == "running"
             log = _tail(folder / _LOG)
             error = next((line for line in reversed(log) if line.startswith("error:")), None)
-            current = {"stage": self._stage if running else None, "stages": _stages(folder), "log": log,
+            stage = self._stage if running else _noted(folder).get("stage")  # in which it ended
+            current = {"stage": stage, "stages": _stages(folder), "log": log,
                        "curves": {stage: _curves(folder / stage / "metrics.jsonl") for stage in _STAGES},
                        "error": error or "the log says no more" if newest["state"] == "failed" else None}
         return {"rounds": [{name: row[name] for name in shown} for row in rounds], "current": current}

@@ -124,6 +124,12 @@ async function stream(answer, messages) {
   announce(t("chat.says", { model: answer.name, text: answer.error ?? answer.text }));
 }
 
+/** Asks the last message once more, in place of its answers. */
+function again() {
+  ask(turns.pop().text);
+  root.querySelector("#message").focus();
+}
+
 async function queue(index) {
   const messages = [
     ...historyOf(turns[index].answers[0].model, index),
@@ -179,7 +185,8 @@ function page() {
 
 function drawTurns() {
   if (!root) return;
-  const nodes = turns.map((turn, index) => turnNode(turn, () => queue(index)));
+  const last = busy() ? -1 : turns.length - 1;
+  const nodes = turns.map((turn, index) => turnNode(turn, () => queue(index), index === last ? again : null));
   root.querySelector(".log").replaceChildren(...(nodes.length ? nodes : [welcome()]));
   drawButton(root.querySelector(".go"), busy());
 }

@@ -47,6 +47,7 @@ function sampling(settings) {
       ...limits,
       oninput: () => {
         settings[name] = node.value === "" || !node.checkValidity() ? null : Number(node.value);
+        node.setAttribute("aria-invalid", String(!node.checkValidity()));
       },
     });
     node.value = settings[name] ?? "";

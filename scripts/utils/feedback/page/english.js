@@ -117,7 +117,7 @@ export default {
   "chat.stop": "Stop",
   "chat.new": "New chat",
   "chat.settings": "Sampling",
-  "chat.temperature": "Temperature",
+  "chat.temperature": "Temperature, 0 to 2",
   "chat.length": "Longest answer, tokens",
   "chat.own": "the model's own",
   "chat.you": "You",
@@ -127,6 +127,7 @@ export default {
   "chat.cut": "cut at the longest length",
   "chat.shortened": "your text is too long for the model: it read a part",
   "chat.score": "reward {score}",
+  "chat.again": "Answer again",
   "chat.queue": "Rate this prompt",
   "chat.queued": "The prompt is in the queue.",
   "chat.queued_before": "This prompt was in the queue already.",
@@ -151,6 +152,8 @@ export default {
   "look.policies": "Win rate of each model",
   "look.policies_text":
     "Against the mean of the others, from all rankings (Bradley-Terry), with 95 % intervals.",
+  "look.one_model":
+    "The answers so far do not compare two models. Start the server with several, or train a round: its model answers beside the old one.",
   "look.model": "Model",
   "look.rankings": "Rankings",
   "look.win_rate": "Win rate",
@@ -180,8 +183,8 @@ export default {
   "train.title": "Make it yours",
   "train.lead":
     "The model learns from your best answers, the reward model from your rankings, then the model from the reward model.",
-  "train.start": { one: "Train on {n} rating", other: "Train on {n} ratings" },
-  "train.least": "Training needs at least {n} ratings; there are {have}.",
+  "train.start": { one: "Train on {n} rated prompt", other: "Train on {n} rated prompts" },
+  "train.least": "Training needs at least {n} rated prompts; there are {have}. Skipped ones do not count.",
   "train.few":
     "With fewer than {n} rated prompts the model only learns from your best answers. From {n} on the reward model and PPO join.",
   "train.cancel": "Cancel the training",
@@ -210,6 +213,7 @@ export default {
   "train.duration": "Duration",
   "train.action": "What next",
   "train.talk": "Talk to {name}",
+  "train.rate": "Rate its answers",
   "train.step": "Step",
   "train.running": "running for {time}",
   "train.seconds": "{n} s",

@@ -78,6 +78,13 @@ function tiles(look) {
 function policies(list) {
   if (!list.length) return null;
   const rows = [...list].filter((policy) => policy.win_rate !== null).sort((a, b) => b.win_rate - a.win_rate);
+  if (!rows.length)
+    return el(
+      "section",
+      { class: "card" },
+      el("h2", {}, t("look.policies")),
+      el("p", { class: "muted" }, t("look.one_model")),
+    );
   const values = table(
     t("look.policies"),
     [t("look.model"), t("look.win_rate"), t("look.interval"), t("look.rankings")],

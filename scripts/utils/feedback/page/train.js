@@ -1,26 +1,20 @@
 // The view that trains on what has been rated: start, stages, log and curves of a round, earlier rounds.
 import { getJson, loadState, postJson, state } from "./api.js";
-import { lineChart, table } from "./charts.js";
+import { table } from "./charts.js";
+import { drawCurves } from "./curves.js";
 import { announce, button, el, toast } from "./dom.js";
 import { moment, number, t } from "./words.js";
 
-const MAIN_CURVES = {
-  // names of docs/metrics.md
-  sft: ["sft/loss"],
-  reward: ["eval/accuracy", "reward/loss"],
-  ppo: ["objective/score", "eval/score", "objective/kl", "objective/length"],
-};
 const RUNNING = 1500; // milliseconds between two looks at a running round
 const IDLE = 10000;
 
 let root = null;
 let timer = 0;
 let seen = ""; // the last round and its state, so that a change is said
-let curvesShown = "";
 
 export async function show(main) {
   root = main;
-  seen = curvesShown = "";
+  seen = "";
   root.replaceChildren(
     el(
       "div",
@@ -95,8 +89,7 @@ function draw({ rounds, current }) {
 /** The one button: start, or cancel while a round runs. The node stays, so that the focus does. */
 function drawStarter(now) {
   const place = root.querySelector(".starter");
-  const { possible, why, least, full } = state.training;
-  const { rated } = state.queue;
+  const { possible, least, rated } = state.training;
   const name = now ? "cancel" : "start";
   let node = place.querySelector("button");
   if (node?.dataset.name !== name) {
@@ -106,17 +99,24 @@ function drawStarter(now) {
       class: now ? "danger" : "primary",
       onclick: () => (node.getAttribute("aria-disabled") === "true" ? null : now ? cancel() : start()),
     });
-    place.replaceChildren(el("p", { class: "why muted small" }), node);
+    place.replaceChildren(
+      el("p", { class: "why muted small" }),
+      el("a", { class: "button", href: "#rate" }, t("rate.title")),
+      node,
+    );
     if (focused) node.focus();
   }
   node.textContent = now ? t("train.cancel") : t("train.start", { n: rated });
   node.setAttribute("aria-disabled", String(!now && !possible));
-  place.querySelector(".why").textContent =
-    !now && !possible
-      ? (why ?? t("train.least", { n: least, have: rated }))
-      : !now && rated < full
-        ? t("train.few", { n: full })
-        : "";
+  place.querySelector("a").hidden = now || rated >= least;
+  place.querySelector(".why").textContent = now ? "" : reason(state.training);
+}
+
+/** Why the button does nothing, or less than one may think. */
+function reason({ why, least, full, rated, ranked }) {
+  if (why) return why;
+  if (rated < least) return t("train.least", { n: least, have: rated });
+  return ranked < full ? t("train.few", { n: full }) : "";
 }
 
 /** The running or the last round: its stages, its log, its curves. */
@@ -129,6 +129,7 @@ function drawNow(round, current) {
       el("h2", { id: "now-title" }),
       el("ol", { class: "steps row", "aria-label": t("train.steps") }),
       el("p", { class: "problem plain" }),
+      el("div", { class: "row next" }),
       el(
         "details",
         { open: true },
@@ -146,8 +147,19 @@ function drawNow(round, current) {
   place.querySelector("h2").textContent = heading(round);
   drawSteps(place.querySelector(".steps"), round, current);
   place.querySelector(".problem").textContent = current?.error ?? "";
+  drawNext(place.querySelector(".next"), round);
   drawLog(place, current?.log ?? []);
-  drawCurves(current?.curves ?? {});
+  drawCurves(root.querySelector(".curves"), current?.curves ?? {});
+}
+
+/** Where a finished round leads; what the person is about to press stays where it is. */
+function drawNext(place, round) {
+  const link = round.state === "finished" ? talk(round) : null;
+  if (place.contains(document.activeElement)) return;
+  place.replaceChildren(
+    ...(link ? [link, el("a", { class: "button", href: "#rate" }, t("train.rate"))] : []),
+  );
+  link?.classList.add("primary");
 }
 
 function heading(round) {
@@ -190,65 +202,14 @@ function drawLog(place, lines) {
   if (follow) log.scrollTop = log.scrollHeight;
 }
 
-/** The curves of the stages: the few that tell how it goes, the others behind a summary. */
-function drawCurves(curves) {
-  const now = JSON.stringify(curves);
-  if (now === curvesShown) return;
-  curvesShown = now;
-  const open = [...root.querySelectorAll(".curves details[open]")].map((node) => node.dataset.name);
-  const stages = Object.keys(MAIN_CURVES).filter((stage) => Object.keys(curves[stage] ?? {}).length);
-  root.querySelector(".curves").replaceChildren(
-    ...stages.map((stage) => {
-      const names = Object.keys(curves[stage]).filter((name) => curves[stage][name].length);
-      const main = MAIN_CURVES[stage].filter((name) => names.includes(name));
-      const others = names.filter((name) => !main.includes(name)).sort();
-      const charts = (chosen) =>
-        el(
-          "div",
-          { class: "charts fine" },
-          chosen.map((name) => chart(stage, name, curves[stage][name])),
-        );
-      return el(
-        "section",
-        {},
-        el("h2", {}, t("train.curves", { stage: t(`train.stage.${stage}`) })),
-        charts(main),
-        others.length
-          ? el(
-              "details",
-              { "data-name": stage },
-              el("summary", {}, t("train.others", { n: others.length })),
-              charts(others),
-            )
-          : null,
-      );
-    }),
-  );
-  for (const node of root.querySelectorAll(".curves details")) node.open = open.includes(node.dataset.name);
-}
-
-function chart(stage, name, points) {
-  const [step, last] = points.at(-1);
-  const node = lineChart({
-    title: name,
-    text: t("train.value", { last, step }),
-    points,
-    axis: t("train.step"),
-    height: 130,
-    heading: "h3",
-  });
-  node.querySelector("details").dataset.name = `${stage} ${name}`;
-  return node;
-}
-
 function drawRounds(rounds) {
-  const rows = rounds.map((round) => [
+  const rows = rounds.map((round, index) => [
     round.name,
     moment(round.created),
     number(round.ratings),
     el("span", { class: `pill ${round.state}` }, t(`train.state.${round.state}`)),
     round.ended ? span(round.ended - round.created) : "–",
-    talk(round) ?? "–",
+    (index > 0 && talk(round)) || "–", // the newest one stands above, with its own link
   ]);
   const heads = [
     t("train.round"),

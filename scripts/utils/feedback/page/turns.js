@@ -4,9 +4,10 @@ import { fixed, t } from "./words.js";
 
 const NEAR_END = 80; // pixels: who has scrolled up to read is not pulled down again
 const PLUS = "M12 5v14M5 12h14";
+const TURN = "M20 12a8 8 0 1 1-3-6.2M20 3v5h-5";
 
-/** One turn; `queue()` puts its prompt into the queue of Rate. */
-export function turnNode(turn, queue) {
+/** One turn; `queue()` puts its prompt into the queue of Rate, `again()`, of the last one, asks it once more. */
+export function turnNode(turn, queue, again = null) {
   const answers = turn.answers.map((answer) => {
     answer.node = el("article", { class: "reply card", "aria-label": answer.name });
     drawAnswer(answer);
@@ -22,6 +23,7 @@ export function turnNode(turn, queue) {
       "div",
       { class: "row after" },
       button({ class: "quiet", onclick: queue }, icon(PLUS), t("chat.queue")),
+      again && button({ class: "quiet", onclick: again }, icon(TURN), t("chat.again")),
     ),
   );
 }
