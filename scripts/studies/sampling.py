@@ -1,9 +1,11 @@
-"""Tokens a CPU second of sampling with the demo's base model: ours, `generate` and `generate_batch`.
+"""Tokens a CPU second of sampling: ours, `generate`, `generate_batch`, and vLLM where it is installed.
 
     OMP_NUM_THREADS=1 python scripts/studies/sampling.py
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python scripts/studies/sampling.py --model facebook/opt-125m
 
 Float32 on one thread. CPU seconds of the process, so that other jobs on the machine count little; the least
-of two turns after one that is not counted. Each row is printed as it comes.
+of two turns after one that is not counted. Each row is printed as it comes. Weights are random: a model's
+config.json says its shape, and all responses have the same length.
 """
 
 import logging
@@ -11,18 +13,19 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for the stages
-from utils.config import key
+from utils.config import find_input, key
 from utils.launch import read_config, start
-from utils.paths import PROJECT
 
 
 @dataclass
 class SamplingConfig:
-    """How much is sampled."""
+    """What is sampled, and how much."""
 
+    model: str = key("assets/opt-mini", "Folder with a config.json, or the hub's name of an OPT.")
     posts: int = key(2, "Prompts of a turn.", low=1, high=1000)
     prompt: int = key(300, "Tokens of a prompt.", unit="tokens", low=1, high=450)
     response: int = key(40, "Tokens of a response.", unit="tokens", low=1, high=50)
@@ -33,11 +36,15 @@ def rows(config: SamplingConfig) -> Iterator[tuple[int, str, float]]:
     """K, the side's name, and its tokens a CPU second."""
     from transformers import AutoConfig
 
+    from planning.architectures import OPT, opt_config
     from studies.gpu_checks import ours, peers
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-    model = AutoConfig.from_pretrained(PROJECT / "assets" / "opt-mini")
+    model = opt_config(config.model) if config.model in OPT else (
+        AutoConfig.from_pretrained(find_input(config.model, "model")))
     kinds = {"ours": ours.Sampling, "generate": peers.Generate, "generate_batch": peers.GenerateBatch}
+    if find_spec("vllm"):
+        kinds["vllm"] = peers.Vllm
     for k in config.k:
         batch = ours.random_batch(config.posts, k, config.prompt, (1, 1), model.vocab_size)
         for name, kind in kinds.items():

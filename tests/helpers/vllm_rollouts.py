@@ -24,12 +24,13 @@ from utils.models.prompt_groups import pack
 from utils.rollouts.vllm_engine import sample_by_vllm
 
 PROMPTS, EOS, PAD = [[5, 6, 7, 8, 9], [10], [11, 12, 13, 14, 15, 16, 17]], 2, 1
-SIZES = {"max_new_tokens": 12, "eos_id": EOS, "longest_prompt": 8}
+LONG = [[20 + number, *range(10, 309)] for number in range(40)]  # more than vLLM reads in one step
+SIZES = {"max_new_tokens": 12, "eos_id": EOS, "longest_prompt": 300}
 
 
 def drift(model, prompts=PROMPTS, first: int = 0) -> tuple[float, list]:
     """The largest difference of a log-prob, and the responses; the seeds are counted on from `first`."""
-    found = sample_by_vllm(model, prompts, k=3, seed=first, temperature=1.5, batch_size=4, **SIZES)
+    found = sample_by_vllm(model, prompts, k=3, seed=first, temperature=1.5, batch_size=40, **SIZES)
     groups = pack(prompts, [found.responses[3 * i : 3 * i + 3] for i in range(len(prompts))], PAD)
     logprobs = response_logprobs(model, groups, 1.5)
     rows = zip(logprobs, groups.response_mask, found.logprobs, strict=True)
@@ -40,6 +41,7 @@ def drift(model, prompts=PROMPTS, first: int = 0) -> tuple[float, list]:
 def figures(folder: Path) -> dict:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = with_our_heads(in_blocks(model)).eval()
+    long, _ = drift(model, LONG)  # first: the engine has room for as many prompts as it begins with
     apart, responses = drift(model)
     _, alone = drift(model, PROMPTS[1:2], first=3)
     adapted = add_adapter(copy.deepcopy(model), PPOStageConfig(lora_rank=2))
@@ -53,7 +55,7 @@ def figures(folder: Path) -> dict:
     changed, new = drift(model)
     first = sample_by_vllm(copy.deepcopy(model), PROMPTS[:1], k=800, seed=0, temperature=0.7, batch_size=1,
                            **{**SIZES, "max_new_tokens": 1})
-    return {"apart": apart, "with_adapters": with_adapters, "changed": changed,
+    return {"apart": apart, "long": long, "with_adapters": with_adapters, "changed": changed,
             "alone": alone == responses[3:6], "others": responses not in (others, new),
             "first": [response[0] for response in first.responses],
             "probabilities": (model(torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.7).softmax(-1).tolist()}

@@ -27,7 +27,9 @@ from studies.gpu_checks.ours import (
     random_model,
     weights_of,
 )
+from utils.models.loading import with_our_heads
 from utils.rollouts.continuous import engine_settings
+from utils.rollouts.vllm_engine import sample_by_vllm
 
 PACKED_TOKENS = (
     2048 if ON_CARD else 64
@@ -209,6 +211,33 @@ class GenerateBatch(Sampler):
     @property
     def tokens(self) -> int:
         return len(self.prompts) * self.k * self.length
+
+
+class Vllm(Sampler):
+    """vLLM as each update of PPO calls it: it is given the weights and forgets what it has cached.
+
+    vLLM wants a real token as the end: PAD, which random weights hardly ever sample.
+    """
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        with_our_heads(self.policy)
+
+    def step(self) -> None:
+        """Raises RuntimeError when responses that ended are more than one in a hundred tokens short."""
+        found = sample_by_vllm(
+            self.policy,
+            self.prompts,
+            k=self.k,
+            max_new_tokens=self.length,
+            temperature=TEMPERATURE,
+            seed=0,
+            eos_id=PAD,
+            longest_prompt=max(map(len, self.prompts)),
+            batch_size=len(self.prompts),
+        )
+        if (tokens := sum(map(len, found.responses))) < 0.99 * (whole := len(found.responses) * self.length):
+            raise RuntimeError(f"{tokens} tokens, not {whole}")
 
 
 PEERS = {

@@ -111,14 +111,17 @@ def _start(policy, dtype: torch.dtype, k: int, longest_prompt: int, max_new_toke
     config = policy.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # of its cache: a prompt is stored once for its K responses
-    tokens = batch_size * (longest_prompt + k * (max_new_tokens + _BLOCK))
+    longest = longest_prompt + max_new_tokens
+    # of its cache: a prompt is stored once for its K responses; one block is vLLM's own
+    tokens = batch_size * (longest_prompt + _BLOCK + k * (max_new_tokens + _BLOCK)) + _BLOCK
     with tempfile.TemporaryDirectory() as folder, _settings_kept():
         policy.config.save_pretrained(folder)
         try:
             return LLM(
                 folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", dtype=dtype,
-                max_model_len=longest_prompt + max_new_tokens, max_num_seqs=batch_size * k,
+                max_model_len=longest, max_num_seqs=batch_size * k,
+                # it cannot take back the random number of a prompt that is read in parts, on a CPU
+                enable_chunked_prefill=False, max_num_batched_tokens=max(8192, longest),
                 kv_cache_memory_bytes=2 * config.num_hidden_layers * heads * width * dtype.itemsize * tokens,
                 gpu_memory_utilization=0.01,  # without effect beside the line above, but so much must be free
                 logprobs_mode="processed_logprobs",  # at the temperature
