@@ -411,6 +411,21 @@ def test_a_chat_streams_and_ends_with_a_score(person, folder):
     assert page.locator(".reply b").first.inner_text() == f"{folder.name}/first"
 
 
+def test_a_paste_that_would_stall_the_browser_is_refused_and_nothing_is_lost(person):
+    page = person(view="chat")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    message = page.get_by_label("Message")
+    message.fill("My dog ate my book.")
+    for length, kept in ((10_000_000, 19), (290_000, 290_019), (20_000, 290_019)):
+        page.evaluate("length => navigator.clipboard.writeText('long '.repeat(length / 5))", length)
+        message.focus()
+        page.keyboard.press("Control+End")
+        page.keyboard.press("Control+V")
+        assert page.evaluate("document.querySelector('#message').value.length") == kept
+        assert page.locator("#toast .error", has_text=f"{length:,}").count() == (length != 290_000)
+    assert message.input_value().startswith("My dog ate my book.long")
+
+
 def test_a_chat_survives_a_reload_of_its_tab_alone(person):
     page = person(view="chat")
     for text in ("My dog ate my book. What now?", "And my cat?"):

@@ -121,6 +121,7 @@ export default {
   "chat.says": "{model}：{text}",
   "chat.stopped": "已停止",
   "chat.cut": "达到最大长度而截断",
+  "field.long": "这段文字有 {more} 个字符，此处最多 {most} 个。内容没有改变。",
   "chat.shortened": "文字太长，模型只读了一部分",
   "chat.score": "奖励 {score}",
   "chat.again": "重新回答",

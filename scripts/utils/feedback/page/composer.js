@@ -1,5 +1,6 @@
 // What stands around a conversation: the models and how they sample above it, the message field below.
 import { button, el, icon } from "./dom.js";
+import { refuseLong } from "./limits.js";
 import { t } from "./words.js";
 
 const ICONS = {
@@ -89,6 +90,7 @@ export function composer(text, acts) {
     placeholder: t("chat.placeholder"),
     "aria-label": t("chat.message"),
     "aria-describedby": "chat-hint",
+    onbeforeinput: refuseLong,
     oninput: () => {
       acts.typed(message.value);
       fit(message);

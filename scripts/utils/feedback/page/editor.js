@@ -1,5 +1,6 @@
 // The better answer that a rater writes; it begins as the best one of the ranking.
 import { button, el } from "./dom.js";
+import { refuseLong } from "./limits.js";
 import { t } from "./words.js";
 
 /** The written answer; null where it is empty or one of those shown. */
@@ -19,6 +20,7 @@ export function drawEditor(place, desk, { keep, send, drop }) {
     rows: 4,
     dir: "auto",
     "aria-describedby": "better-note",
+    onbeforeinput: refuseLong,
     oninput: () => {
       desk.draft.better = field.value;
       keep();

@@ -125,6 +125,7 @@ export default {
   "chat.says": "{model}: {text}",
   "chat.stopped": "stopped",
   "chat.cut": "cut at the longest length",
+  "field.long": "That has {more} characters, and this field takes {most}. Nothing was changed.",
   "chat.shortened": "your text is too long for the model: it read a part",
   "chat.score": "reward {score}",
   "chat.again": "Answer again",
