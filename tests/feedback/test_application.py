@@ -84,6 +84,27 @@ def test_a_task_is_blind_and_its_rating_is_in_the_database(page):
     assert sorted(set(row["policies"])) == sorted(page.models.names.values()) and len(row["policies"]) == 4
 
 
+def test_what_a_round_still_needs_is_told_and_a_skip_does_not_count(page, monkeypatch):
+    monkeypatch.setattr(page.rounds, "least", 1000)
+    monkeypatch.setattr(page.rounds, "full", 2000)
+    browser = Browser(page.port).rater("Una")
+
+    def needs(progress):
+        return progress["to_round"], progress["to_full"]
+
+    few, more = needs(browser.get("/api/task")[1]["progress"])
+    assert few <= 1000 < more
+    skip = {"key": str(uuid.uuid4()), "task": task_of(browser)["id"], "kind": "skip", "order": None}
+    assert needs(browser.post("/api/ratings", skip)[1]["progress"]) == (few, more)
+    tied = browser.rate(task_of(browser), [[0, 1, 2, 3]], better="A cat.")[1]["progress"]
+    assert needs(tied) == (few - 1, more)  # the cat can be learnt from, but there is no pair
+    ranked = browser.rate(task_of(browser), [[0], [1, 2, 3]])[1]["progress"]
+    assert needs(ranked) == (few - 2, more - 1)
+    monkeypatch.setattr(page.rounds, "least", 1)
+    monkeypatch.setattr(page.rounds, "full", 1)
+    assert needs(browser.get("/api/task")[1]["progress"]) == (0, 0)
+
+
 def test_a_reload_shows_the_same_task(page):
     browser = Browser(page.port).rater("Bob")
     assert task_of(browser) == task_of(browser)

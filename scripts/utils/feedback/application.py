@@ -147,7 +147,9 @@ class Application:
         return {"task": task and _shown(task), "waiting": waiting, "progress": progress}
 
     def _progress(self, rater: int) -> dict:
-        return self.ratings.progress(rater, self.shares.overlap, self.models.rated)
+        rated, ranked = self.ratings.learnable()
+        return self.ratings.progress(rater, self.shares.overlap, self.models.rated) | {
+            "to_round": max(self.rounds.least - rated, 0), "to_full": max(self.rounds.full - ranked, 0)}
 
     def rate(self, request: Request) -> Response:
         rater = self._rater(request)

@@ -314,9 +314,9 @@ class Ratings:
             db.execute("VACUUM INTO ?", (str(path),))
 
 
-# `prompts.rated`: the ratings of a prompt that count, repetitions left out, so that nobody has to count them
 # a rating in which not all answers are tied
 _ORDERED = "EXISTS (SELECT 1 FROM ranks WHERE rating_id = ratings.id AND rank > 1)"
+# `prompts.rated`: the ratings of a prompt that count, repetitions left out, so that nobody has to count them
 _COUNT = """UPDATE prompts SET rated = rated + :by
             WHERE id = (SELECT prompt_id FROM tasks WHERE id = :task AND repeat_of IS NULL)"""
 

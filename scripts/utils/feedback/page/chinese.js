@@ -73,6 +73,8 @@ export default {
   "rate.better_drop": "移除",
   "rate.progress": "已评 {rated} / {total}",
   "rate.time": "大约还需 {time}",
+  "rate.to_round": "再评 {n} 个，就可以训练新模型",
+  "rate.to_full": "再评 {n} 个，PPO 就会加入训练",
   "rate.minutes": "{n} 分钟",
   "rate.hours": "{n} 小时",
   "rate.waiting": "模型正在写回答",

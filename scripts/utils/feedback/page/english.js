@@ -76,6 +76,8 @@ export default {
   "rate.better_drop": "Remove",
   "rate.progress": "{rated} of {total} rated",
   "rate.time": "about {time} left",
+  "rate.to_round": "{n} more, and a new model can be trained",
+  "rate.to_full": "{n} more, and PPO joins the training",
   "rate.minutes": "{n} min",
   "rate.hours": "{n} h",
   "rate.waiting": "The model is writing answers",

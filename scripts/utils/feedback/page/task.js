@@ -22,6 +22,7 @@ export function head(progress, acts, lead = null) {
       { class: "progress" },
       el("p", { class: "row apart" }, el("span", {}, words), el("span", {}, timeLeft(progress))),
       el("progress", { max: Math.max(total, 1), value: rated, "aria-label": words }),
+      el("p", { class: "until muted small" }, untilRound(progress)),
     ),
     el(
       "div",
@@ -35,6 +36,13 @@ export function head(progress, acts, lead = null) {
       button({ class: "quiet keys-help", onclick: acts.help }, t("rate.help"), hint("?")),
     ),
   );
+}
+
+/** How many more rated prompts a round of training needs, or wants. */
+function untilRound(progress) {
+  if (!progress) return "";
+  const { to_round: few, to_full: more } = progress;
+  return few ? t("rate.to_round", { n: few }) : more ? t("rate.to_full", { n: more }) : "";
 }
 
 function timeLeft(progress) {
