@@ -103,14 +103,14 @@ def stopped(models):
     """Each run undisturbed, and once more stopped by a signal in its middle and resumed. And those with
     several heads, which share the processes: each start of Python takes seconds.
     """
-    more = {"reward": ["--reward_heads", "3"], "ppo": make_rewards(models)}
+    several = {"reward": ["--reward_heads", "3"], "ppo": make_rewards(models)}
     (models / "own.py").write_text(FAILS)
     failing = [*words_of(models, "ppo", 4, 1, None, STEPS), "--reward_model", "none", "--rewards",
                f"[{{python: '{models}/own.py:fails'}}]"]
     for processes in (1, 2):
-        plain = [(stage, rank, None, 2) for stage in more for rank in (0, 4)]
+        plain = [(stage, rank, None, 2) for stage in several for rank in (0, 4)]
         cases = [(stage, models / f"several-{stage}-{rank}-{engine}-{processes}",
-                  [*words_of(models, stage, 8 // processes, 1, engine, STEPS), *more[stage],
+                  [*words_of(models, stage, 8 // processes, 1, engine, STEPS), *several[stage],
                    *(["--lora_rank", f"{rank}"] if rank else [])], None)
                  for stage, rank, engine, count in [*plain, *SEVERAL] if count == processes]
         if processes == 2:
