@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for
 from utils.config import PROJECT, UserError, key
 from utils.console import show_table
 from utils.launch import read_config, start
-from utils.runs.records import append_rows, read_whole_rows
+from utils.runs.records import append_rows, end_line, read_whole_rows
 
 ARMS = {"single": 1, "mean": 5, "worst": 5, "uncertainty": 5}  # arm -> heads of its reward model
 MEASURES = {"kl": "eval/kl", "length": "eval/tokens", "score": "eval/score", "gold": "eval/gold",
@@ -182,13 +183,23 @@ def print_table(config: GuardStudyConfig, cells: list[dict], measure: str, what:
     show_table(table)
 
 
+def finished_cells(path: Path) -> dict[tuple[str, float, int], dict]:
+    """What earlier calls have measured, by `cells_of`'s names. A line that a kill cut off is none."""
+    done = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            done[row["arm"], row["kl_coef"], row["seed"]] = row
+    return done
+
+
 def main(config: GuardStudyConfig) -> None:
     until = time.monotonic() + 60 * config.minutes
     results = Path(config.results)
     results.parent.mkdir(parents=True, exist_ok=True)
-    done = read_whole_rows(results) if results.exists() else []
-    known = {(cell["arm"], cell["kl_coef"], cell["seed"]) for cell in done}
-    left = [cell for cell in cells_of(config) if cell not in known]
+    done = finished_cells(results)
+    end_line(results)
+    left = [cell for cell in cells_of(config) if cell not in done]
     models = list(dict.fromkeys((ARMS[arm], seed) for arm, _, seed in left))
     with ThreadPoolExecutor(config.workers) as pool:
         jobs = [pool.submit(run_stage, "train_reward.py", Path(config.folder) / "reward" / "guard",
@@ -200,10 +211,11 @@ def main(config: GuardStudyConfig) -> None:
         if all([job.result() for job in jobs]):
             for job in [pool.submit(measure, config, cell, until) for cell in left]:
                 job.result()
-    done = read_whole_rows(results) if results.exists() else []
-    print(f"{len(done)} of {len(cells_of(config))} cells are finished: {results}")
-    print_table(config, done, "gold", "nearly greedy summaries")
-    print_table(config, done, "gold_sampled", "sampled summaries")
+    done = finished_cells(results)
+    finished = sum(cell in done for cell in cells_of(config))
+    print(f"{finished} of {len(cells_of(config))} cells are finished: {results}")
+    print_table(config, [*done.values()], "gold", "nearly greedy summaries")
+    print_table(config, [*done.values()], "gold_sampled", "sampled summaries")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from studies.guard import (
     GuardStudyConfig,
     cells_of,
     kept_by_guard,
+    main,
     points_of,
     ppo_words,
     reward_words,
@@ -42,6 +43,17 @@ def test_evaluations_are_read_from_the_metrics(tmp_path):
     assert points_of(tmp_path) == [
         {"update": 0, "entropy": None, "score": 0.2, "gold": 0.6, "kl": 0.0},
         {"update": 2, "entropy": 0.4, "score": 0.7, "gold": 0.8, "kl": 1.0, "gain": None}]
+
+
+def test_finished_cells_are_in_the_table_and_are_not_run_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("studies.guard.run_stage", lambda *words: pytest.fail("a finished cell is run"))
+    results = tmp_path / "guard.jsonl"
+    points = [point | {"gold_sampled": point["gold"]} for point in POINTS]
+    rows = [json.dumps({"arm": "single", "kl_coef": 0.0, "seed": seed, "points": points}) for seed in (1, 2)]
+    results.write_text("\n".join(rows) + '\n{"arm": "sin')  # a kill cut the last one off
+    main(GuardStudyConfig(arms=["single"], kl_coefs=[0.0], seeds=[1, 2], results=str(results)))
+    said = capsys.readouterr().out
+    assert "2 of 2 cells are finished" in said and said.count("1.000 (1.000)") >= 2 and "0.900" in said
 
 
 def test_the_stages_take_the_words_of_every_cell():
