@@ -119,6 +119,7 @@ def _start(policy, dtype: torch.dtype, k: int, longest_prompt: int, max_new_toke
         try:
             return LLM(
                 folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", dtype=dtype,
+                hf_overrides={"architectures": [type(policy).__name__]},  # a config that was made has none
                 max_model_len=longest, max_num_seqs=batch_size * k,
                 # it cannot take back the random number of a prompt that is read in parts, on a CPU
                 enable_chunked_prefill=False, max_num_batched_tokens=max(8192, longest),
