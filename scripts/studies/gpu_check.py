@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for
 from studies.gpu_checks.device import ON_CARD, machine
 from studies.gpu_checks.job import PARTS
 from studies.gpu_checks.report import markdown
-from studies.gpu_checks.results import read_results
 from utils.config import UserError, key
 from utils.launch import read_config, start
 from utils.paths import PROJECT
+from utils.runs.records import read_objects
 
 SHAPES = ["125m", "1.3b", "350m"]  # in the order of their value
 LAST_LINES = 6  # of a job's log, in the result
@@ -166,7 +166,7 @@ class Running:
                 self.process.wait(min(POLL, max(0.1, ends - time.monotonic())))
                 break
             except subprocess.TimeoutExpired:
-                if len(rows := read_results(self.results)) > count:
+                if len(rows := read_objects(self.results)) > count:
                     count = len(rows)
                     on_check(rows)
                 if time.monotonic() >= ends:
@@ -175,7 +175,7 @@ class Running:
 
     def rows(self) -> list[dict]:
         """Its checks; one more, failed, when it did not reach its end."""
-        rows, status = read_results(self.results), self.process.returncode
+        rows, status = read_objects(self.results), self.process.returncode
         if status == 0:
             return rows
         lines = self.log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]

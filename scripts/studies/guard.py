@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, as for
 from utils.config import PROJECT, UserError, key
 from utils.console import show_table
 from utils.launch import read_config, start
-from utils.runs.records import append_rows, end_line, read_whole_rows
+from utils.runs.records import append_rows, end_line, read_objects, read_whole_rows
 
 ARMS = {"single": 1, "mean": 5, "worst": 5, "uncertainty": 5}  # arm -> heads of its reward model
 MEASURES = {"kl": "eval/kl", "length": "eval/tokens", "score": "eval/score", "gold": "eval/gold",
@@ -184,13 +183,8 @@ def print_table(config: GuardStudyConfig, cells: list[dict], measure: str, what:
 
 
 def finished_cells(path: Path) -> dict[tuple[str, float, int], dict]:
-    """What earlier calls have measured, by `cells_of`'s names. A line that a kill cut off is none."""
-    done = {}
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            row = json.loads(line)
-            done[row["arm"], row["kl_coef"], row["seed"]] = row
-    return done
+    """What earlier calls have measured, by the names of `cells_of`."""
+    return {(row["arm"], row["kl_coef"], row["seed"]): row for row in read_objects(path)}
 
 
 def main(config: GuardStudyConfig) -> None:

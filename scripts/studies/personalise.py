@@ -33,7 +33,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
@@ -119,7 +118,7 @@ from utils.judge.plots import plot_win_rates
 from utils.models.generation import sample
 from utils.models.loading import load_policy, load_scalar_model
 from utils.models.parents import Parent
-from utils.runs.records import end_line
+from utils.runs.records import end_line, read_objects
 
 
 class OutOfTime(Exception):
@@ -350,13 +349,8 @@ def _time_is_up(number, frame):
 
 
 def finished_cells(path: Path) -> dict[str, dict]:
-    """What earlier calls have measured, by the name of the cell. A line that a kill cut off is none."""
-    done = {}
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            row = json.loads(line)
-            done[Cell(*row["cell"]).name] = row
-    return done
+    """What earlier calls have measured, by the name of the cell."""
+    return {Cell(*row["cell"]).name: row for row in read_objects(path)}
 
 
 def line_of(name: str, figures: dict) -> str:

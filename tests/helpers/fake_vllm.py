@@ -36,6 +36,8 @@ class LLM:
         assert load_format == "dummy" and settings["logprobs_mode"] == "processed_logprobs"
         self.settings, self.resets = settings, 0
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        # by a configuration that names no class the real one takes it for a model that samples nothing
+        assert settings["hf_overrides"]["architectures"] == [type(self.model).__name__]
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
 
     def collective_rpc(self, method, kwargs):

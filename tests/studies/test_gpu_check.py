@@ -15,9 +15,10 @@ from studies import gpu_check
 from studies.gpu_check import CheckConfig, Job, Phase, Running, phases_of, refuse_unknown, run_phases
 from studies.gpu_checks import equalities, kernels, ours, resume, speed, stages, where
 from studies.gpu_checks.report import markdown
-from studies.gpu_checks.results import Outcome, Results, read_results
+from studies.gpu_checks.results import Outcome, Results
 from utils.config import UserError
 from utils.models import flex, lm_head, outputs
+from utils.runs.records import read_objects
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "studies" / "gpu_check.py"
 
@@ -157,7 +158,7 @@ def test_a_check_that_raises_is_recorded_and_the_next_one_runs(tmp_path):
     results.check("wrong", 0, lambda: Outcome({"off": 2.0}, "off by 2"))
     results.check("right", 0, lambda: Outcome({"off": 0.0}))
     results.check("long", 120, lambda: pytest.fail("there was no time for it"))
-    rows = read_results(tmp_path / "rows.jsonl")
+    rows = read_objects(tmp_path / "rows.jsonl")
     assert [row["status"] for row in rows] == ["failed", "failed", "passed", "skipped"]
     assert rows[0]["why"].endswith("IndexError: list index out of range")
     assert rows[1]["figures"] == {"off": 2.0} and rows[1]["why"] == "off by 2"
@@ -166,8 +167,8 @@ def test_a_check_that_raises_is_recorded_and_the_next_one_runs(tmp_path):
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"name": "whole"}\n{"name": "cut')
-    assert read_results(tmp_path / "rows.jsonl") == [{"name": "whole"}]
-    assert read_results(tmp_path / "none.jsonl") == []
+    assert read_objects(tmp_path / "rows.jsonl") == [{"name": "whole"}]
+    assert read_objects(tmp_path / "none.jsonl") == []
 
 
 def test_a_job_that_dies_is_a_failed_check(tmp_path, monkeypatch):

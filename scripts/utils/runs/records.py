@@ -13,10 +13,13 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_objects(path: Path) -> list[dict]:
+    """All objects of a .jsonl file, none if it is not there. A line that a kill left half-written is none."""
+    return [row for row in map(_object, _lines(path)) if row is not None]
+
+
 def read_whole_rows(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl. A line that a killed run left half-written is none, nor is one without a
-    step.
-    """
+    """Rows of a metrics.jsonl: as `read_objects`, and a row without a step is none either."""
     return [row for row in map(_row, _lines(path)) if row is not None]
 
 
@@ -29,12 +32,17 @@ def _lines(path):
     return path.read_bytes().splitlines() if path.exists() else []
 
 
-def _row(line: bytes) -> dict | None:
+def _object(line: bytes) -> dict | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    return row if isinstance(row, dict) else None
+
+
+def _row(line: bytes) -> dict | None:
+    row = _object(line)
+    return row if row is not None and type(row.get("step")) is int else None
 
 
 def end_line(path: Path) -> None:
